@@ -1,0 +1,199 @@
+"""The noise contract: every random number is a pure function of what it is for.
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011):
+
+    key     = (seed & 0xffffffff, seed >> 32)
+    counter = (e // 4, step, sample & 0xffffffff, stream | (sample >> 32) << 8)        word e % 4
+
+with e the flat index inside one sample in logical C, H, W order and `sample` the global index of the
+sample, so a number depends neither on the batch, the device, nor on what was drawn before it. Words
+(r0, r1) and (r2, r3) become normals by Box-Muller (1958):
+
+    u1 = r0 * 2^-32 + 2^-33      u2 = r1 * 2^-32          in float32, round to nearest
+    z0 = sqrt(-2 ln u1) cos(2 pi u2)      z1 = sqrt(-2 ln u1) sin(2 pi u2)
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+MASK = 0xFFFFFFFF
+
+SEED_LIMIT = 1 << 63
+STEP_LIMIT = 1 << 32
+SAMPLE_LIMIT = 1 << 56
+
+
+class Stream(IntEnum):
+    """What a number is for; part of its counter, so that no two uses share numbers."""
+
+    INITIAL = 0
+    SAMPLING = 1
+    TRAINING_NOISE = 2
+    TIMESTEP = 3
+    CONDITION_DROPOUT = 4
+    ORDER = 5
+    AUGMENTATION = 6
+    LATENT = 7
+
+
+def check_seed(seed: int | Tensor) -> None:
+    """Raise unless `seed` is an integer in [0, 2^63), or a one-element int64 tensor (its value is not read)."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: got a {seed.dtype} tensor of {seed.numel()} elements, needs one int64")
+    elif isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed: got {seed!r}, needs an integer")
+    elif not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed: got {seed}, needs 0 <= seed < 2^63")
+
+
+def check_counter(step: int | Tensor, stream: int) -> None:
+    """Raise unless step is in [0, 2^32) (a tensor's value is not read) and stream in [0, 256)."""
+    if not isinstance(step, Tensor) and not 0 <= step < STEP_LIMIT:
+        raise ValueError(f"step: got {step}, needs 0 <= step < 2^32")
+    if not 0 <= stream < 256:
+        raise ValueError(f"stream: got {stream}, needs 0 <= stream < 256")
+
+
+def check_samples(samples: Tensor) -> None:
+    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56); values are read on the CPU only."""
+    if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
+        raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
+    if samples.device.type == "cpu" and samples.numel():
+        low, high = int(samples.min()), int(samples.max())
+        if low < 0 or high >= SAMPLE_LIMIT:
+            raise ValueError(f"samples: got indices {low}..{high}, needs 0 <= index < 2^56")
+
+
+def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndarray:
+    """The first `numel` words of one sample: uint32 array [numel]. Plain NumPy, the readable definition.
+
+    Raises ValueError for a seed, sample, step or stream outside its range.
+    """
+    check_seed(seed)
+    check_counter(step, stream)
+    if not 0 <= sample < SAMPLE_LIMIT:
+        raise ValueError(f"sample: got {sample}, needs 0 <= sample < 2^56")
+    block = np.arange((numel + 3) // 4, dtype=np.uint64)
+    rest = (step, sample & MASK, stream | (sample >> 32) << 8)
+    counter = [block, *(np.full_like(block, value) for value in rest)]
+    key = [np.uint64(seed & MASK), np.uint64(seed >> 32)]
+    mask, half = np.uint64(MASK), np.uint64(32)
+    for _ in range(ROUNDS):
+        product0 = counter[0] * np.uint64(MULTIPLIERS[0])
+        product1 = counter[2] * np.uint64(MULTIPLIERS[1])
+        counter = [
+            (product1 >> half) ^ counter[1] ^ key[0],
+            product1 & mask,
+            (product0 >> half) ^ counter[3] ^ key[1],
+            product0 & mask,
+        ]
+        key = [(word + np.uint64(weyl)) & mask for word, weyl in zip(key, WEYL, strict=True)]
+    return np.stack(counter, axis=1).reshape(-1)[:numel].astype(np.uint32)
+
+
+def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
+    """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
+
+    samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors.
+    """
+    check_seed(seed)
+    check_counter(step, stream)
+    check_samples(samples)
+    samples = samples.to(torch.int64)
+    device, n, blocks = samples.device, samples.shape[0], (numel + 3) // 4
+
+    def scalar(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(1, 1)
+
+    seed, low = scalar(seed), samples[:, None] & MASK
+    counter = [
+        torch.arange(blocks, device=device)[None, :].expand(n, blocks),
+        scalar(step),
+        low,
+        (samples[:, None] >> 32) << 8 | stream,
+    ]
+    key = [seed & MASK, seed >> 32]
+    for _ in range(ROUNDS):
+        # int64 products wrap, which leaves the low 64 bits right: the mask after the arithmetic shift
+        # therefore yields the same high word as unsigned arithmetic.
+        product0, product1 = counter[0] * MULTIPLIERS[0], counter[2] * MULTIPLIERS[1]
+        counter = [
+            (product1 >> 32 & MASK) ^ counter[1] ^ key[0],
+            product1 & MASK,
+            (product0 >> 32 & MASK) ^ counter[3] ^ key[1],
+            product0 & MASK,
+        ]
+        key = [word + weyl & MASK for word, weyl in zip(key, WEYL, strict=True)]
+    stacked = torch.stack([word.expand(n, blocks) for word in counter], dim=-1)
+    return stacked.reshape(n, 4 * blocks)[:, :numel]
+
+
+def box_muller(words: Tensor) -> Tensor:
+    """Normals from words: int64 [..., 2k] -> float64 [..., 2k], uniforms in float32 as the contract says."""
+    pairs = words.unflatten(-1, (-1, 2)).to(torch.float32)
+    u1 = (pairs[..., 0] * 2.0**-32 + 2.0**-33).to(torch.float64)
+    u2 = (pairs[..., 1] * 2.0**-32).to(torch.float64)
+    radius, angle = torch.sqrt(-2.0 * torch.log(u1)), 2.0 * math.pi * u2
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(-2)
+
+
+def normal(
+    seed: int | Tensor,
+    samples: Tensor,
+    step: int | Tensor,
+    stream: int,
+    shape: Sequence[int],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normals for the samples of these global indices.
+
+    Args:
+        seed: 0 <= seed < 2^63, or a one-element int64 tensor.
+        samples: int64 [n], global sample indices, 0 <= index < 2^56.
+        step: 0 <= step < 2^32 (the timestep t in stream 1, else 0), or a one-element int64 tensor.
+        stream: what the noise is for, see `Stream`.
+        shape: shape of one sample, logical C, H, W order.
+
+    Returns: tensor [n, *shape] on `device`. Raises ValueError or TypeError for arguments out of range.
+    """
+    numel = math.prod(shape)
+    samples = torch.as_tensor(samples).to(device)
+    values = box_muller(word_tensor(seed, samples, step, stream, numel + numel % 2))
+    return values[:, :numel].reshape(samples.shape[0], *shape).to(dtype)
+
+
+def first_word(seed: int | Tensor, samples: Tensor, stream: int) -> Tensor:
+    """Word 0 of every sample at step 0: int64 [n]. The integer draws below are made of it."""
+    return word_tensor(seed, samples, 0, stream, 1)[:, 0]
+
+
+def training_timesteps(seed: int | Tensor, samples: Tensor, timesteps: int) -> Tensor:
+    """t uniform over 1..T for training samples [n]: int64 [n], t = 1 + (r0 * T >> 32), stream 3."""
+    return 1 + (first_word(seed, samples, Stream.TIMESTEP) * timesteps >> 32)
+
+
+def condition_dropped(seed: int | Tensor, samples: Tensor, probability: float) -> Tensor:
+    """Which training samples [n] lose their condition: bool [n], r0 < floor(p * 2^32), stream 4."""
+    return first_word(seed, samples, Stream.CONDITION_DROPOUT) < math.floor(probability * 2**32)
+
+
+def flipped(seed: int | Tensor, samples: Tensor) -> Tensor:
+    """Which training samples [n] are mirrored: bool [n], the top bit of r0, stream 6."""
+    return first_word(seed, samples, Stream.AUGMENTATION) >> 31 == 1
+
+
+def epoch_order(seed: int | Tensor, epoch: int, items: int, device: str | torch.device = "cpu") -> Tensor:
+    """The order of epoch k over N items: int64 [N], the stable argsort of r0 at sample = k*N + j, stream 5."""
+    samples = torch.arange(epoch * items, (epoch + 1) * items, device=device)
+    return torch.argsort(first_word(seed, samples, Stream.ORDER), stable=True)
