@@ -1,0 +1,86 @@
+"""What `ddpm sample` and `ddpm evaluate` share: opening a run, reading its options, drawing with a progress bar."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm import runs
+from ddpm.distributed import World
+from ddpm.errors import BadInput
+from ddpm.progress import Bar
+from ddpm.sampling import chunk_size, sample
+from ddpm.solvers import StepTable, make_table
+
+ALL = "all"
+
+
+def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], StepTable]:
+    """The run's sampling options, overridden where `asked` is not None (clip 0 = no clip), and their table."""
+    options = run.sampling | {name: value for name, value in asked.items() if value is not None}
+    options["clip"] = options["clip"] or None
+    return options, make_table(run.schedule, **options)
+
+
+def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int) -> Tensor | None:
+    """[n, n_cfeat] for `--context`; `all` gives global sample k the class k % n_cfeat."""
+    if text is None:
+        return None
+    if text == ALL and run.model.n_cfeat:
+        return torch.eye(run.model.n_cfeat)[cycled_classes(run, first_sample, n)]
+    return run.context(text).expand(n, -1)
+
+
+def cycled_classes(run: runs.Run, first_sample: int, n: int) -> Tensor:
+    """The class of every sample under `--context all`: int64 [n]."""
+    return torch.arange(first_sample, first_sample + n) % run.model.n_cfeat
+
+
+def draw(
+    run: runs.Run,
+    n: int,
+    context: Tensor | None,
+    options: dict[str, Any],
+    world: World,
+    *,
+    first_sample: int = 0,
+    batch_size: int | None = None,
+    keep: bool = False,
+    **more: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...]."""
+    if n < 1:
+        raise BadInput(f"--n: got {n}, needs an integer >= 1")
+    if batch_size is not None and batch_size < 1:
+        raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
+    shape = run.model.sample_shape
+    part = world.share(n)
+    count = part.stop - part.start
+    batch_size = batch_size or chunk_size(shape)
+    steps = len(make_table(run.schedule, **options))
+    estimates: list[list[Tensor]] = [[] for _ in range(steps)]
+    done = 0
+    total = steps * -(-count // batch_size)
+    images = torch.zeros(0, *shape)
+    with Bar("sample", max(total, 1), "steps/s", quiet=not (world.is_main and count)) as bar:
+
+        def callback(step: int, x0: Tensor) -> None:
+            nonlocal done
+            done += 1
+            bar.update(done)
+            if keep:
+                estimates[step].append(x0.cpu().clone())
+
+        if count:
+            images = sample(
+                run.model,
+                run.schedule,
+                count,
+                context=None if context is None else context[part],
+                first_sample=first_sample + part.start,
+                batch_size=batch_size,
+                callback=callback,
+                **options,
+                **more,
+            )
+    return world.gather(images, n).cpu(), [torch.cat(parts) for parts in estimates] if keep else []

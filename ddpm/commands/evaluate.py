@@ -1,0 +1,68 @@
+"""`ddpm evaluate`: how good the samples of a run are, beside what real data gets."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ddpm import evaluation, fitting, runs
+from ddpm.commands.drawing import ALL, contexts_of, cycled_classes, draw, table_of
+from ddpm.distributed import World, pick_device
+from ddpm.errors import BadInput
+from ddpm.files import write_json
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    n: Annotated[int, typer.Option(help="how many samples")] = 500,
+    guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
+    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
+    seed: Annotated[int, typer.Option(help="0 <= seed < 2^63")] = 0,
+    data: Annotated[str | None, typer.Option(help="where the training data lies now [as trained]")] = None,
+    labels: Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")] = None,
+    json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
+    engine: Annotated[str, typer.Option(help="auto or eager")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Class accuracy by an independent classifier, and a Frechet distance between pixel features."""
+    opened = runs.load_run(run)
+    opened.model.to(pick_device(device))
+    if n < 2:
+        raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
+    moved = {name: value for name, value in (("data", data), ("labels", labels)) if value is not None}
+    if not isinstance(opened.config.get("training"), dict):
+        raise BadInput(f"{run / runs.CONFIG}: an imported run knows no training data to compare with")
+    dataset = replace(fitting.resumed_options(run, {}), **moved).load_data()
+    if dataset.digest() != opened.config["data"]["digest"]:
+        raise BadInput(
+            f"{run}: was trained on other data than {data or dataset.name}, needs the same (--data, --labels)"
+        )
+    options, table = table_of(opened, {"solver": solver, "steps": steps})
+    conditional = bool(opened.model.n_cfeat)
+    images, _ = draw(
+        opened,
+        n,
+        contexts_of(opened, ALL, 0, n) if conditional else None,
+        options,
+        World(),
+        guidance=guidance,
+        seed=seed,
+        engine=engine,
+    )
+    classes = cycled_classes(opened, 0, n) if conditional else None
+    result = evaluation.evaluate(images, dataset, classes)
+    shown = Table(title=f"{run}: {n} samples, {options['solver']}, {len(table)} steps, guidance {guidance:g}")
+    for heading in ("", "samples", "real data"):
+        shown.add_column(heading, justify="left" if not heading else "right")
+    shown.add_row("Frechet distance of pixel features", f"{result.frechet:.3f}", f"{result.frechet_real:.3f}")
+    if result.accuracy is not None:
+        shown.add_row("read as the class asked for", f"{result.accuracy:.1%}", f"{result.accuracy_real:.1%}")
+    Console().print(shown)
+    if json is not None:
+        settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}
+        write_json(json, settings | result.asdict())
+        print(f"wrote {json}")

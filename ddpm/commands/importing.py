@@ -1,0 +1,77 @@
+"""`ddpm import`: published ContextUnet weights in, run folder out."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from ddpm import runs
+from ddpm.errors import BadInput
+from ddpm.networks import ContextUnet, load_context_unet_weights
+from ddpm.schedule import NoiseSchedule
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .pth, never unpickling objects. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BadInput(f"{path}: holds a {type(state).__name__}, needs a state dict of tensors")
+    return state
+
+
+def import_weights(
+    weights: Annotated[Path, typer.Argument(help="a ContextUnet state dict, .pth")],
+    out: Annotated[Path, typer.Option(help="run folder to make")],
+    n_feat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
+    n_cfeat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
+    height: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
+    timesteps: Annotated[int, typer.Option(help="T it was trained with")] = 500,
+    beta_start: Annotated[float, typer.Option(help="first beta")] = 1e-4,
+    beta_end: Annotated[float, typer.Option(help="last beta")] = 0.02,
+    classes: Annotated[str | None, typer.Option(help="names of the classes, comma-separated")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in --out")] = False,
+) -> None:
+    """Turn published ContextUnet weights into a run that samples as their authors did: ddpm, variance beta, no clip."""
+    state = read_state_dict(weights)
+    levels = sum(1 for name in state if name.startswith("down") and name.endswith("model.0.conv1.0.weight"))
+    try:
+        found = {
+            "in_channels": state["init_conv.conv1.0.weight"].shape[1],
+            "n_feat": state["init_conv.conv1.0.weight"].shape[0],
+            "n_cfeat": state["contextembed1.model.0.weight"].shape[1],
+            "height": state["up0.0.weight"].shape[2] << levels,
+        }
+    except (KeyError, IndexError) as error:
+        raise BadInput(f"{weights}: not a ContextUnet state dict (no usable {error})") from None
+    for name, asked in (("n_feat", n_feat), ("n_cfeat", n_cfeat), ("height", height)):
+        if asked is not None and asked != found[name]:
+            raise BadInput(f"--{name.replace('_', '-')}: got {asked}, but {weights} has {found[name]}")
+    names = () if classes is None else tuple(classes.split(","))
+    if names and len(names) != found["n_cfeat"]:
+        raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
+    schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
+    try:
+        network = ContextUnet(**found)
+        load_context_unet_weights(network, state)
+    except ValueError as error:
+        raise BadInput(f"{weights}: {error}") from error
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file, needs a folder")
+    if runs.holds_run(out) and not overwrite:
+        raise BadInput(f"{out}: already holds a run, needs --overwrite or another --out")
+    config = runs.make_config(
+        network, schedule, "eps", classes=names, weights="imported", sampling={"variance": "beta"}
+    )
+    runs.clear(out)
+    runs.save_run(out, network, config)
+    print(f"imported: {out} ({', '.join(f'{name} {value}' for name, value in found.items())})")
+    print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")

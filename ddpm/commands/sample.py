@@ -1,0 +1,118 @@
+"""`ddpm sample`: run folder in, pictures out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from ddpm import pictures, runs
+from ddpm.commands.drawing import ALL, contexts_of, draw, table_of
+from ddpm.distributed import pick_device, world
+from ddpm.errors import BadInput
+from ddpm.files import replacing
+from ddpm.sampling import philox_noise
+from kernels import philox
+
+
+def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...]) -> None:
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise BadInput(f"{option}: got {path}, needs a file name ending in {' or '.join(suffixes)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    n: Annotated[int, typer.Option(help="how many")] = 64,
+    out: Annotated[Path | None, typer.Option(help="picture of all samples, .png")] = None,
+    npy: Annotated[Path | None, typer.Option(help="samples as float32 [n, C, H, W], not clamped")] = None,
+    gif: Annotated[Path | None, typer.Option(help="noise becoming pictures")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="class by name or number, v1,v2,.., or all (sample k: class k % K)")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
+    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
+    eta: Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")] = None,
+    variance: Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")] = None,
+    clip: Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")] = None,
+    spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")] = None,
+    seed: Annotated[int, typer.Option(help="0 <= seed < 2^63; the same seed gives the same pictures")] = 0,
+    first_sample: Annotated[int, typer.Option(help="global index of the first sample")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="samples at a time; changes nothing else")] = None,
+    columns: Annotated[int | None, typer.Option(help="of the picture [square, or one per class]")] = None,
+    engine: Annotated[str, typer.Option(help="auto or eager")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""
+    if out is npy is gif is None:
+        raise BadInput("--out, --npy, --gif: got none, needs at least one to write")
+    _check_output(out, "--out", (".png",))
+    _check_output(npy, "--npy", (".npy",))
+    _check_output(gif, "--gif", (".gif",))
+    if columns is not None and columns < 1:
+        raise BadInput(f"--columns: got {columns}, needs an integer >= 1")
+    opened = runs.load_run(run)
+    target = pick_device(device)
+    opened.model.to(target)
+    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    options, table = table_of(opened, asked)
+    with world(target) as ranks:
+        if gif is not None and ranks.size > 1:
+            raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")
+        if n < 1:
+            raise BadInput(f"--n: got {n}, needs an integer >= 1")
+        images, estimates = draw(
+            opened,
+            n,
+            contexts_of(opened, context, first_sample, n),
+            options,
+            ranks,
+            first_sample=first_sample,
+            batch_size=batch_size,
+            keep=gif is not None,
+            guidance=guidance,
+            seed=seed,
+            engine=engine,
+        )
+        if not ranks.is_main:
+            return
+    headers: tuple[str, ...] = ()
+    if context == ALL:
+        columns = columns or opened.model.n_cfeat
+        if columns == opened.model.n_cfeat:
+            count = opened.model.n_cfeat
+            names = opened.classes or tuple(str(k) for k in range(count))
+            headers = tuple(names[(first_sample + k) % count] for k in range(count))
+    caption = _caption(options, len(table), context, guidance, seed, first_sample)
+    if out is not None:
+        pictures.save_png(out, pictures.render(images, columns, headers, caption))
+    if npy is not None:
+        with replacing(npy) as partial:
+            np.save(partial, images.numpy())
+    if gif is not None:
+        samples = torch.arange(first_sample, first_sample + n)
+        noise = philox_noise(seed, torch.device("cpu"), torch.float32)
+        initial = noise(samples, 0, philox.Stream.INITIAL, opened.model.sample_shape)
+        alpha_bars = opened.schedule.alpha_bars[table.timesteps].tolist()
+        frames = pictures.trajectory(estimates, alpha_bars, initial)
+        pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption) for frame in frames])
+    for path in (out, npy, gif):
+        if path is not None:
+            print(f"wrote {path}")
+
+
+def _caption(options: dict, steps: int, context: str | None, guidance: float, seed: int, first_sample: int) -> str:
+    parts = [f"{options['solver']}, {steps} steps"]
+    if context not in (None, ALL):
+        parts.append(f"context {context}")
+    if guidance != 1.0:
+        parts.append(f"guidance {guidance:g}")
+    parts.append(f"seed {seed}")
+    if first_sample:
+        parts.append(f"from sample {first_sample}")
+    return ", ".join(parts)

@@ -1,0 +1,258 @@
+"""Data sets: images (or points) in memory, with one-hot labels or none.
+
+Sources, by the text that `--data` takes: `digits` (scikit-learn's), `swiss-roll`, a `.npy` of uint8 [N, H, W, C],
+a folder of images (subfolders = classes), or an MNIST idx file of images (`.gz` or not).
+"""
+
+import gzip
+import hashlib
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ddpm.errors import BadInput
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
+IDX_IMAGES, IDX_LABELS = 2051, 2049
+DIGITS_SIDE = 16
+CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """values: uint8 [N, C, H, W] or float32 [N, features]; labels: one-hot float32 [N, K] or None; classes: K names."""
+
+    name: str
+    values: Tensor
+    labels: Tensor | None
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def is_images(self) -> bool:
+        return self.values.dtype == torch.uint8
+
+    def digest(self) -> str:
+        """sha256 over values and labels: what `--resume` compares."""
+        sha = hashlib.sha256(repr(tuple(self.values.shape)).encode())
+        for tensor in (self.values, self.labels):
+            if tensor is not None:
+                sha.update(tensor.contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+
+def load_data(
+    source: str,
+    labels: str | None = None,
+    image_size: int | None = None,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
+    """The data set that `source` names.
+
+    Args:
+        source: see the module docstring.
+        labels: a `.npy` (one-hot [N, K] or integer [N]) or an idx file; only where the source has none of its own.
+        image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then resize
+            to this side with Pillow's bicubic filter, which averages when it shrinks.
+        classes: names of the classes, in order of their number; defaults to what the source says.
+
+    Raises: BadInput naming the file, what was found and what is needed.
+    """
+    if image_size is not None and image_size < 1:
+        raise BadInput(f"--image-size: got {image_size}, needs a side of at least 1 pixel")
+    path = Path(source)
+    if source == "digits":
+        _no_labels(source, labels)
+        images, one_hot, names = _digits(image_size or DIGITS_SIDE)
+    elif source == "swiss-roll":
+        _no_labels(source, labels)
+        if image_size is not None:
+            raise BadInput("--image-size: swiss-roll has points, not images")
+        return Dataset(source, _swiss_roll(), None, ())
+    elif path.is_dir():
+        _no_labels(source, labels)
+        images, one_hot, names = _image_folder(path, image_size)
+    elif not path.exists():
+        raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
+    else:
+        raw = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES)
+        images = _check_images(path, raw)
+        if image_size is not None:
+            images = np.stack([_fit(Image.fromarray(_squeeze(image)), image_size) for image in images])
+        one_hot = None if labels is None else _read_labels(Path(labels), len(images), path)
+        names = () if one_hot is None else tuple(str(k) for k in range(one_hot.shape[1]))
+    if images.shape[1] != images.shape[2]:
+        raise BadInput(f"{source}: images are {images.shape[2]}x{images.shape[1]}, needs squares (or --image-size)")
+    if classes is not None:
+        if len(classes) != len(names):
+            raise BadInput(f"--classes: got {len(classes)} names, needs {len(names)} for {source}")
+        names = tuple(classes)
+    values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    name = source if source == "digits" else path.stem
+    return Dataset(name, values, None if one_hot is None else torch.from_numpy(one_hot), names)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array in a .npy file, never unpickling. Raises BadInput if it cannot be read."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, EOFError, ValueError) as error:
+        reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error).splitlines()[0]
+        raise BadInput(f"{path}: not a readable .npy array without pickled objects ({reason})") from error
+
+
+def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
+    """Integers [N] in 0..count-1 -> float32 [N, count]."""
+    return np.eye(count, dtype=np.float32)[classes]
+
+
+def _no_labels(source: str, labels: str | None) -> None:
+    if labels is not None:
+        raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
+
+
+def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """scikit-learn's 1,797 digits, 8x8 of 0..16, brought to side x side of 0..255 by Pillow's bicubic filter."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    images = np.stack([_fit(Image.fromarray(image), side) for image in small])
+    return images, one_hot(digits.target, 10), tuple("0123456789")
+
+
+def _swiss_roll() -> Tensor:
+    """4,096 points of scikit-learn's Swiss roll seen along its axis, scaled to unit variance: float32 [4096, 2]."""
+    from sklearn.datasets import make_swiss_roll
+
+    points = make_swiss_roll(4096, noise=0.3, random_state=0)[0][:, [0, 2]]
+    return torch.from_numpy(((points - points.mean(0)) / points.std()).astype(np.float32))
+
+
+def _fit(image: Image.Image, side: int) -> np.ndarray:
+    """Central square, bicubic to side x side: uint8 [side, side, C]."""
+    square = min(image.size)
+    left, top = (image.width - square) // 2, (image.height - square) // 2
+    image = image.crop((left, top, left + square, top + square))
+    if square != side:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(side, side, -1)
+
+
+def _squeeze(image: np.ndarray) -> np.ndarray:
+    return image[..., 0] if image.shape[-1] == 1 else image
+
+
+def _check_images(path: Path, images: np.ndarray) -> np.ndarray:
+    found = f"{images.dtype} {list(images.shape)}"
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        found += " with NaN or infinite values"
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise BadInput(f"{path}: found {found}, needs uint8 [N, H, W, C] with C = 1 or 3")
+    if 0 in images.shape:
+        raise BadInput(f"{path}: found {found}, needs at least one image")
+    return images
+
+
+def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    """Images of a folder in sorted order; subfolders are classes. All grey -> 1 channel, else RGB on white."""
+    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(path, k) for k, sub in enumerate(subfolders) for path in _images_in(sub)]
+    loose = _images_in(folder)
+    if found and loose:
+        raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
+    files = found or [(path, 0) for path in loose]
+    if not files:
+        raise BadInput(
+            f"{folder}: no images found, needs {', '.join(sorted(IMAGE_SUFFIXES))} (in class subfolders or not)"
+        )
+    opened = [_open(path) for path, _ in files]
+    mode = "L" if all(image.mode in ("L", "1") for image in opened) else "RGB"
+    arrays = []
+    for (path, _), image in zip(files, opened, strict=True):
+        image = image.convert(mode)
+        array = _fit(image, side) if side else np.asarray(image).reshape(image.height, image.width, -1)
+        if arrays and array.shape != arrays[0].shape:
+            raise BadInput(
+                f"{path}: is {image.width}x{image.height}, the first image is "
+                f"{arrays[0].shape[1]}x{arrays[0].shape[0]}: needs --image-size to bring them to one size"
+            )
+        arrays.append(array)
+    if not found:
+        return np.stack(arrays), None, ()
+    classes = np.array([k for _, k in files])
+    empty = next((sub for k, sub in enumerate(subfolders) if not (classes == k).any()), None)
+    if empty is not None:
+        raise BadInput(f"{empty}: a class folder without images")
+    return np.stack(arrays), one_hot(classes, len(subfolders)), tuple(sub.name for sub in subfolders)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.mode in ("L", "1"):
+                return image.copy()
+            rgba = image.convert("RGBA")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise BadInput(f"{path}: not a readable image ({error})") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _read_idx(path: Path, magic: int) -> np.ndarray:
+    """An idx file of unsigned bytes: images [N, H, W, 1] or labels [N] (LeCun's format, big-endian header)."""
+    try:
+        raw = path.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from error
+    rank = magic & 0xFF
+    header = 4 + 4 * rank
+    if len(raw) < header or struct.unpack(">i", raw[:4])[0] != magic:
+        raise BadInput(f"{path}: not a .npy, a folder of images or an idx file with magic number {magic}")
+    shape = struct.unpack(f">{rank}i", raw[4:header])
+    if len(raw) - header != np.prod(shape):
+        raise BadInput(f"{path}: {len(raw) - header} bytes of data, its header {list(shape)} needs {np.prod(shape)}")
+    array = np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    return array[..., None] if magic == IDX_IMAGES else array
+
+
+def _read_labels(path: Path, n: int, images: Path) -> np.ndarray:
+    """Labels as one-hot float32 [N, K], from one-hot [N, K] or integers [N]."""
+    if path.suffix != ".npy" and not path.exists():
+        raise BadInput(f"{path}: no such file")
+    labels = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_LABELS)
+    found = f"{labels.dtype} {list(labels.shape)}"
+    if (
+        labels.ndim not in (1, 2)
+        or labels.dtype.kind not in "iufb"
+        or (labels.ndim == 1 and labels.dtype.kind not in "iu")
+    ):
+        raise BadInput(f"{path}: found {found}, needs integers [N] or one-hot rows [N, K]")
+    if len(labels) != n:
+        raise BadInput(f"{path}: {len(labels)} labels for {n} images in {images}, needs one each")
+    if labels.ndim == 1:
+        if labels.min() < 0 or labels.max() >= CLASSES_MAX:
+            raise BadInput(f"{path}: classes {labels.min()}..{labels.max()}, needs 0..{CLASSES_MAX - 1}")
+        return one_hot(labels.astype(np.int64), int(labels.max()) + 1)
+    bad = np.flatnonzero((np.sort(labels.astype(np.float64), axis=1)[:, :-1] != 0).any(1) | (labels.sum(1) != 1))
+    if bad.size:
+        raise BadInput(f"{path}: row {bad[0]} is {labels[bad[0]].tolist()}, needs a one-hot row (a single 1)")
+    return labels.astype(np.float32)

@@ -1,0 +1,85 @@
+"""One process or many: `World` is what training and sampling see of torchrun."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """rank of size; a lone process is rank 0 of 1 and communicates with nobody."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """DistributedDataParallel where there are several ranks; BatchNorm statistics are those of rank 0."""
+        if self.size == 1:
+            return network
+        ids = [device.index] if device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=ids)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over ranks."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        return bool(self.mean(torch.tensor(float(flag), device=device)) > 0)
+
+    def share(self, n: int) -> slice:
+        """This rank's contiguous part of range(n); the parts differ by at most one."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def gather(self, part: Tensor, n: int) -> Tensor:
+        """All ranks' `share` parts joined to [n, ...], on every rank."""
+        if self.size == 1:
+            return part
+        sizes = [n * (r + 1) // self.size - n * r // self.size for r in range(self.size)]
+        padded = part.new_zeros(max(sizes), *part.shape[1:])
+        padded[: part.shape[0]] = part
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
+
+
+@contextmanager
+def world(device: torch.device) -> Iterator[World]:
+    """The world that torchrun's environment variables describe: gloo on the CPU, nccl on CUDA."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """auto = CUDA where there is one; under torchrun cuda means this rank's own. Raises ValueError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device: got {name!r}, needs auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but this PyTorch sees no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,180 @@
+"""Run folders: what training leaves and sampling reads.
+
+config.json           network, schedule, prediction, data, training options, sampling defaults
+model.safetensors     the weights that sampling uses (the moving average, or imported ones)
+training.safetensors  the training state, for --resume
+loss.csv, loss.png    one row per epoch, and its plot
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.errors import BadInput
+from ddpm.files import read_json, read_tensors, write_json, write_tensors
+from ddpm.networks import build_network
+from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import make_table
+
+FORMAT_VERSION = 1
+CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = (
+    "config.json",
+    "model.safetensors",
+    "training.safetensors",
+    "loss.csv",
+    "loss.png",
+)
+SAMPLING_DEFAULTS = {
+    "solver": "ddpm",
+    "steps": None,
+    "eta": 0.0,
+    "variance": "posterior",
+    "clip": None,
+    "spacing": "trailing",
+}
+
+
+def make_config(
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    prediction: str,
+    *,
+    classes: Sequence[str] = (),
+    weights: str = "ema",
+    sampling: Mapping[str, object] | None = None,
+    **more: object,
+) -> dict[str, Any]:
+    """The content of config.json. `sampling` overrides SAMPLING_DEFAULTS; `more` is kept as given."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": network.config(),
+        "schedule": schedule.config(),
+        "prediction": prediction,
+        "classes": list(classes),
+        "weights": weights,
+        "sampling": SAMPLING_DEFAULTS | dict(sampling or {}),
+        **more,
+    }
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether anything of a run lies in this folder."""
+    return any((folder / name).exists() for name in (CONFIG, MODEL, TRAINING))
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left, so that no mixture of two can be read."""
+    for name in (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG):
+        (folder / name).unlink(missing_ok=True)
+
+
+def save_run(folder: Path, network: nn.Module, config: Mapping[str, object]) -> None:
+    """Write config.json and model.safetensors, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config)
+    write_tensors(folder / MODEL, network.state_dict(), {"format_version": str(FORMAT_VERSION)})
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained (or imported) model with all that sampling it needs.
+
+    Sample it with `sample(run.model, run.schedule, n, **run.sampling)`.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    model: nn.Module
+    schedule: NoiseSchedule
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.config["classes"])
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The run's sampling options, prediction included, as keyword arguments of `sample`."""
+        return {**self.config["sampling"], "prediction": self.config["prediction"]}
+
+    def context(self, text: str) -> Tensor:
+        """One context vector, float32 [n_cfeat]: a class by name or number, or `v1,v2,..`.
+
+        Raises BadInput for anything else.
+        """
+        n_cfeat = self.model.n_cfeat
+        if n_cfeat == 0:
+            raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
+        names = self.classes
+        if text in names:
+            return torch.eye(n_cfeat)[names.index(text)]
+        known = f"a class ({', '.join(names)})" if names else f"a class in 0..{n_cfeat - 1}"
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            raise BadInput(f"--context: got {text!r}, needs {known} or {n_cfeat} numbers") from None
+        if len(numbers) == 1 and n_cfeat > 1:
+            if not text.isdecimal() or int(text) >= n_cfeat:
+                raise BadInput(f"--context: got {text!r}, needs {known}, 0..{n_cfeat - 1} or {n_cfeat} numbers")
+            return torch.eye(n_cfeat)[int(text)]
+        vector = torch.tensor(numbers)
+        if len(numbers) != n_cfeat or not vector.isfinite().all():
+            raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {n_cfeat} finite ones")
+        return vector
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The run's config.json, checked for what every reader needs. Raises BadInput."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such run folder")
+    path = folder / CONFIG
+    config = read_json(path)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{path}: format_version {config.get('format_version')!r}, needs {FORMAT_VERSION}")
+    kinds = {"model": dict, "schedule": dict, "prediction": str, "classes": list, "sampling": dict}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise BadInput(f"{path}: {key!r} is {config.get(key)!r}, needs a {kind.__name__}")
+    return config
+
+
+def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSchedule]:
+    """Network (untrained) and schedule of a config; its sampling defaults must make a table. Raises BadInput."""
+    try:
+        network = build_network(config["model"])
+        schedule = NoiseSchedule.make(**config["schedule"])
+        make_table(schedule, **config["sampling"], prediction=config["prediction"])
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{folder / CONFIG}: {error}") from error
+    return network, schedule
+
+
+def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into the network. Raises BadInput naming the first that is missing, misshapen or too many."""
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name not in tensors:
+            raise BadInput(f"{path}: has no {name!r}, which the network of {CONFIG} needs: from another network?")
+        if tensors[name].shape != tensor.shape:
+            raise BadInput(
+                f"{path}: {name!r} is {list(tensors[name].shape)}, the network of {CONFIG} needs {list(tensor.shape)}"
+            )
+    extra = next((name for name in tensors if name not in own), None)
+    if extra is not None:
+        raise BadInput(f"{path}: has {extra!r}, which the network of {CONFIG} does not: from another network?")
+    network.load_state_dict(dict(tensors))
+
+
+def load_run(folder: str | Path) -> Run:
+    """The run in a folder, its model on the CPU in eval mode. Raises BadInput if anything is missing or damaged."""
+    folder = Path(folder)
+    config = read_config(folder)
+    network, schedule = build(folder, config)
+    path = folder / MODEL
+    if not path.exists():
+        raise BadInput(f"{path}: no such file: training has not saved yet (ddpm train --out {folder} --resume)")
+    load_weights(network, read_tensors(path)[0], path)
+    return Run(folder, config, network.eval(), schedule)

@@ -1,0 +1,145 @@
+"""Sampling: one function for every engine."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.engines import choose
+from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import make_table
+from kernels import philox
+
+Noise = Callable[[Tensor, int, int, tuple[int, ...]], Tensor]
+Callback = Callable[[int, Tensor], None]
+
+# Rows per chunk when `batch_size` is None: untuned, 256 keeps a 64-wide 16x16 network's activations below 1 GiB.
+CHUNK_PIXELS = 256 * 16 * 16
+
+
+def sample_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape of one sample: the model's `sample_shape`, or (in_channels, height, height)."""
+    if hasattr(model, "sample_shape"):
+        return tuple(model.sample_shape)
+    if hasattr(model, "in_channels") and hasattr(model, "height"):
+        return model.in_channels, model.height, model.height
+    raise TypeError(f"model: {type(model).__name__} needs an attribute sample_shape, or in_channels and height")
+
+
+def chunk_size(shape: tuple[int, ...]) -> int:
+    """Samples per chunk when nobody says."""
+    return max(1, CHUNK_PIXELS // math.prod(shape[1:]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and without gradients; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _contexts(context: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+    """[n, n_cfeat] from [n_cfeat] or [n, n_cfeat]."""
+    if context is None:
+        return None
+    context = torch.as_tensor(context, dtype=torch.float32, device=device)
+    if context.ndim == 1:
+        context = context.expand(n, -1)
+    if context.ndim != 2 or context.shape[0] != n:
+        raise ValueError(f"context: got shape {list(context.shape)}, needs [n_cfeat] or [{n}, n_cfeat]")
+    if not context.isfinite().all():
+        raise ValueError("context: got NaN or infinite values, needs finite ones")
+    return context
+
+
+def sample(
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    n: int,
+    *,
+    solver: str = "ddpm",
+    steps: int | None = None,
+    context: Tensor | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first_sample: int = 0,
+    engine: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    noise: Noise | None = None,
+    callback: Callback | None = None,
+    **table_options: object,
+) -> Tensor:
+    """Draw n samples. Sample k depends on (weights, table, seed, first_sample + k) alone.
+
+    Args:
+        model: forward(x [n, *shape], t [n] float in (0, 1], c [n, n_cfeat] or None); runs in eval mode, on its device.
+        schedule: the one it was trained with.
+        n: how many, >= 1.
+        solver, steps, table_options: see `make_table` (eta, variance, prediction, clip, spacing).
+        context: float [n_cfeat] for all, or [n, n_cfeat]; None = unconditional (zeros).
+        guidance: w in m_uncond + w (m_cond - m_uncond); 1 = conditional only. Any other needs a context.
+        seed: 0 <= seed < 2^63. first_sample: global index of the first sample, >= 0.
+        engine: how to execute the steps, see `ddpm.engines`; `auto` chooses and logs what it chose.
+        dtype: what the network computes in. The state is float32, or float64 for float64.
+        batch_size: samples per chunk, default by image size; results do not depend on it.
+        noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox.
+        callback: callback(step, x0) after every step of every chunk: step counts 0..S-1, x0 [chunk, *shape] is
+            the current estimate of the result, overwritten by later steps.
+
+    Returns: float32 [n, *shape] on the model's device, not clamped.
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: got {n!r}, needs an integer >= 1")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, needs >= 1 or None")
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype: got {dtype}, needs a floating type")
+    philox.check_seed(seed)
+    if not 0 <= first_sample <= philox.SAMPLE_LIMIT - n:
+        raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance: got {guidance}, needs a finite number")
+    if guidance != 1.0 and context is None:
+        raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
+    table = make_table(schedule, solver, steps, **table_options)
+    shape = sample_shape(model)
+    anchor = next(model.parameters(), torch.empty(0))
+    device = anchor.device
+    contexts = _contexts(context, n, device)
+    if batch_size is None:
+        batch_size = chunk_size(shape)
+    if anchor.numel() and anchor.dtype != dtype:
+        model = copy.deepcopy(model).to(dtype)
+    state_dtype = torch.promote_types(dtype, torch.float32)
+    draw = noise or philox_noise(seed, device, state_dtype)
+
+    with evaluating(model):
+        run = choose(engine, device)(model, schedule.timesteps, table, dtype)
+        chunks = []
+        for start in range(0, n, batch_size):
+            rows = slice(start, min(start + batch_size, n))
+            samples = torch.arange(first_sample + rows.start, first_sample + rows.stop, device=device)
+            x = draw(samples, 0, philox.Stream.INITIAL, shape).to(state_dtype)
+            c = None if contexts is None else contexts[rows]
+            chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
+    return torch.cat(chunks)
+
+
+def philox_noise(seed: int | Tensor, device: torch.device, dtype: torch.dtype) -> Noise:
+    """The default noise: noise(samples, step, stream, shape) by the noise contract."""
+
+    def draw(samples: Tensor, step: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+        return philox.normal(seed, samples, step, stream, shape, device=device, dtype=dtype)
+
+    return draw

@@ -1,0 +1,118 @@
+"""Noise schedules: how much of the data is left at time t.
+
+t runs over 1..T and index 0 is clean data, so every array has length T+1 and alpha_bars[0] == 1.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KINDS = ("linear", "quad", "sigmoid", "constant", "cosine", "context_unet")
+COSINE_OFFSET = 0.008
+COSINE_BETA_MAX = 0.999
+# Above this much signal left at t = T the network never sees what sampling starts from (Lin et al. 2024).
+SIGNAL_LEFT_MAX = 0.05
+
+
+def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarray:
+    """betas of t = 1..T, float64 [T]."""
+    if kind == "linear":
+        return np.linspace(start, end, timesteps)
+    if kind == "quad":
+        return np.linspace(math.sqrt(start), math.sqrt(end), timesteps) ** 2
+    if kind == "sigmoid":
+        return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, timesteps)))
+    if kind == "constant":
+        return np.full(timesteps, end)
+    t = np.arange(timesteps + 1) / timesteps
+    signal = np.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+    return np.minimum(1 - signal[1:] / signal[:-1], COSINE_BETA_MAX)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """betas, alphas and alpha_bars of t = 0..T: float64 tensors [T+1] on the CPU, indexed by t.
+
+    Build one with `NoiseSchedule.make`. betas[0] == 0, alphas[0] == alpha_bars[0] == 1.
+    """
+
+    kind: str
+    timesteps: int
+    beta_start: float | None
+    beta_end: float | None
+    betas: Tensor
+    alphas: Tensor
+    alpha_bars: Tensor
+
+    @classmethod
+    def make(
+        cls,
+        kind: str,
+        timesteps: int,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+    ) -> "NoiseSchedule":
+        """The schedule of this name.
+
+        Kinds: `linear` (Ho et al. 2020), `quad` (linear in sqrt(beta)), `sigmoid` (logistic over -6..6),
+        `constant` (every beta is beta_end, or beta_start if only that is given; default 0.035),
+        `cosine` (Nichol & Dhariwal 2021, s = 0.008, beta <= 0.999; takes no betas), and `context_unet`,
+        the T+1-point linear grid whose alpha_bars include b_0, as published ContextUnet weights were trained with.
+        beta_start and beta_end default to 1e-4 and 0.02.
+
+        Raises ValueError for an unknown kind, T < 1, or betas outside (0, 1). Warns if alpha_bars[T] > 0.05.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"schedule: got {kind!r}, needs one of {', '.join(KINDS)}")
+        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+            raise ValueError(f"timesteps: got {timesteps!r}, needs an integer >= 1")
+        if kind == "cosine":
+            if beta_start is not None or beta_end is not None:
+                raise ValueError("beta_start, beta_end: the cosine schedule takes none")
+        elif kind == "constant":
+            beta_end = next((b for b in (beta_end, beta_start) if b is not None), 0.035)
+            beta_start = beta_end
+        else:
+            beta_start = 1e-4 if beta_start is None else beta_start
+            beta_end = 0.02 if beta_end is None else beta_end
+        for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+            if beta is not None and not 0 < beta < 1:
+                raise ValueError(f"{name}: got {beta}, needs 0 < {name} < 1")
+
+        if kind == "context_unet":
+            grid = np.linspace(beta_start, beta_end, timesteps + 1)
+            alpha_bars = np.exp(np.cumsum(np.log1p(-grid)))
+            alpha_bars[0] = 1.0
+            betas = np.concatenate([[0.0], grid[1:]])
+        else:
+            betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, beta_start, beta_end)])
+            alpha_bars = np.cumprod(1 - betas)
+        if alpha_bars[-1] > SIGNAL_LEFT_MAX:
+            warnings.warn(
+                f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {alpha_bars[-1]:.2g} > "
+                f"{SIGNAL_LEFT_MAX}: sampling starts from a distribution that training never saw; "
+                "use more timesteps, a larger beta_end, or cosine",
+                stacklevel=2,
+            )
+        return cls(
+            kind,
+            timesteps,
+            beta_start,
+            beta_end,
+            torch.from_numpy(betas),
+            torch.from_numpy(1 - betas),
+            torch.from_numpy(alpha_bars),
+        )
+
+    def config(self) -> dict[str, str | int | float | None]:
+        """The arguments that `make` needs to build this schedule again."""
+        return {
+            "kind": self.kind,
+            "timesteps": self.timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+        }
