@@ -1,0 +1,51 @@
+# `make` says what there is.
+PYTHON ?= python3
+RUN ?= runs/demo
+BIN := .venv/bin
+
+.PHONY: help setup demo test test-long lint format clean
+
+help:
+	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
+	@echo "make test       the tests, under 5 minutes"
+	@echo "make test-long  kills, the demo's quality, long statistics"
+	@echo "make lint       ruff: lint and format check"
+	@echo "make format     ruff: fix and format"
+	@echo "make setup      .venv with the pinned packages (the others call it)"
+	@echo "make clean      remove .venv and caches"
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), needs Python 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(BIN)/ddpm train --data digits --out $(RUN) --n-feat 32 --epochs 30 --overwrite
+	$(BIN)/ddpm sample $(RUN) --context all --n 100 --guidance 2 --solver dpmpp_2m --steps 30 \
+		--out $(RUN)/samples.png --gif $(RUN)/trajectory.gif
+	@echo
+	@echo "Look at  $(RUN)/samples.png  $(RUN)/trajectory.gif  $(RUN)/loss.png"
+	@echo "Next:    $(BIN)/ddpm sample $(RUN) --context 7 --guidance 3 --seed 1 --n 25 --out sevens.png"
+	@echo "         $(BIN)/ddpm sample $(RUN) --context 0,0,0,.5,0,0,0,0,.5,0 --n 25 --out between_3_and_8.png"
+	@echo "         $(BIN)/ddpm evaluate $(RUN) --guidance 2"
+
+test: setup
+	$(BIN)/pytest -m "not long"
+
+test-long: setup
+	$(BIN)/pytest -m long
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
