@@ -159,9 +159,10 @@ def fit(trainer: Trainer, folder: Path, save_every: float) -> None:
     saved = time.monotonic()
     main = trainer.world.is_main
     size = trainer.options.batch_size
+    unit = "images/s" if trainer.dataset.is_images else "points/s"
     with (
         _catching_signals() as stop,
-        Bar("train", trainer.total, "images/s", size, trainer.index, quiet=not main) as bar,
+        Bar("train", trainer.total, unit, size, trainer.index, quiet=not main) as bar,
     ):
         while not trainer.done:
             trainer.step()
@@ -185,8 +186,8 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     save_every: float = 60.0,
-) -> Trainer:
-    """Train a run into a folder, or continue it; returns the finished trainer.
+) -> tuple[Trainer, bool]:
+    """Train a run into a folder, or continue it; returns the finished trainer and whether it was finished before.
 
     Raises BadInput before anything is written, Interrupted and WorkFailed as `fit` does.
     """
@@ -196,10 +197,13 @@ def train(
     continued = open_folder(folder, resume, overwrite) if world.is_main else False
     if world.any(continued, device):
         resume_from(folder, trainer)
-        if trainer.done and world.is_main:
-            write_model(folder, trainer)
     elif world.is_main:
         runs.clear(folder)
         write_json(folder / runs.CONFIG, make_config(trainer))
-    fit(trainer, folder, save_every)
-    return trainer
+    finished = trainer.done
+    if not finished:
+        fit(trainer, folder, save_every)
+    elif world.is_main:
+        # A kill may have come between the last training state and what is made from it.
+        write_model(folder, trainer)
+    return trainer, finished

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ddpm.files import replacing
 
-CELL_PIXELS = 64  # small images are enlarged by a whole factor to about this side
+# Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
+CELL_PIXELS, GIF_CELL_PIXELS = 64, 32
 GAP, MARGIN, TEXT = 4, 10, 14
 INK, PAPER, FRAME = "#202020", "#ffffff", "#d0d0d0"
 GIF_FRAME_MS, GIF_LAST_MS = 60, 2500
-GIF_FRAMES_MAX = 60
+GIF_FRAMES_MAX, GIF_COLOURS = 40, 128
 POINTS_LIMIT = 2.5
 
 
@@ -25,10 +26,16 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
-def render(samples: Tensor, columns: int | None = None, headers: Sequence[str] = (), caption: str = "") -> Image.Image:
+def render(
+    samples: Tensor,
+    columns: int | None = None,
+    headers: Sequence[str] = (),
+    caption: str = "",
+    cell: int = CELL_PIXELS,
+) -> Image.Image:
     """A picture of samples: a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
 
-    columns defaults to a square grid; headers name the columns; caption stands below.
+    columns defaults to a square grid; headers name the columns; caption stands below; cell is the side of an image.
     """
     if samples.ndim == 2:
         return _scatter(samples, caption)
@@ -36,7 +43,7 @@ def render(samples: Tensor, columns: int | None = None, headers: Sequence[str] =
     n, height, width = pixels.shape[:3]
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    scale = max(1, CELL_PIXELS // height)
+    scale = max(1, cell // height)
     font = ImageFont.load_default(TEXT)
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
     top = MARGIN + (TEXT + GAP if headers else 0)
@@ -107,10 +114,9 @@ def trajectory(estimates: Sequence[Tensor], alpha_bars: Sequence[float], initial
 def save_gif(path: Path, frames: Sequence[Image.Image]) -> None:
     """A looping GIF that rests on its last frame."""
     durations = [GIF_FRAME_MS] * (len(frames) - 1) + [GIF_LAST_MS]
+    first, *rest = [frame.quantize(GIF_COLOURS, dither=Image.Dither.NONE) for frame in frames]
     with replacing(path) as partial:
-        frames[0].save(
-            partial, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True
-        )
+        first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def save_png(path: Path, picture: Image.Image) -> None:

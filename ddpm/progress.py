@@ -21,7 +21,7 @@ class Bar:
         self.live = not quiet and sys.stderr.isatty()
         self.lines = not quiet and not self.live
         self.began = self.shown = time.monotonic()
-        self.tenth = 0
+        self.tenth = start * 10 // total
         if self.live:
             self.rich = Progress(
                 TextColumn("{task.description}"),

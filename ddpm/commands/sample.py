@@ -100,7 +100,8 @@ def sample(
         initial = noise(samples, 0, philox.Stream.INITIAL, opened.model.sample_shape)
         alpha_bars = opened.schedule.alpha_bars[table.timesteps].tolist()
         frames = pictures.trajectory(estimates, alpha_bars, initial)
-        pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption) for frame in frames])
+        cell = pictures.GIF_CELL_PIXELS
+        pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption, cell) for frame in frames])
     for path in (out, npy, gif):
         if path is not None:
             print(f"wrote {path}")

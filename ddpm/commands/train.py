@@ -68,7 +68,7 @@ def train(
     target = pick_device(device)
     with world(target) as ranks:
         try:
-            trainer = fitting.train(
+            trainer, finished = fitting.train(
                 options, out, device=target, world=ranks, resume=resume, overwrite=overwrite, save_every=save_every
             )
         except fitting.Interrupted as stopped:
@@ -78,5 +78,6 @@ def train(
         if ranks.is_main:
             table = fitting.loss_table(trainer)
             pictures.save_loss_plot(out / runs.LOSS_PNG, [row[0] for row in table], [row[2] for row in table])
-            print(f"trained: {out} ({trainer.total} steps, loss of the last epoch {table[-1][2]:.4f})")
+            verb = "finished before" if finished else "trained"
+            print(f"{verb}: {out} ({trainer.total} steps, loss of the last epoch {table[-1][2]:.4f})")
             print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")
