@@ -21,10 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import backend
+from kernels.backend import jit, libdevice, tl
+
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 MASK = 0xFFFFFFFF
+
+# Per normal: two uniforms, logarithm, root, sine or cosine, product, counted as one operation each; Philox is integer.
+NORMAL_FLOPS = 6
 
 SEED_LIMIT = 1 << 63
 STEP_LIMIT = 1 << 32
@@ -64,10 +70,10 @@ def check_counter(step: int | Tensor, stream: int) -> None:
 
 
 def check_samples(samples: Tensor) -> None:
-    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56); values are read on the CPU only."""
+    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56); their values are read where `backend.reads_values`."""
     if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
-    if samples.device.type == "cpu" and samples.numel():
+    if backend.reads_values(samples) and samples.numel() and not torch.compiler.is_compiling():
         low, high = int(samples.min()), int(samples.max())
         if low < 0 or high >= SAMPLE_LIMIT:
             raise ValueError(f"samples: got indices {low}..{high}, needs 0 <= index < 2^56")
@@ -197,3 +203,70 @@ def epoch_order(seed: int | Tensor, epoch: int, items: int, device: str | torch.
     """The order of epoch k over N items: int64 [N], the stable argsort of r0 at sample = k*N + j, stream 5."""
     samples = torch.arange(epoch * items, (epoch + 1) * items, device=device)
     return torch.argsort(first_word(seed, samples, Stream.ORDER), stable=True)
+
+
+# --- The same in Triton ----------------------------------------------------------------------------------------------
+
+TWO_PI = tl.constexpr(2 * math.pi)
+# The hardware's sine and cosine are off by at most 2^-20.5 over [0, 2 pi] (PTX ISA, sin.approx), times a radius of at
+# most 6.7: 4.6e-6, inside the contract. The interpreter has only the accurate ones. The logarithm stays accurate:
+# lg2.approx is off by 2^-22 next to 1, which moves small radii by 3e-4.
+HARDWARE_TRIGONOMETRY = tl.constexpr(not backend.INTERPRETED)
+M0, M1 = tl.constexpr(MULTIPLIERS[0]), tl.constexpr(MULTIPLIERS[1])
+W0, W1 = tl.constexpr(WEYL[0]), tl.constexpr(WEYL[1])
+TL_ROUNDS = tl.constexpr(ROUNDS)
+
+
+@jit
+def tl_words(seed, step, sample, stream, block):
+    """The four words of each counter: uint32 tensors of `block`'s shape.
+
+    seed, sample: int64, step: integer, each a scalar or of block's shape; block: int32 (e // 4).
+    One 64-bit product gives both halves (IMAD.WIDE): 32 instructions a normal against 36 with tl.philox_impl (sm_90).
+    """
+    zero = (block * 0).to(tl.uint32)
+    c0 = block.to(tl.uint32)
+    c1 = zero + step.to(tl.uint32)
+    c2 = zero + sample.to(tl.uint32)
+    c3 = zero + ((sample >> 32).to(tl.uint32) << 8 | stream)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(TL_ROUNDS):
+        product0 = c0.to(tl.uint64) * M0
+        product1 = c2.to(tl.uint64) * M1
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 = k0 + W0
+        k1 = k1 + W1
+    return c0, c1, c2, c3
+
+
+@jit
+def tl_box_muller(r0, r1):
+    """Two float32 normals from two words."""
+    u1 = r0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    angle = r1.to(tl.float32) * 2.3283064365386963e-10 * TWO_PI
+    radius = tl.sqrt(-2.0 * tl.log(u1))
+    if HARDWARE_TRIGONOMETRY:
+        return radius * libdevice.fast_cosf(angle), radius * libdevice.fast_sinf(angle)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@jit
+def tl_normals(seed, step, sample, stream, block):
+    """float32 normals of elements 4*block .. 4*block + 3: block's shape with a last axis of 4."""
+    r0, r1, r2, r3 = tl_words(seed, step, sample, stream, block)
+    z0, z1 = tl_box_muller(r0, r1)
+    z2, z3 = tl_box_muller(r2, r3)
+    pairs = tl.join(tl.join(z0, z2), tl.join(z1, z3))
+    return tl.reshape(pairs, block.shape + [4])
+
+
+@jit
+def tl_item_normals(seed, step, sample, stream, item, WIDTH: tl.constexpr):
+    """float32 normals [B, WIDTH] of items [B] counted within their sample; seed, step scalar, sample [B]."""
+    block = item[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    z = tl_normals(seed, step, sample[:, None], stream, block)
+    return tl.reshape(z, [item.shape[0], WIDTH])

@@ -8,7 +8,11 @@
 import torch
 from torch import Tensor
 
-from kernels import philox
+from kernels import backend, philox
+from kernels.backend import Cost, Items, jit, tl
+from kernels.philox import Stream, tl_item_normals
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def pixels_to_unit(x0: Tensor) -> Tensor:
@@ -22,20 +26,122 @@ def reference(x0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor) -> Tenso
     return alpha_bar.sqrt() * pixels_to_unit(x0) + (1 - alpha_bar).sqrt() * noise
 
 
+@jit
+def q_sample_kernel(
+    x0,
+    t,
+    alpha_bars,
+    seed,
+    samples,
+    x_t,
+    noise,
+    total,
+    per_row,
+    magic,
+    shift,
+    numel,
+    HW,
+    C,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = q < total
+    row = backend.row_of(q, magic, shift)
+    item = q - row * per_row
+    offsets, inside = backend.item_offsets(q, row, item, numel, HW, C, WIDTH, EVEN, CHANNELS_LAST)
+    mask = live[:, None] if EVEN else live[:, None] & inside
+    alpha_bar = tl.load(alpha_bars + tl.load(t + row, mask=live, other=0), mask=live, other=1.0)
+    sample = tl.load(samples + row, mask=live, other=0)
+    z = tl_item_normals(tl.load(seed), tl.full((), 0, tl.int32), sample, STREAM, item, WIDTH)
+    x = tl.load(x0 + offsets, mask=mask, other=0).to(tl.float32)
+    if PIXELS:
+        x = x * (1 / 127.5) - 1.0
+    out = tl.sqrt(alpha_bar)[:, None] * x + tl.sqrt(1.0 - alpha_bar)[:, None] * z
+    tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
+    tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One pass: reads x0 once, writes x_t and noise once, in the memory layout of x0."""
+    x0, channels_last = backend.layout_of(x0)
+    x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+    numel, area, channels = backend.geometry(x0, channels_last)
+    items = Items.of(x0.shape[0], numel, backend.widest_access(x0, x_t), not channels_last)
+    backend.launch_items(
+        q_sample_kernel,
+        items,
+        (x0, t, alpha_bars, seed, samples, x_t, noise),
+        (numel, area, channels),
+        STREAM=int(Stream.TRAINING_NOISE),
+        CHANNELS_LAST=channels_last,
+        PIXELS=x0.dtype == torch.uint8,
+    )
+    return x_t, noise
+
+
+@torch.library.custom_op("fused_ddpm::q_sample", mutates_args=())
+def operator(
+    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The registered operator: seed is an int64 scalar tensor."""
+    last = alpha_bars.shape[0] - 1
+    if backend.reads_values(t) and t.numel() and not (int(t.min()) >= 1 and int(t.max()) <= last):
+        raise ValueError(f"t: got {int(t.min())}..{int(t.max())}, needs 1..{last}")
+    if backend.runs_triton(x0):
+        return launch(x0, t, alpha_bars, seed, samples, dtype)
+    compute = torch.float64 if torch.float64 in (x0.dtype, dtype) else torch.float32
+    shape = tuple(x0.shape[1:])
+    noise = philox.normal(seed, samples, 0, Stream.TRAINING_NOISE, shape, device=x0.device, dtype=compute)
+    x_t = reference(x0, t, alpha_bars, noise)
+    return backend.like(x_t.to(dtype), x0), backend.like(noise.to(dtype), x0)
+
+
+@operator.register_fake
+def _(
+    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x0, t, alpha_bars, *_ = inputs
+    ctx.save_for_backward(t, alpha_bars)
+    ctx.dtype = x0.dtype
+
+
+def _backward(ctx, grad_x_t: Tensor, grad_noise: Tensor | None):
+    t, alpha_bars = ctx.saved_tensors
+    if not ctx.dtype.is_floating_point:
+        return (None,) * 6
+    scale = alpha_bars[t].sqrt().to(grad_x_t.dtype).reshape(-1, *(1,) * (grad_x_t.ndim - 1))
+    return (scale * grad_x_t).to(ctx.dtype), None, None, None, None, None
+
+
+operator.register_autograd(_backward, setup_context=_setup_context)
+
+
 def check(x0: Tensor, t: Tensor, alpha_bars: Tensor, samples: Tensor) -> None:
-    """Raise TypeError or ValueError for arguments that `q_sample` cannot take; values are read on the CPU only."""
+    """Raise TypeError or ValueError for arguments that `q_sample` cannot take; the operator itself checks t's values."""
     n = x0.shape[0] if x0.ndim else -1
-    if n < 0 or not (x0.is_floating_point() or x0.dtype == torch.uint8):
+    if n < 0 or x0.dtype not in (*FLOATS, torch.uint8):
         raise TypeError(f"x0: got {x0.dtype} {list(x0.shape)}, needs a floating or uint8 tensor [n, ...]")
+    if x0.is_cuda and x0.dtype == torch.float64:
+        raise TypeError("x0: got float64 on CUDA, needs float32, float16, bfloat16 or uint8 there")
     if t.dtype != torch.int64 or t.shape != (n,):
         raise TypeError(f"t: got {t.dtype} {list(t.shape)}, needs int64 [{n}]")
-    if alpha_bars.ndim != 1 or not alpha_bars.is_floating_point():
+    if alpha_bars.ndim != 1 or alpha_bars.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
+    philox.check_samples(samples)
     if samples.shape != (n,):
         raise ValueError(f"samples: got {list(samples.shape)}, needs [{n}], one index per row of x0")
-    last = alpha_bars.shape[0] - 1
-    if t.device.type == "cpu" and n and not (int(t.min()) >= 1 and int(t.max()) <= last):
-        raise ValueError(f"t: got {int(t.min())}..{int(t.max())}, needs 1..{last}")
+    backend.same_device(x0, t=t, alpha_bars=alpha_bars, samples=samples)
 
 
 def q_sample(
@@ -49,10 +155,10 @@ def q_sample(
     """Diffuse x0 to time t.
 
     Args:
-        x0: [n, ...] floating, or uint8 (mapped to [-1, 1]).
-        t: int64 [n] in 1..T.
+        x0: [n, ...] floating, or uint8 (mapped to [-1, 1]); contiguous or channels_last, which the outputs share.
+        t: int64 [n] in 1..T. Values are checked on the CPU, and on CUDA under FUSED_DDPM_DEBUG=1.
         alpha_bars: float32 [T+1], alpha_bars[0] == 1.
-        seed: of the noise contract, 0 <= seed < 2^63.
+        seed: of the noise contract, 0 <= seed < 2^63, or an int64 tensor of one element.
         samples: int64 [n], global training sample indices (noise of stream 2).
         dtype: of the outputs, default float32.
 
@@ -60,7 +166,14 @@ def q_sample(
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     check(x0, t, alpha_bars, samples)
+    philox.check_seed(seed)
     dtype = torch.float32 if dtype is None else dtype
-    compute = torch.float64 if torch.float64 in (x0.dtype, dtype) else torch.float32
-    noise = philox.normal(seed, samples, 0, philox.Stream.TRAINING_NOISE, x0.shape[1:], device=x0.device, dtype=compute)
-    return reference(x0, t, alpha_bars, noise).to(dtype), noise.to(dtype)
+    if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
+        raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
+    seed = backend.scalar(seed, torch.int64, x0.device)
+    return operator(x0, t, alpha_bars, seed, samples, dtype)
+
+
+def cost(x0: torch.dtype, dtype: torch.dtype) -> Cost:
+    """x0 read, x_t and noise written; three operations on top of the normal."""
+    return Cost(bytes=x0.itemsize + 2 * dtype.itemsize, flops=3 + philox.NORMAL_FLOPS)

@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels import philox
+from kernels import backend, philox
+from kernels.backend import Cost, Items, jit, tl
+from kernels.philox import Stream, tl_item_normals
+from kernels.q_sample import FLOATS
 
 COLUMNS = 8
 
@@ -42,22 +45,158 @@ def reference(
     return x_new, x0
 
 
+@jit
+def solver_step_kernel(
+    x,
+    m,
+    m_uncond,
+    x0_prev,
+    table,
+    index,
+    seed,
+    samples,
+    guidance,
+    total,
+    per_row,
+    magic,
+    shift,
+    numel,
+    HW,
+    C,
+    clip,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    GUIDED: tl.constexpr,
+    MEMORY: tl.constexpr,
+    CLIPPED: tl.constexpr,
+):
+    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = q < total
+    row = backend.row_of(q, magic, shift)
+    item = q - row * per_row
+    offsets, inside = backend.item_offsets(q, row, item, numel, HW, C, WIDTH, EVEN, CHANNELS_LAST)
+    mask = live[:, None] if EVEN else live[:, None] & inside
+    coefficients = table + tl.load(index) * 8
+    old = tl.load(x + offsets, mask=mask, other=0).to(tl.float32)
+    output = tl.load(m + offsets, mask=mask, other=0).to(tl.float32)
+    if GUIDED:
+        uncond = tl.load(m_uncond + offsets, mask=mask, other=0).to(tl.float32)
+        output = uncond + tl.load(guidance) * (output - uncond)
+    x0 = tl.load(coefficients) * old + tl.load(coefficients + 1) * output
+    if CLIPPED:
+        x0 = tl.minimum(tl.maximum(x0, -clip), clip)
+    new = tl.load(coefficients + 2) * old + tl.load(coefficients + 3) * x0 + tl.load(coefficients + 4) * output
+    if MEMORY:
+        new += tl.load(coefficients + 5) * tl.load(x0_prev + offsets, mask=mask, other=0).to(tl.float32)
+        tl.store(x0_prev + offsets, x0.to(x0_prev.dtype.element_ty), mask=mask)
+    c6 = tl.load(coefficients + 6)
+    # A branch that all programs take alike: solvers without noise pay no Philox.
+    if c6 != 0.0:
+        step = tl.load(coefficients + 7).to(tl.int32)
+        sample = tl.load(samples + row, mask=live, other=0)
+        new += c6 * tl_item_normals(tl.load(seed), step, sample, STREAM, item, WIDTH)
+    tl.store(x + offsets, new.to(x.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x: Tensor,
+    m: Tensor,
+    table: Tensor,
+    index: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    m_uncond: Tensor | None,
+    guidance: Tensor,
+    x0_prev: Tensor | None,
+    clip: float | None,
+) -> None:
+    """One pass over x and what goes with it, in x's memory layout (others are brought to it)."""
+    _, channels_last = backend.layout_of(x)
+    m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
+    numel, area, channels = backend.geometry(x, channels_last)
+    items = Items.of(x.shape[0], numel, backend.widest_access(x, m, m_uncond, x0_prev), not channels_last)
+    backend.launch_items(
+        solver_step_kernel,
+        items,
+        (x, m, m_uncond, x0_prev, table, index, seed, samples, guidance),
+        (numel, area, channels),
+        0.0 if clip is None else clip,
+        STREAM=int(Stream.SAMPLING),
+        CHANNELS_LAST=channels_last,
+        GUIDED=m_uncond is not None,
+        MEMORY=x0_prev is not None,
+        CLIPPED=clip is not None,
+    )
+
+
+@torch.library.custom_op("fused_ddpm::solver_step", mutates_args=("x", "x0_prev"))
+def operator(
+    x: Tensor,
+    m: Tensor,
+    table: Tensor,
+    index: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    m_uncond: Tensor | None,
+    guidance: Tensor,
+    x0_prev: Tensor | None,
+    clip: float | None,
+) -> None:
+    """The registered operator: index, seed (int64) and guidance (float32) are scalar tensors."""
+    if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
+        raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
+    if backend.runs_triton(x):
+        launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
+        return
+    compute = torch.promote_types(x.dtype, torch.float32)
+    row = table.index_select(0, index.reshape(1)).reshape(COLUMNS).to(compute)
+    step = row[7].to(torch.int64)
+    z = philox.normal(seed, samples, step, Stream.SAMPLING, tuple(x.shape[1:]), device=x.device, dtype=compute)
+    previous = None if x0_prev is None else x0_prev.to(compute)
+    guided = guide(m.to(compute), None if m_uncond is None else m_uncond.to(compute), guidance.to(compute))
+    x_new, x0 = reference(x.to(compute), guided, row[:7].unbind(), z, previous, clip)
+    x.copy_(x_new)
+    if x0_prev is not None:
+        x0_prev.copy_(x0)
+
+
+@operator.register_fake
+def _(*arguments: object) -> None:
+    return None
+
+
 def _check(
     x: Tensor, m: Tensor, table: Tensor, samples: Tensor, m_uncond: Tensor | None, x0_prev: Tensor | None
 ) -> None:
-    if x.ndim < 2 or not x.is_floating_point():
+    if x.ndim < 2 or x.dtype not in FLOATS:
         raise TypeError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, ...]")
+    if x.is_cuda and x.dtype == torch.float64:
+        raise TypeError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there")
     for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
-        if other is not None and (other.shape != x.shape or not other.is_floating_point()):
+        if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
             raise ValueError(
                 f"{name}: got {other.dtype} {list(other.shape)}, needs a floating tensor of x's shape {list(x.shape)}"
             )
-    if table.ndim != 2 or table.shape[1] != COLUMNS or not table.is_floating_point():
+    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if not (x.is_contiguous() or channels_last):
+        raise ValueError(f"x: has strides {x.stride()}, needs a contiguous or channels_last tensor to write into")
+    if x0_prev is not None and x0_prev.stride() != x.stride():
+        raise ValueError(f"x0_prev: has strides {x0_prev.stride()}, needs those of x {x.stride()}")
+    if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"table: got {table.dtype} {list(table.shape)}, needs float32 [S, {COLUMNS}]: seven coefficients and t"
         )
+    if table.is_cuda and table.dtype != torch.float32:
+        raise TypeError(f"table: got {table.dtype} on CUDA, needs float32 there")
+    if not table.is_contiguous():
+        raise ValueError(f"table: has strides {table.stride()}, needs a contiguous tensor")
+    philox.check_samples(samples)
     if samples.shape != (x.shape[0],):
         raise ValueError(f"samples: got {list(samples.shape)}, needs [{x.shape[0]}], one index per row of x")
+    backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
 
 
 def solver_step(
@@ -75,28 +214,31 @@ def solver_step(
     """Advance x by one row of a StepTable, in place.
 
     Args:
-        x: floating [n, ...], overwritten with the next state.
-        m: the network's (conditional) output, like x.
+        x: floating [n, ...], overwritten with the next state; contiguous or channels_last.
+        m: the network's (conditional) output, of x's shape.
         table: float32 [S, 8], see `StepTable.rows`.
-        index: the row, an int in 0..S-1 or a one-element int64 tensor.
+        index: the row in 0..S-1, or an int64 tensor of one element (its value is checked where `q_sample`'s t is).
         seed, samples: of the noise contract; samples int64 [n].
         m_uncond, guidance: the unconditional output and the guidance weight w; no guidance without m_uncond.
-        x0_prev: like x; read as the previous x0 and overwritten with this one. None for solvers without memory.
+        x0_prev: of x's shape and strides; read as the previous x0 and overwritten with this one. None for solvers
+            without memory.
         clip: bound of x0, or None.
 
     Returns: x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     _check(x, m, table, samples, m_uncond, x0_prev)
+    philox.check_seed(seed)
     if not isinstance(index, Tensor) and not 0 <= index < table.shape[0]:
         raise ValueError(f"index: got {index}, needs 0..{table.shape[0] - 1}")
-    compute = torch.promote_types(x.dtype, torch.float32)
-    row = table[index].reshape(COLUMNS).to(compute)
-    step = row[7].to(torch.int64)
-    z = philox.normal(seed, samples, step, philox.Stream.SAMPLING, x.shape[1:], device=x.device, dtype=compute)
-    previous = None if x0_prev is None else x0_prev.to(compute)
-    guided = guide(m.to(compute), None if m_uncond is None else m_uncond.to(compute), guidance)
-    x_new, x0 = reference(x.to(compute), guided, row[:7].unbind(), z, previous, clip)
-    x.copy_(x_new)
-    if x0_prev is not None:
-        x0_prev.copy_(x0)
+    index = backend.scalar(index, torch.int64, x.device)
+    seed = backend.scalar(seed, torch.int64, x.device)
+    guidance = backend.scalar(guidance, torch.float32, x.device)
+    operator(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
     return x
+
+
+def cost(x: torch.dtype, m: torch.dtype, guided: bool = False, memory: bool = False, noise: bool = True) -> Cost:
+    """x read and written, m read (twice when guided), x0_prev read and written; the equation's operations, the normal."""
+    moved = 2 * x.itemsize + m.itemsize * (2 if guided else 1) + (2 * x.itemsize if memory else 0)
+    flops = 8 + (3 if guided else 0) + (2 if memory else 0) + (2 + philox.NORMAL_FLOPS if noise else 0)
+    return Cost(bytes=moved, flops=flops)
