@@ -99,14 +99,13 @@ def sample(
     Returns: float32 [n, *shape] on the model's device, not clamped.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: got {n!r}, needs an integer >= 1")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, needs >= 1 or None")
+    for name, value, low in (("n", n, 1), ("batch_size", batch_size, 1), ("first_sample", first_sample, 0)):
+        if not (philox.is_integer(value) and value >= low) and not (name == "batch_size" and value is None):
+            raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: got {dtype}, needs a floating type")
     philox.check_seed(seed)
-    if not 0 <= first_sample <= philox.SAMPLE_LIMIT - n:
+    if first_sample > philox.SAMPLE_LIMIT - n:
         raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance: got {guidance}, needs a finite number")

@@ -16,6 +16,8 @@ COSINE_OFFSET = 0.008
 COSINE_BETA_MAX = 0.999
 # Above this much signal left at t = T the network never sees what sampling starts from (Lin et al. 2024).
 SIGNAL_LEFT_MAX = 0.05
+# Below this sqrt(alpha_bar) leaves the range of float32, in which tables are executed.
+SIGNAL_LEFT_MIN = 1e-60
 
 
 def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarray:
@@ -91,6 +93,11 @@ class NoiseSchedule:
         else:
             betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, beta_start, beta_end)])
             alpha_bars = np.cumprod(1 - betas)
+        if alpha_bars[-1] < SIGNAL_LEFT_MIN:
+            raise ValueError(
+                f"schedule {kind!r} with T = {timesteps}: alpha_bars[T] = {alpha_bars[-1]:.2g}, needs at least "
+                f"{SIGNAL_LEFT_MIN:g} for finite coefficients; use fewer timesteps or smaller betas"
+            )
         if alpha_bars[-1] > SIGNAL_LEFT_MAX:
             warnings.warn(
                 f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {alpha_bars[-1]:.2g} > "

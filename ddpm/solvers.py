@@ -113,17 +113,15 @@ def _dpmpp_2m_rows(alpha_bars: list[float], prediction: str) -> list[list[float]
     x_new = sigma_s / sigma_t x - sqrt(s) expm1(-h) ((1 + 1/2r) x0 - 1/2r x0_previous). The step to 0 lands on x0.
     """
     rows, h_previous = [], None
-    for a, s in pairwise(alpha_bars):
-        if s == 1.0:
-            rows.append([*_to_x0(prediction, a), 0.0, 1.0, 0.0, 0.0, 0.0])
-            continue
+    *inner, last = pairwise(alpha_bars)
+    for a, s in inner:
         h = 0.5 * (math.log(s / (1 - s)) - math.log(a / (1 - a)))
         weight = -math.sqrt(s) * math.expm1(-h)
         memory = 0.0 if h_previous is None else h / (2 * h_previous)
         c2 = math.sqrt((1 - s) / (1 - a))
         rows.append([*_to_x0(prediction, a), c2, weight * (1 + memory), 0.0, -weight * memory, 0.0])
         h_previous = h
-    return rows
+    return [*rows, [*_to_x0(prediction, last[0]), 0.0, 1.0, 0.0, 0.0, 0.0]]
 
 
 SOLVERS = ("ddpm", "ddim", "dpmpp_2m")

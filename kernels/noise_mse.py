@@ -105,7 +105,7 @@ def operator(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None)
     if backend.runs_triton(pred):
         return launch(pred, seed, samples, weight, None)
     noise = _noise(pred, seed, samples)
-    return reference(pred.to(noise.dtype), noise, weight)
+    return reference(pred.to(noise.dtype), noise, None if weight is None else weight.to(noise.dtype))
 
 
 @operator.register_fake

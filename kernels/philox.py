@@ -55,22 +55,34 @@ def check_seed(seed: int | Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed: got a {seed.dtype} tensor of {seed.numel()} elements, needs one int64")
-    elif isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+    elif not is_integer(seed):
         raise TypeError(f"seed: got {seed!r}, needs an integer")
     elif not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"seed: got {seed}, needs 0 <= seed < 2^63")
 
 
+def is_integer(value: object) -> bool:
+    """An integer proper: no bool, no float that happens to be whole."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def check_counter(step: int | Tensor, stream: int) -> None:
-    """Raise unless step is in [0, 2^32) (a tensor's value is not read) and stream in [0, 256)."""
-    if not isinstance(step, Tensor) and not 0 <= step < STEP_LIMIT:
+    """Raise unless step is an integer in [0, 2^32), or a one-element int64 tensor, and stream is one in [0, 256)."""
+    if isinstance(step, Tensor):
+        if step.dtype != torch.int64 or step.numel() != 1:
+            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64")
+    elif not is_integer(step):
+        raise TypeError(f"step: got {step!r}, needs an integer")
+    elif not 0 <= step < STEP_LIMIT:
         raise ValueError(f"step: got {step}, needs 0 <= step < 2^32")
+    if not is_integer(stream):
+        raise TypeError(f"stream: got {stream!r}, needs an integer")
     if not 0 <= stream < 256:
         raise ValueError(f"stream: got {stream}, needs 0 <= stream < 256")
 
 
 def check_samples(samples: Tensor) -> None:
-    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56); their values are read where `backend.reads_values`."""
+    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56); values: see `backend.reads_values`."""
     if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
     if backend.reads_values(samples) and samples.numel() and not torch.compiler.is_compiling():
@@ -261,7 +273,7 @@ def tl_normals(seed, step, sample, stream, block):
     z0, z1 = tl_box_muller(r0, r1)
     z2, z3 = tl_box_muller(r2, r3)
     pairs = tl.join(tl.join(z0, z2), tl.join(z1, z3))
-    return tl.reshape(pairs, block.shape + [4])
+    return tl.reshape(pairs, [*block.shape, 4])
 
 
 @jit

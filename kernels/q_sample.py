@@ -128,7 +128,7 @@ operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def check(x0: Tensor, t: Tensor, alpha_bars: Tensor, samples: Tensor) -> None:
-    """Raise TypeError or ValueError for arguments that `q_sample` cannot take; the operator itself checks t's values."""
+    """Raise TypeError or ValueError for arguments that `q_sample` cannot take; the operator checks t's values."""
     n = x0.shape[0] if x0.ndim else -1
     if n < 0 or x0.dtype not in (*FLOATS, torch.uint8):
         raise TypeError(f"x0: got {x0.dtype} {list(x0.shape)}, needs a floating or uint8 tensor [n, ...]")
@@ -171,7 +171,8 @@ def q_sample(
     if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
         raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
     seed = backend.scalar(seed, torch.int64, x0.device)
-    return operator(x0, t, alpha_bars, seed, samples, dtype)
+    x_t, noise = operator(x0, t, alpha_bars, seed, samples, dtype)
+    return x_t, noise.detach()
 
 
 def cost(x0: torch.dtype, dtype: torch.dtype) -> Cost:

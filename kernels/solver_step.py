@@ -228,8 +228,15 @@ def solver_step(
     """
     _check(x, m, table, samples, m_uncond, x0_prev)
     philox.check_seed(seed)
-    if not isinstance(index, Tensor) and not 0 <= index < table.shape[0]:
+    if isinstance(index, Tensor):
+        if index.dtype != torch.int64 or index.numel() != 1:
+            raise TypeError(f"index: got a {index.dtype} tensor of {index.numel()} elements, needs one int64")
+    elif not philox.is_integer(index):
+        raise TypeError(f"index: got {index!r}, needs an integer")
+    elif not 0 <= index < table.shape[0]:
         raise ValueError(f"index: got {index}, needs 0..{table.shape[0] - 1}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
     index = backend.scalar(index, torch.int64, x.device)
     seed = backend.scalar(seed, torch.int64, x.device)
     guidance = backend.scalar(guidance, torch.float32, x.device)
@@ -238,7 +245,7 @@ def solver_step(
 
 
 def cost(x: torch.dtype, m: torch.dtype, guided: bool = False, memory: bool = False, noise: bool = True) -> Cost:
-    """x read and written, m read (twice when guided), x0_prev read and written; the equation's operations, the normal."""
+    """x read and written, m read (twice if guided), x0_prev read and written; the equation's operations, the normal."""
     moved = 2 * x.itemsize + m.itemsize * (2 if guided else 1) + (2 * x.itemsize if memory else 0)
     flops = 8 + (3 if guided else 0) + (2 if memory else 0) + (2 + philox.NORMAL_FLOPS if noise else 0)
     return Cost(bytes=moved, flops=flops)

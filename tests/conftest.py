@@ -1,0 +1,72 @@
+"""Independent truths that several test files compare with; nothing here calls the code under test."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+
+def _philox_block(seed, block, step, sample, stream):
+    """Philox4x32-10 as its paper's algorithm, in Python integers: four words of one counter."""
+    mask = 2**32 - 1
+    key0, key1 = seed % 2**32, seed // 2**32
+    x0, x1, x2, x3 = block, step, sample % 2**32, stream + 256 * (sample // 2**32)
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * x0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * x2, 2**32)
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & mask, (key1 + 0xBB67AE85) & mask
+    return x0, x1, x2, x3
+
+
+def _words(seed, sample, step, stream, numel):
+    blocks = (_philox_block(seed, b, step, sample, stream) for b in range(math.ceil(numel / 4)))
+    return [word for block in blocks for word in block][:numel]
+
+
+def _normals(seed, samples, step, stream, shape):
+    numel = math.prod(shape)
+    words = np.array([_words(seed, int(k), step, stream, 4 * math.ceil(numel / 4)) for k in samples], dtype=np.uint32)
+    words = words.reshape(len(samples), -1, 2).astype(np.float32)
+    u1 = (words[..., 0] * np.float32(2**-32) + np.float32(2**-33)).astype(np.float64)
+    u2 = (words[..., 1] * np.float32(2**-32)).astype(np.float64)
+    radius = np.sqrt(-2 * np.log(u1))
+    z = np.stack([radius * np.cos(2 * np.pi * u2), radius * np.sin(2 * np.pi * u2)], axis=-1)
+    return z.reshape(len(samples), -1)[:, :numel].reshape(len(samples), *shape)
+
+
+class _GaussianEps(torch.nn.Module):
+    """The optimal noise prediction for data N(0, s^2 I): eps* = sqrt(1 - ab) x / (ab s^2 + 1 - ab)."""
+
+    def __init__(self, schedule, s, sample_shape):
+        super().__init__()
+        self.alpha_bars, self.timesteps, self.s, self.sample_shape = (
+            schedule.alpha_bars,
+            schedule.timesteps,
+            s,
+            sample_shape,
+        )
+
+    def forward(self, x, t, c=None):
+        ab = self.alpha_bars[torch.round(t.double() * self.timesteps).long()].to(x.dtype)
+        ab = ab.reshape(-1, *(1,) * (x.ndim - 1))
+        return (1 - ab).sqrt() * x / (ab * self.s**2 + 1 - ab)
+
+
+@pytest.fixture(scope="session")
+def plain_words():
+    """plain_words(seed, sample, step, stream, numel) -> list of Python integers."""
+    return _words
+
+
+@pytest.fixture(scope="session")
+def plain_normals():
+    """plain_normals(seed, samples, step, stream, shape) -> float64 array [n, *shape]."""
+    return _normals
+
+
+@pytest.fixture(scope="session")
+def gaussian_eps():
+    """gaussian_eps(schedule, s, sample_shape) -> the closed-form noise predictor as a module."""
+    return _GaussianEps

@@ -1,0 +1,322 @@
+"""The networks: shapes, sizes, names, and the original's forward written once more from its state dict."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm import ContextUnet, PointMLP, load_context_unet_weights
+from ddpm.networks import build_network
+
+
+def unet(seed=0, **arguments):
+    """A seeded ContextUnet in eval mode whose BatchNorm statistics are not trivial."""
+    torch.manual_seed(seed)
+    network = ContextUnet(**{"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16} | arguments)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return network.eval()
+
+
+def inputs(network, n=2):
+    """x, t, c of a seeded batch."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, *network.sample_shape, generator=generator)
+    return x, (torch.arange(n) + 1) / n, torch.rand(n, network.n_cfeat, generator=generator)
+
+
+MULTIPLIERS = {16: (1, 2), 28: (1, 2), 32: (1, 2), 64: (1, 2, 4), 256: (1, 2, 4, 8, 8)}
+
+
+@pytest.mark.parametrize("height", MULTIPLIERS)
+@torch.no_grad()
+def test_heights(height):
+    network = unet(height=height)
+    x, t, c = inputs(network)
+    assert network.multipliers == MULTIPLIERS[height]
+    assert network.sample_shape == (3, height, height)
+    y = network(x, t, c)
+    assert y.shape == x.shape
+    assert y.isfinite().all()
+
+
+@torch.no_grad()
+def test_given_multipliers():
+    network = unet(height=24, multipliers=(1, 3, 2))
+    x, t, c = inputs(network)
+    assert network(x, t, c).shape == x.shape
+    assert network.state_dict()["down2.model.0.conv1.0.weight"].shape == (24, 8, 3, 3)
+    assert network.state_dict()["up1.model.0.weight"].shape == (32, 24, 2, 2)
+
+
+def test_size_of_the_published_network():
+    network = ContextUnet(3, n_feat=64, n_cfeat=5, height=16)
+    beside = [p.numel() for name, p in network.named_parameters() if "shortcut" not in name]
+    assert sum(beside) == 1_480_771
+    assert len([name for name in network.state_dict() if "shortcut" not in name]) == 156
+
+
+LAYOUT = {
+    "init_conv.conv1.0.weight": (64, 3, 3, 3),
+    "init_conv.conv2.1.running_var": (64,),
+    "down1.model.0.conv1.0.weight": (64, 64, 3, 3),
+    "down2.model.1.conv2.0.weight": (128, 128, 3, 3),
+    "timeembed1.model.0.weight": (128, 1),
+    "timeembed2.model.2.weight": (64, 64),
+    "contextembed1.model.0.weight": (128, 5),
+    "contextembed2.model.2.bias": (64,),
+    "up0.0.weight": (128, 128, 4, 4),
+    "up0.1.weight": (128,),
+    "up1.model.0.weight": (256, 64, 2, 2),
+    "up2.model.0.weight": (128, 64, 2, 2),
+    "up2.model.2.conv2.1.num_batches_tracked": (),
+    "out.0.weight": (64, 128, 3, 3),
+    "out.1.bias": (64,),
+    "out.3.weight": (3, 64, 3, 3),
+}
+
+
+def test_names_and_shapes_follow_the_original():
+    state = ContextUnet(3, n_feat=64, n_cfeat=5, height=16).state_dict()
+    assert {name: tuple(state[name].shape) for name in LAYOUT} == LAYOUT
+
+
+def test_the_shortcut_is_registered_and_trained():
+    network = unet(multipliers=(1, 1))
+    shortcut = network.init_conv.shortcut
+    assert [tuple(p.shape) for p in shortcut.parameters()] == [(8, 3, 1, 1), (8,)]
+    network(*inputs(network)).sum().backward()
+    assert shortcut.weight.grad.abs().sum() > 0
+    assert not list(ContextUnet(8, n_feat=8).init_conv.shortcut.parameters())
+
+
+def published(network):
+    """The layout of published weights: no shortcut."""
+    return {name: value.clone() for name, value in network.state_dict().items() if "shortcut" not in name}
+
+
+def original_forward(w, x, t, c):
+    """The 16x16 original in eval mode, from its state dict alone; the shortcut's expectation is zero."""
+
+    def block(name, x):
+        for conv in ("conv1", "conv2"):
+            x = F.conv2d(x, w[f"{name}.{conv}.0.weight"], w[f"{name}.{conv}.0.bias"], padding=1)
+            norm = [w[f"{name}.{conv}.1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+            x = F.gelu(F.batch_norm(x, *norm))
+        return x
+
+    def embed(name, v):
+        hidden = F.gelu(F.linear(v, w[f"{name}.model.0.weight"], w[f"{name}.model.0.bias"]))
+        return F.linear(hidden, w[f"{name}.model.2.weight"], w[f"{name}.model.2.bias"])[:, :, None, None]
+
+    def down(name, x):
+        return F.max_pool2d(block(f"{name}.model.1", block(f"{name}.model.0", x)), 2)
+
+    def up(name, x, skip):
+        x = F.conv_transpose2d(
+            torch.cat((x, skip), 1), w[f"{name}.model.0.weight"], w[f"{name}.model.0.bias"], stride=2
+        )
+        return block(f"{name}.model.2", block(f"{name}.model.1", x))
+
+    x0 = block("init_conv", x) / 1.414
+    down1 = down("down1", x0)
+    down2 = down("down2", down1)
+    vector = F.gelu(F.avg_pool2d(down2, 4))
+    up0 = F.conv_transpose2d(vector, w["up0.0.weight"], w["up0.0.bias"], stride=4)
+    up0 = F.relu(F.group_norm(up0, 8, w["up0.1.weight"], w["up0.1.bias"]))
+    t = t[:, None]
+    up1 = up("up1", embed("contextembed1", c) * up0 + embed("timeembed1", t), down2)
+    up2 = up("up2", embed("contextembed2", c) * up1 + embed("timeembed2", t), down1)
+    out = F.conv2d(torch.cat((up2, x0), 1), w["out.0.weight"], w["out.0.bias"], padding=1)
+    out = F.relu(F.group_norm(out, 8, w["out.1.weight"], w["out.1.bias"]))
+    return F.conv2d(out, w["out.3.weight"], w["out.3.bias"], padding=1)
+
+
+@torch.no_grad()
+def test_published_weights_load_aloud_and_compute_what_the_original_does():
+    source = unet(seed=1)
+    network = unet(seed=2)
+    with pytest.warns(UserWarning, match="no init_conv.shortcut"):
+        load_context_unet_weights(network, published(source))
+    x, t, c = inputs(network, 3)
+    torch.testing.assert_close(network(x, t, c), original_forward(published(source), x, t, c), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_with_a_shortcut_load_quietly():
+    source, network = unet(seed=1), unet(seed=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_context_unet_weights(network, source.state_dict())
+    x, t, c = inputs(network)
+    assert torch.equal(network(x, t, c), source(x, t, c))
+    assert source.init_conv.shortcut.weight.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_the_shortcut_is_added_and_the_sum_divided():
+    block = unet().init_conv
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    weight = block.shortcut.weight[:, :, 0, 0]
+    shortcut = torch.einsum("oc,nchw->nohw", weight, x) + block.shortcut.bias[:, None, None]
+    torch.testing.assert_close(block(x), (shortcut + block.conv2(block.conv1(x))) / 1.414)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("out.3.bias"), "no entry 'out.3.bias'"),
+        (lambda w: w.update({"extra": torch.zeros(1)}), "unexpected entry 'extra'"),
+        (lambda w: w.update({"out.3.bias": torch.zeros(4)}), r"'out.3.bias' is \[4\], needs \[3\]"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_whole(change, message):
+    network = unet()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    weights = unet(seed=1).state_dict()
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        load_context_unet_weights(network, weights)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@torch.no_grad()
+def test_no_context_is_a_zero_context():
+    network = unet()
+    x, t, c = inputs(network)
+    assert torch.equal(network(x, t), network(x, t, torch.zeros_like(c)))
+    assert not torch.allclose(network(x, t), network(x, t, c))
+
+
+@torch.no_grad()
+def test_time_matters_and_any_shape_of_n_times_will_do():
+    network = unet()
+    x, t, c = inputs(network)
+    assert not torch.allclose(network(x, t, c), network(x, t / 2, c))
+    for shape in ((2, 1), (2, 1, 1, 1)):
+        assert torch.equal(network(x, t.reshape(shape), c), network(x, t, c))
+
+
+@torch.no_grad()
+def test_an_unconditional_network_has_no_context_embedding():
+    network = unet(n_cfeat=0)
+    x, t, _ = inputs(network)
+    assert network(x, t).shape == x.shape
+    assert not [name for name in network.state_dict() if "contextembed" in name]
+
+
+@torch.no_grad()
+def test_rows_are_independent_in_eval_mode():
+    network = unet()
+    x, t, c = inputs(network, 5)
+    torch.testing.assert_close(network(x[3:4], t[3:4], c[3:4]), network(x, t, c)[3:4], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"height": 18}, "height: got 18, needs a multiple of 4"),
+        ({"height": 36}, "height: got 36, needs a multiple of 8"),
+        ({"height": 2}, "height: got 2"),
+        ({"height": 0}, "height: got 0"),
+        ({"n_feat": 12}, "n_feat: got 12, needs a multiple of 8"),
+        ({"n_feat": 0}, "n_feat: got 0"),
+        ({"in_channels": 0}, "in_channels"),
+        ({"n_cfeat": -1}, "n_cfeat"),
+        ({"multipliers": (1,)}, "multipliers: got"),
+        ({"multipliers": (1, 0)}, "multipliers: got"),
+        ({"multipliers": (1, 2, 4, 8, 8)}, "height: got 16, needs a multiple of 32"),
+    ],
+)
+def test_sizes_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ContextUnet(**{"in_channels": 3, "n_feat": 8} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "c", "message"),
+    [
+        ((2, 1, 16, 16), (2,), (2, 5), r"x: got shape \[2, 1, 16, 16\], needs \[n, 3, 16, 16\]"),
+        ((2, 3, 32, 32), (2,), (2, 5), "x: got shape"),
+        ((3, 16, 16), (3,), (3, 5), "x: got shape"),
+        ((2, 3, 16, 16), (1,), (2, 5), r"t: got shape \[1\], needs \[2\]"),
+        ((2, 3, 16, 16), (3,), (2, 5), "t: got shape"),
+        ((2, 3, 16, 16), (2,), (2, 4), r"c: got shape \[2, 4\], needs \[2, 5\]"),
+        ((2, 3, 16, 16), (2,), (1, 5), "c: got shape"),
+        ((2, 3, 16, 16), (2,), (5,), "c: got shape"),
+    ],
+)
+def test_inputs_that_do_not_fit(x, t, c, message):
+    with pytest.raises(ValueError, match=message):
+        unet()(torch.zeros(x), torch.ones(t), torch.zeros(c))
+
+
+@torch.no_grad()
+def test_point_mlp():
+    torch.manual_seed(0)
+    network = PointMLP(features=3, n_feat=16, n_cfeat=2).eval()
+    x, t, c = inputs(network, 4)
+    y = network(x, t, c)
+    assert network.sample_shape == (3,)
+    assert y.shape == (4, 3)
+    assert torch.equal(network(x, t), network(x, t, torch.zeros_like(c)))
+    assert not torch.allclose(y, network(x, t))
+    assert not torch.allclose(y, network(x, t / 2, c))
+    torch.testing.assert_close(network(x[1:2], t[1:2], c[1:2]), y[1:2])
+
+
+def test_point_mlp_tells_all_timesteps_apart():
+    """The finest frequency must not alias neighbouring t / T at T = 1000, the coarsest not the ends."""
+    torch.manual_seed(0)
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    y = PointMLP(2, 16).double()(torch.ones(1000, 2, dtype=torch.float64), t)
+    distances = (y[:, None] - y).norm(dim=2).fill_diagonal_(1)
+    assert distances.min() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "t", "c", "message"),
+    [
+        ((4, 2), (4,), (4, 2), "x: got shape"),
+        ((4, 3, 1), (4,), (4, 2), "x: got shape"),
+        ((4, 3), (3,), (4, 2), "t: got shape"),
+        ((4, 3), (4,), (4, 1), "c: got shape"),
+    ],
+)
+def test_point_mlp_inputs_that_do_not_fit(x, t, c, message):
+    with pytest.raises(ValueError, match=message):
+        PointMLP(3, 16, 2)(torch.zeros(x), torch.ones(t), torch.zeros(c))
+
+
+@pytest.mark.parametrize("arguments", [(0, 16, 0), (2, 0, 0), (2, 16, -1)])
+def test_point_mlp_sizes_that_do_not_fit(arguments):
+    with pytest.raises(ValueError, match="needs >= 1"):
+        PointMLP(*arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "network", [unet(height=24, multipliers=(1, 2, 2)), unet(n_cfeat=0), PointMLP(3, 16, 2).eval(), PointMLP()]
+)
+def test_config_builds_it_again(network):
+    again = build_network(network.config()).eval()
+    again.load_state_dict(network.state_dict())
+    x, t, c = inputs(network)
+    assert torch.equal(again(x, t, c), network(x, t, c))
+    assert again.config() == network.config()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kind": "resnet"}, "model kind: got 'resnet'"),
+        ({}, "model kind"),
+        ({"kind": "point_mlp", "depth": 3}, "depth"),
+    ],
+)
+def test_configs_that_build_nothing(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_network(config)

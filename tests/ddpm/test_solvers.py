@@ -1,0 +1,356 @@
+"""Each table against the textbook form of its sampler, then against data whose solution is known in closed form."""
+
+import math
+import warnings
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm import NoiseSchedule, make_table, sample
+
+LINEAR = NoiseSchedule.make("linear", 1000)
+COSINE = NoiseSchedule.make("cosine", 40)
+GRIDS = [(LINEAR, 10, "trailing"), (LINEAR, 7, "linspace"), (LINEAR, 20, "leading"), (COSINE, 40, "trailing")]
+SOLVERS = [("ddpm", {}), ("ddpm", {"variance": "beta"}), ("ddim", {}), ("ddim", {"eta": 0.7}), ("dpmpp_2m", {})]
+
+
+def knots(schedule, table):
+    """alpha_bars at every timestep of the table, then at 0."""
+    return schedule.alpha_bars[[*table.timesteps.tolist(), 0]].tolist()
+
+
+def execute(table, x, network, noise=None):
+    """The table in float64 NumPy, as the design writes it; noise: [S, ...] or None. Returns every state."""
+    clip = math.inf if table.clip is None else table.clip
+    states, x0_previous = [x], 0.0
+    for i, t in enumerate(table.timesteps.tolist()):
+        c = table.coefficients[i].tolist()
+        m = network(x, t)
+        x0 = np.clip(c[0] * x + c[1] * m, -clip, clip)
+        x = c[2] * x + c[3] * x0 + c[4] * m + c[5] * x0_previous + c[6] * (0.0 if noise is None else noise[i])
+        states, x0_previous = [*states, x], x0
+    return states
+
+
+def nonlinear_eps(schedule):
+    """Some network that predicts noise: close to that of N(0, I) data, bent by a sine."""
+    alpha_bars = schedule.alpha_bars.numpy()
+    return lambda x, t: math.sqrt(1 - alpha_bars[t]) * x + 0.3 * np.sin(3 * x + t)
+
+
+def start(shape=(50,)):
+    """x_T, seeded."""
+    return np.random.default_rng(0).standard_normal(shape)
+
+
+# The grids
+
+
+def test_grids_of_the_design():
+    assert make_table(LINEAR, "ddim", 4).timesteps.tolist() == [1000, 750, 500, 250]
+    assert make_table(LINEAR, "ddim", 3).timesteps.tolist() == [1000, 667, 333]
+    assert make_table(LINEAR, "ddim", 4, spacing="leading").timesteps.tolist() == [751, 501, 251, 1]
+    assert make_table(LINEAR, "ddim", 4, spacing="linspace").timesteps.tolist() == [1000, 667, 334, 1]
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_one_step_starts_at_the_end_and_all_steps_visit_everything(spacing):
+    assert make_table(COSINE, "ddpm", 1, spacing=spacing).timesteps.tolist() == [40]
+    assert make_table(COSINE, "ddpm", 40, spacing=spacing).timesteps.tolist() == list(range(40, 0, -1))
+    assert make_table(COSINE, "ddpm", spacing=spacing).timesteps.tolist() == list(range(40, 0, -1))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), timesteps=st.integers(1, 1200), spacing=st.sampled_from(["trailing", "leading", "linspace"]))
+def test_grids_descend_strictly_within_1_and_the_end(data, timesteps, spacing):
+    divisors = [s for s in range(1, timesteps + 1) if timesteps % s == 0]
+    steps = data.draw(st.sampled_from(divisors) if spacing == "leading" else st.integers(1, timesteps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = NoiseSchedule.make("linear", timesteps)
+    table = make_table(schedule, "ddim", steps, spacing=spacing)
+    grid = table.timesteps
+    assert grid.dtype == torch.int64
+    assert len(table) == len(grid) == steps
+    assert (grid.diff() < 0).all()
+    assert grid.min() >= 1
+    assert grid.max() <= timesteps
+    if spacing != "leading" or steps == 1:
+        assert grid[0] == timesteps
+    if spacing != "trailing" and steps > 1:
+        assert grid[-1] == 1
+
+
+# The tables against textbooks
+
+
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ddpm_is_equation_11_of_ho(variance):
+    """1/sqrt(alpha) (x - beta/sqrt(1 - ab) eps) + sigma z on consecutive steps."""
+    table = make_table(LINEAR, "ddpm", variance=variance)
+    betas, alpha_bars = LINEAR.betas.tolist(), LINEAR.alpha_bars.tolist()
+    rng = np.random.default_rng(1)
+    for t in (1000, 999, 500, 3, 2, 1):
+        x, eps, z = rng.standard_normal((3, 20))
+        row = torch.clone(table.coefficients[1000 - t]).tolist()
+        x0 = row[0] * x + row[1] * eps
+        beta, ab, ab_before = betas[t], alpha_bars[t], alpha_bars[t - 1]
+        sigma = math.sqrt(beta if variance == "beta" else beta * (1 - ab_before) / (1 - ab))
+        expected = (x - beta / math.sqrt(1 - ab) * eps) / math.sqrt(1 - beta) + (t > 1) * sigma * z
+        got = row[2] * x + row[3] * x0 + row[4] * eps + row[6] * z
+        np.testing.assert_allclose(got, expected, atol=1e-11, rtol=0)
+        assert row[5] == 0
+
+
+@pytest.mark.parametrize(("schedule", "steps", "spacing"), GRIDS)
+def test_ddpm_is_the_gaussian_posterior_between_any_two_times(schedule, steps, spacing):
+    """Bayes: precisions of q(x_s | x0) and of q(x_t | x_s) add up."""
+    table = make_table(schedule, "ddpm", steps, spacing=spacing)
+    for row, (a, s) in zip(table.coefficients[:-1].tolist(), pairwise(knots(schedule, table)[:-1]), strict=True):
+        precision = 1 / (1 - s) + (a / s) / (1 - a / s)
+        of_x, of_x0 = math.sqrt(a / s) / (1 - a / s) / precision, math.sqrt(s) / (1 - s) / precision
+        assert row[2:] == pytest.approx([of_x, of_x0, 0, 0, math.sqrt(1 / precision)], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("schedule", "steps", "spacing"), GRIDS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_equation_12_of_song(schedule, steps, spacing, eta):
+    table = make_table(schedule, "ddim", steps, eta=eta, spacing=spacing)
+    network, x = nonlinear_eps(schedule), start()
+    z = np.random.default_rng(2).standard_normal((steps, *x.shape))
+    got = execute(table, x, network, z)
+    for i, (t, (a, s)) in enumerate(zip(table.timesteps.tolist(), pairwise(knots(schedule, table)), strict=True)):
+        eps = network(x, t)
+        sigma = eta * math.sqrt((1 - s) / (1 - a)) * math.sqrt(1 - a / s)
+        predicted_x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+        x = math.sqrt(s) * predicted_x0 + math.sqrt(1 - s - sigma**2) * eps + sigma * z[i]
+        np.testing.assert_allclose(got[i + 1], x, rtol=1e-8, atol=1e-8)
+
+
+def test_ddim_with_eta_1_is_ddpm():
+    network, x = nonlinear_eps(COSINE), start()
+    z = np.random.default_rng(3).standard_normal((40, *x.shape))
+    tables = [make_table(COSINE, "ddim", eta=1.0), make_table(COSINE, "ddpm")]
+    ddim, ddpm = (execute(table, x, network, z)[-1] for table in tables)
+    np.testing.assert_allclose(ddim, ddpm, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(("schedule", "steps", "spacing"), GRIDS)
+def test_dpmpp_2m_is_algorithm_2_of_lu(schedule, steps, spacing):
+    """x_i = sigma_i/sigma_{i-1} x_{i-1} - alpha_i (e^{-h_i} - 1) D_i in lambda = ln(alpha/sigma); x0 at the end."""
+    table = make_table(schedule, "dpmpp_2m", steps, spacing=spacing)
+    network, x = nonlinear_eps(schedule), start()
+    got = execute(table, x, network)
+    buffer = h_before = None
+    for i, (t, (a, s)) in enumerate(zip(table.timesteps.tolist(), pairwise(knots(schedule, table)), strict=True)):
+        x0 = (x - math.sqrt(1 - a) * network(x, t)) / math.sqrt(a)
+        if i == steps - 1:
+            np.testing.assert_allclose(got[-1], x0, rtol=1e-8, atol=1e-8)
+            break
+        h = math.log(math.sqrt(s) / math.sqrt(1 - s)) - math.log(math.sqrt(a) / math.sqrt(1 - a))
+        direction = x0
+        if buffer is not None:
+            r = h_before / h
+            direction = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * buffer
+        x = math.sqrt(1 - s) / math.sqrt(1 - a) * x - math.sqrt(s) * (math.exp(-h) - 1) * direction
+        np.testing.assert_allclose(got[i + 1], x, rtol=1e-8, atol=1e-8)
+        buffer, h_before = x0, h
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_the_last_row_has_no_noise_and_lands_on_x0(solver, options, steps, prediction):
+    table = make_table(LINEAR, solver, steps, prediction=prediction, **options)
+    assert table.coefficients.shape == (steps, 7)
+    assert table.coefficients.dtype == torch.float64
+    assert table.coefficients.isfinite().all()
+    assert table.coefficients[-1, 2:].tolist() == pytest.approx([0, 1, 0, 0, 0], abs=1e-12)
+    assert table.coefficients[-1, 6] == 0
+    noisy = solver == "ddpm" or options.get("eta", 0) > 0
+    assert ((table.coefficients[:-1, 6] > 0) == noisy).all()
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_all_predictions_give_one_trajectory(solver, options, clip):
+    """v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho 2022)."""
+    alpha_bars, eps = COSINE.alpha_bars.numpy(), nonlinear_eps(COSINE)
+
+    def x0(x, t):
+        return (x - np.sqrt(1 - alpha_bars[t]) * eps(x, t)) / np.sqrt(alpha_bars[t])
+
+    def v(x, t):
+        return np.sqrt(alpha_bars[t]) * eps(x, t) - np.sqrt(1 - alpha_bars[t]) * x0(x, t)
+
+    noise = np.random.default_rng(4).standard_normal((20, 50))
+    ends = []
+    for prediction, network in (("eps", eps), ("v", v), ("x0", x0)):
+        table = make_table(COSINE, solver, 20, prediction=prediction, clip=clip, **options)
+        ends.append(execute(table, start(), network, noise)[-1])
+    np.testing.assert_allclose(ends[1], ends[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ends[2], ends[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_ddims_direction_keeps_the_networks_eps_under_clip(prediction):
+    table = make_table(COSINE, "ddim", 10, prediction=prediction, clip=0.1)
+    assert table.clip == 0.1
+    x, eps = start(), start() + 0.5
+    a, s, *_ = knots(COSINE, table)
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    m = {"eps": eps, "x0": x0, "v": math.sqrt(a) * eps - math.sqrt(1 - a) * x0}[prediction]
+    got = execute(table, x, lambda *_: m)[1]
+    expected = math.sqrt(s) * np.clip(x0, -0.1, 0.1) + math.sqrt(1 - s) * eps
+    assert np.abs(x0).max() > 0.1
+    np.testing.assert_allclose(got, expected, atol=1e-9 * np.abs(x0).max(), rtol=0)
+
+
+def test_ddpms_mean_uses_the_clipped_x0():
+    table = make_table(LINEAR, "ddpm", clip=0.1)
+    x, eps, t = start(), start() + 0.5, 1000
+    ab, before, beta = LINEAR.alpha_bars[t].item(), LINEAR.alpha_bars[t - 1].item(), LINEAR.betas[t].item()
+    x0 = np.clip((x - math.sqrt(1 - ab) * eps) / math.sqrt(ab), -0.1, 0.1)
+    mean = (math.sqrt(before) * beta * x0 + math.sqrt(1 - beta) * (1 - before) * x) / (1 - ab)  # Ho et al., equation 7
+    np.testing.assert_allclose(execute(table, x, lambda *_: eps)[1], mean, atol=1e-12, rtol=0)
+
+
+def test_rows_are_the_coefficients_and_t():
+    table = make_table(LINEAR, "ddpm", 13)
+    rows = table.rows()
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows[:, :7], table.coefficients.float())
+    assert rows[:, 7].tolist() == table.timesteps.tolist()
+    assert table.rows(dtype=torch.float64).dtype == torch.float64
+
+
+def test_only_alpha_bars_matter():
+    changed = NoiseSchedule("x", 1000, None, None, LINEAR.betas * math.nan, LINEAR.alphas * math.nan, LINEAR.alpha_bars)
+    for solver, options in SOLVERS:
+        tables = [make_table(schedule, solver, 9, **options).coefficients for schedule in (changed, LINEAR)]
+        assert torch.equal(*tables)
+
+
+BAD = [
+    ({"solver": "euler"}, "solver: got 'euler', needs one of ddpm"),
+    ({"steps": 0}, "steps: got 0"),
+    ({"steps": 41}, r"steps: got 41, needs an integer in 1\.\.40"),
+    ({"steps": 2.0}, r"steps: got 2\.0"),
+    ({"steps": True}, "steps: got True"),
+    ({"steps": 7, "spacing": "leading"}, "steps: got 7, needs a divisor of 40"),
+    ({"spacing": "karras"}, "spacing: got 'karras'"),
+    ({"variance": "learned"}, "variance: got 'learned'"),
+    ({"prediction": "score"}, "prediction: got 'score'"),
+    ({"eta": -0.1}, "eta: got -0.1"),
+    ({"eta": 1.1}, "eta: got 1.1"),
+    ({"eta": math.nan}, "eta: got nan"),
+    ({"clip": 0.0}, "clip: got 0"),
+    ({"clip": -1.0}, "clip: got -1"),
+    ({"clip": math.nan}, "clip: got nan"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_table(COSINE, **{"solver": "ddim"} | change)
+
+
+# Gaussian data N(0, s^2): the network is a factor k(t) on x, so trajectories are linear and variances exact
+
+
+def factor(schedule, s):
+    """k(t) of eps*(x, t) = k x."""
+    return lambda t: (ab := schedule.alpha_bars[t].item(), math.sqrt(1 - ab) / (ab * s**2 + 1 - ab))[1]
+
+
+def variances(schedule, table, s):
+    """Exact variance of every state, from that of (x, x0_previous) and their covariance; x_T ~ N(0, 1)."""
+    k = factor(schedule, s)
+    covariance, result = np.diag([1.0, 0.0]), [1.0]
+    for t, c in zip(table.timesteps.tolist(), table.coefficients.tolist(), strict=True):
+        to_x0 = c[0] + c[1] * k(t)
+        step = np.array([[c[2] + c[3] * to_x0 + c[4] * k(t), c[5]], [to_x0, 0.0]])
+        covariance = step @ covariance @ step.T + np.diag([c[6] ** 2, 0.0])
+        result.append(covariance[0, 0])
+    return result
+
+
+def ode_error(solver, steps, s=2.0):
+    """Relative error at t = 1, the last time above 0, against the exact flow x_t ~ sqrt(ab s^2 + 1 - ab)."""
+    table = make_table(LINEAR, solver, steps, spacing="linspace")
+    k = factor(LINEAR, s)
+    x_1 = execute(table, 1.0, lambda x, t: k(t) * x)[-2]
+    spread = [math.sqrt(ab * s**2 + 1 - ab) for ab in (knots(LINEAR, table)[-2], knots(LINEAR, table)[0])]
+    return abs(x_1 / (spread[0] / spread[1]) - 1)
+
+
+@pytest.mark.parametrize(("solver", "low", "high"), [("ddim", 0.9, 1.1), ("dpmpp_2m", 1.8, 2.3)])
+def test_order_of_convergence(solver, low, high):
+    steps = [20, 40, 80, 160]
+    errors = [ode_error(solver, s) for s in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert low < slope < high, (slope, errors)
+    assert errors[-1] < 0.02
+
+
+def test_second_order_beats_first_order():
+    assert ode_error("dpmpp_2m", 40) < ode_error("ddim", 40) / 3
+
+
+@pytest.mark.parametrize("s", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_ddpm_with_all_steps_reproduces_the_data(s, variance):
+    table = make_table(LINEAR, "ddpm", variance=variance)
+    assert math.sqrt(variances(LINEAR, table, s)[-1]) == pytest.approx(s, rel=0.02)
+
+
+@pytest.mark.parametrize(("solver", "options"), SOLVERS)
+def test_sampled_variance_matches_the_recursion(gaussian_eps, solver, options):
+    """160,000 seeded normals: the variance is within 4 standard errors of the exact one."""
+    table = make_table(COSINE, solver, 20, **options)
+    model = gaussian_eps(COSINE, 0.5, (16,))
+    x = sample(model, COSINE, 10_000, solver=solver, steps=20, seed=1, engine="eager", **options)
+    exact = variances(COSINE, table, 0.5)[-1]
+    ratio = x.double().square().mean().item() / exact
+    assert abs(ratio - 1) < 4 * math.sqrt(2 / x.numel())
+    assert abs(x.double().mean().item()) < 4 * math.sqrt(exact / x.numel())
+
+
+class MixtureEps(torch.nn.Module):
+    """eps* = -sqrt(1 - ab) score of a mixture of N(mean_j, s^2 I) with the given weights, diffused to t."""
+
+    def __init__(self, schedule, means, weights, s):
+        super().__init__()
+        self.schedule, self.means, self.weights, self.s = schedule, means, weights, s
+        self.sample_shape = (means.shape[1],)
+
+    def forward(self, x, t, c=None):
+        ab = self.schedule.alpha_bars[round(t[0].item() * self.schedule.timesteps)].item()
+        spread = ab * self.s**2 + 1 - ab
+        offsets = x[:, None] - math.sqrt(ab) * self.means
+        shares = torch.softmax(self.weights.log() - offsets.square().sum(-1) / (2 * spread), dim=1)
+        return math.sqrt(1 - ab) * (shares[..., None] * offsets).sum(1) / spread
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "options"),
+    [("ddpm", 250, {}), ("ddim", 100, {}), ("ddim", 100, {"eta": 1.0}), ("dpmpp_2m", 50, {})],
+)
+def test_a_mixture_keeps_its_weights_means_and_spread(solver, steps, options):
+    """Components far apart: around each the spread is that of a single Gaussian under the same table."""
+    means, weights, s, n = torch.tensor([[2.0, 0.0], [-1.0, 1.5]]), torch.tensor([0.3, 0.7]), 0.3, 20_000
+    spread = math.sqrt(variances(LINEAR, make_table(LINEAR, solver, steps, **options), s)[-1])
+    x = sample(
+        MixtureEps(LINEAR, means, weights, s), LINEAR, n, solver=solver, steps=steps, seed=2, engine="eager", **options
+    )
+    nearest = torch.cdist(x, means).argmin(1)
+    for j, weight in enumerate(weights.tolist()):
+        members = x[nearest == j]
+        assert abs(len(members) / n - weight) < 0.015
+        torch.testing.assert_close(members.mean(0), means[j], atol=0.03, rtol=0)
+        assert members.std(0).tolist() == pytest.approx([spread, spread], rel=0.03)
