@@ -273,7 +273,7 @@ def tl_normals(seed, step, sample, stream, block):
     z0, z1 = tl_box_muller(r0, r1)
     z2, z3 = tl_box_muller(r2, r3)
     pairs = tl.join(tl.join(z0, z2), tl.join(z1, z3))
-    return tl.reshape(pairs, [*block.shape, 4])
+    return tl.reshape(pairs, block.shape + [4])  # noqa: RUF005 (Triton compiles no starred list)
 
 
 @jit
