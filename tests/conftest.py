@@ -1,10 +1,39 @@
 """Independent truths that several test files compare with; nothing here calls the code under test."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
+
+# Set before Triton is imported: without a GPU its kernels run in the interpreter. The tests of references and of
+# everything above kernels/ turn it off again (see `references_on_the_cpu`).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def references_on_the_cpu(monkeypatch):
+    """CPU tensors take the PyTorch references, as they do for users; tests of Triton ask for `triton_device`."""
+    monkeypatch.setattr("kernels.backend.INTERPRETED", False)
+
+
+@pytest.fixture
+def triton_device(monkeypatch):
+    """Where Triton kernels run here, compiled on CUDA or interpreted on the CPU, with outputs poisoned with NaN."""
+    backend = pytest.importorskip("kernels.backend")
+    if backend.triton is None:
+        pytest.skip("Triton is not installed")
+    poisoned = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+    else:
+        monkeypatch.setattr("kernels.backend.INTERPRETED", True)
+        yield torch.device("cpu")
+    torch.use_deterministic_algorithms(poisoned)
 
 
 def _philox_block(seed, block, step, sample, stream):
@@ -27,6 +56,8 @@ def _words(seed, sample, step, stream, numel):
 
 def _normals(seed, samples, step, stream, shape):
     numel = math.prod(shape)
+    if not len(samples):
+        return np.empty((0, *shape))
     words = np.array([_words(seed, int(k), step, stream, 4 * math.ceil(numel / 4)) for k in samples], dtype=np.uint32)
     words = words.reshape(len(samples), -1, 2).astype(np.float32)
     u1 = (words[..., 0] * np.float32(2**-32) + np.float32(2**-33)).astype(np.float64)
