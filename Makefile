@@ -24,7 +24,8 @@ setup: .venv/installed
 	@touch $@
 
 demo: setup
-	$(BIN)/ddpm train --data digits --out $(RUN) --n-feat 32 --epochs 30 --overwrite
+	$(BIN)/ddpm train --data digits --out $(RUN) --n-feat 32 --epochs 20 --batch-size 64 \
+		--schedule cosine --prediction v --overwrite
 	$(BIN)/ddpm sample $(RUN) --context all --n 100 --guidance 2 --solver dpmpp_2m --steps 30 \
 		--out $(RUN)/samples.png --gif $(RUN)/trajectory.gif
 	@echo

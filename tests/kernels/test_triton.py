@@ -323,3 +323,16 @@ def test_bad_arguments_of_q_sample_rows(change, message):
     } | change
     with pytest.raises((TypeError, ValueError), match=message):
         q_sample_rows(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="12 GiB of device memory")
+def test_offsets_beyond_2_to_the_31(triton_device, plain_normals):
+    n, numel = 2**21 + 5, 1024
+    x0 = torch.full((n, numel), 200, dtype=torch.uint8, device=triton_device)
+    t = torch.full((n,), 100, device=triton_device)
+    alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=triton_device)
+    samples = torch.arange(n, device=triton_device)
+    x_t, noise = q_sample(x0, t, alpha_bars, SEED, samples, torch.bfloat16)
+    expected = torch.from_numpy(plain_normals(SEED, range(n - 3, n), 0, 2, (numel,)))
+    close(noise[-3:], expected, torch.bfloat16)
+    close(x_t[-3:], diffused(x0[-3:], t[-3:], alpha_bars, expected), torch.bfloat16)

@@ -1,0 +1,68 @@
+"""`make gpu`: everything that only a GPU can tell, in one command of under nine minutes.
+
+First the kernel tests on the device, then every kernel's time against its eager sequence and a copy of the same bytes.
+Records are written after each size, so that a run that is cut short keeps what it measured.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.kernels import measure, workloads
+from bench.machine import ROOT, describe
+from ddpm.files import write_json
+from ddpm.progress import Bar
+
+SIZES = (10**4, 10**5, 10**6, 10**7, 10**8)
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDS = 30
+BUDGET_SECONDS = 480.0
+
+
+def run_tests() -> int:
+    """The kernel tests in this process, which has seen the GPU: pytest's exit code."""
+    return int(pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels")]))
+
+
+def run_kernels(
+    out: Path,
+    device: torch.device,
+    sizes: Sequence[int] = SIZES,
+    types: Sequence[torch.dtype] = TYPES,
+    rounds: int = ROUNDS,
+    budget: float = BUDGET_SECONDS,
+) -> list[dict]:
+    """Measure every operator at every size and type into out/kernels.json; stops at the budget, and says so."""
+    began = time.monotonic()
+    path = out / "kernels.json"
+    content = {"machine": describe(device), "command": "make gpu", "complete": False, "records": []}
+    total = len(sizes) * len(types)
+    with Bar("kernels", total, "cases/s") as bar:
+        for done, (size, dtype) in enumerate(((s, d) for s in sizes for d in types), start=1):
+            if time.monotonic() - began > budget:
+                print(f"stopped after {done - 1} of {total} cases: {budget:.0f} s are over", file=sys.stderr)
+                break
+            content["records"] += [measure(workload, device, rounds) for workload in workloads(size, dtype, device)]
+            content["complete"] = done == total
+            write_json(path, content)
+            bar.update(done)
+    return content["records"]
+
+
+def table(records: Sequence[dict]) -> str:
+    """The records as lines: time, bandwidth, share of a copy, ratio to eager; or the parity that failed."""
+    lines = [f"{'kernel':20s} {'type':9s} {'elements':>11s} {'us':>9s} {'GB/s':>7s} {'of copy':>8s} {'x eager':>8s}"]
+    for record in records:
+        head = f"{record['kernel']:20s} {record['dtype']:9s} {record['elements']:11,d} "
+        if not record["parity"]:
+            lines.append(f"{head}parity failed: {record['error']:.2g} > {record['tolerance']:.2g}, no ratio")
+            continue
+        lines.append(
+            f"{head}{record['kernel_us']['median']:9.2f} {record['gb_per_s']:7.0f} "
+            f"{record['share_of_copy']:8.0%} {record['ratio_to_eager']:8.2f}"
+        )
+    return "\n".join(lines)

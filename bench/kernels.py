@@ -1,0 +1,247 @@
+"""The kernel benchmark: every operator against the eager sequence it replaces and against a copy of the same bytes.
+
+The eager sequence is what people write, `torch.randn_like` and elementwise operators. Its noise is another noise, so
+parity is checked against the operator's own reference, on the same device, and a row without parity has no ratio.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.timing import kernel_times, summary, wall_times
+from kernels import noise_mse as noise_mse_function
+from kernels import philox, q_sample, q_sample_rows, solver_step
+from kernels.noise_mse import backward_operator
+from kernels.noise_mse import cost as noise_mse_cost
+from kernels.noise_mse import reference as noise_mse_reference
+from kernels.philox import Stream
+from kernels.q_sample import cost as q_sample_cost
+from kernels.q_sample import reference as q_sample_reference
+from kernels.q_sample_rows import cost as rows_cost
+from kernels.q_sample_rows import reference as rows_reference
+from kernels.solver_step import cost as solver_cost
+from kernels.solver_step import reference as solver_reference
+
+TIMESTEPS = 500
+SEED = 7
+ROW = (3, 16, 16)
+# Relative to max(1, |reference|): rounding of the type plus the noise contract's 1e-5.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+CHUNK_ROWS = 4096
+SETS_MOST = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the kernel benchmark: `make(k)` gives the k-th argument set, `error(arguments)` the parity error."""
+
+    name: str
+    dtype: torch.dtype
+    elements: int
+    bytes: float
+    make: Callable[[int], tuple]
+    fused: Callable[..., Any]
+    eager: Callable[..., Any]
+    error: Callable[[tuple], float]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max(1, |expected|), in float64; NaN stays NaN."""
+    expected = expected.double()
+    return float(((actual.double() - expected).abs() / expected.abs().clamp(min=1)).max())
+
+
+def _worst(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    return max(relative_error(actual, expected) for actual, expected in pairs)
+
+
+def _rows(n: int) -> Iterator[slice]:
+    """All rows in chunks, so that references of 10^8 elements fit the device."""
+    return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
+
+
+def _noise(samples: Tensor, step: int, stream: int) -> Tensor:
+    return philox.normal(SEED, samples, step, stream, ROW, device=samples.device, dtype=torch.float64)
+
+
+def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """All operators on about this many elements, as [n, 3, 16, 16]."""
+    n = max(1, elements // 768)
+    alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=device)
+    samples = torch.arange(n, device=device)
+    seed, index = torch.tensor(SEED, device=device), torch.tensor(0, device=device)
+    coefficients = [1.1, -0.4, 0.6, 0.4, 0.1, -0.2, 0.3, 250.0]
+    table = torch.tensor([coefficients], device=device)
+    one = torch.ones((), device=device)
+
+    def randn(k: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn((n, *ROW), generator=torch.Generator(device).manual_seed(k), device=device).to(kind)
+
+    def times(k: int) -> Tensor:
+        return torch.randint(1, TIMESTEPS + 1, (n,), generator=torch.Generator(device).manual_seed(k), device=device)
+
+    def diffuse(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        noise = torch.randn_like(x0)
+        ab = alpha_bars[t].to(x0.dtype)[:, None, None, None]
+        return ab.sqrt() * x0 + (1 - ab).sqrt() * noise, noise
+
+    def q_error(a: tuple) -> float:
+        x_t, noise = q_sample(*a)
+        pairs = []
+        for r in _rows(n):
+            z = _noise(samples[r], 0, Stream.TRAINING_NOISE)
+            pairs += [(noise[r], z), (x_t[r], q_sample_reference(a[0][r].double(), a[1][r], alpha_bars.double(), z))]
+        return _worst(iter(pairs))
+
+    data = torch.randint(0, 256, (max(n, 1), *ROW), dtype=torch.uint8, device=device)
+
+    def rows_eager(rows: Tensor) -> tuple[Tensor, Tensor]:
+        t = torch.randint(1, TIMESTEPS + 1, (n,), device=device)
+        return diffuse((data[rows].float() / 127.5 - 1).to(dtype), t)
+
+    def rows_error(a: tuple) -> float:
+        x_t, t, _ = q_sample_rows(data, a[0], alpha_bars, seed, samples, dtype=dtype)
+        parts = (
+            rows_reference(data, a[0][r], alpha_bars.double(), seed, samples[r], False, torch.float64) for r in _rows(n)
+        )
+        pairs = [
+            pair
+            for r, (x, expected_t, _) in zip(_rows(n), parts, strict=True)
+            for pair in ((x_t[r], x), (t[r], expected_t))
+        ]
+        return _worst(iter(pairs))
+
+    def loss_error(a: tuple) -> float:
+        parts = [
+            noise_mse_reference(a[0][r].double(), _noise(samples[r], 0, Stream.TRAINING_NOISE)) * (r.stop - r.start)
+            for r in _rows(n)
+        ]
+        return relative_error(noise_mse_function(a[0], seed, samples), torch.stack(parts).sum() / n)
+
+    def gradient_error(a: tuple) -> float:
+        scale = a[0].numel()
+        gradient = backward_operator(one * scale, a[0], seed, samples, None)
+        return _worst(
+            (gradient[r], 2 * (a[0][r].double() - _noise(samples[r], 0, Stream.TRAINING_NOISE))) for r in _rows(n)
+        )
+
+    def mse_backward(pred: Tensor, noise: Tensor) -> Tensor:
+        return (pred - noise) * (2 / pred.numel())
+
+    def step_eager(x: Tensor, m: Tensor) -> Tensor:
+        x0 = coefficients[0] * x + coefficients[1] * m
+        return coefficients[2] * x + coefficients[3] * x0 + coefficients[4] * m + coefficients[6] * torch.randn_like(x)
+
+    def step_error(a: tuple) -> float:
+        x, m = a
+        new = solver_step(x.clone(), m, table, index, seed, samples)
+        row = [float(value) for value in table[0]]
+        return _worst(
+            (
+                new[r],
+                solver_reference(
+                    x[r].double(), m[r].double(), row, _noise(samples[r], 250, Stream.SAMPLING), None, None
+                )[0],
+            )
+            for r in _rows(n)
+        )
+
+    count = n * 768
+
+    def workload(name: str, per_element: float, make: Callable, fused: Callable, eager: Callable, error: Callable):  # noqa: ANN202
+        return Workload(name, dtype, count, per_element * count, make, fused, eager, error)
+
+    return [
+        workload(
+            "q_sample",
+            q_sample_cost(dtype, dtype).bytes,
+            lambda k: (randn(k), times(k), alpha_bars, seed, samples, dtype),
+            q_sample,
+            lambda x0, t, *_: diffuse(x0, t),
+            q_error,
+        ),
+        workload(
+            "q_sample_rows",
+            rows_cost(torch.uint8, dtype).bytes,
+            lambda k: (torch.randperm(n, generator=torch.Generator(device).manual_seed(k), device=device),),
+            lambda rows: q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype),
+            rows_eager,
+            rows_error,
+        ),
+        workload(
+            "noise_mse",
+            noise_mse_cost(dtype).bytes,
+            lambda k: (randn(k), randn(k + 1000)),
+            lambda pred, _: noise_mse_function(pred, seed, samples),
+            F.mse_loss,
+            loss_error,
+        ),
+        workload(
+            "noise_mse_backward",
+            noise_mse_cost(dtype, backward=True).bytes,
+            lambda k: (randn(k), randn(k + 1000)),
+            lambda pred, _: backward_operator(one, pred, seed, samples, None),
+            mse_backward,
+            gradient_error,
+        ),
+        workload(
+            "solver_step",
+            solver_cost(dtype, dtype).bytes,
+            lambda k: (randn(k), randn(k + 1000)),
+            lambda x, m: solver_step(x, m, table, index, seed, samples),
+            step_eager,
+            step_error,
+        ),
+    ]
+
+
+def sets_for(workload: Workload, device: torch.device) -> int:
+    """How many argument sets rotate: enough to exceed twice the L2 cache on CUDA, at least four."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return int(min(SETS_MOST, max(4, 2 * cache // workload.bytes + 1)))
+
+
+def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One record: parity first; without it there is no ratio."""
+    sets = [workload.make(k) for k in range(sets_for(workload, device))]
+    error = workload.error(sets[0])
+    parity = error <= TOLERANCE[workload.dtype]
+    record = {
+        "kernel": workload.name,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "elements": workload.elements,
+        "bytes": workload.bytes,
+        "error": error,
+        "tolerance": TOLERANCE[workload.dtype],
+        "parity": parity,
+    }
+    if not parity:
+        return record
+    half = max(1, int(workload.bytes // 2))
+    buffers = [
+        (torch.empty(half, dtype=torch.uint8, device=device), torch.empty(half, dtype=torch.uint8, device=device))
+        for _ in sets
+    ]
+    kernel = kernel_times(workload.fused, sets, device, rounds)
+    eager = kernel_times(workload.eager, sets, device, rounds)
+    copy = kernel_times(lambda to, source: to.copy_(source), buffers, device, rounds)
+    record |= {
+        "kernel_us": summary(kernel),
+        "wall_us": summary(wall_times(workload.fused, sets, device, rounds)),
+        "eager_us": summary(eager),
+        "eager_wall_us": summary(wall_times(workload.eager, sets, device, rounds)),
+        "copy_us": summary(copy),
+    }
+    time = record["kernel_us"]["median"]
+    record |= {
+        "gb_per_s": workload.bytes / time / 1e3,
+        "share_of_copy": record["copy_us"]["median"] / time,
+        "ratio_to_eager": record["eager_us"]["median"] / time,
+    }
+    return record

@@ -1,0 +1,55 @@
+"""`make gpu` at tiny sizes, interpreted on the CPU, so that it cannot rot while no GPU is at hand."""
+
+import json
+
+import pytest
+import torch
+
+from bench.gpu import run_kernels, table
+from bench.kernels import Workload, measure, workloads
+
+OPERATORS = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
+
+
+def test_the_kernel_benchmark_runs_and_records(triton_device, tmp_path):
+    sizes, types = (800, 1600), (torch.float32, torch.float16)
+    records = run_kernels(tmp_path, triton_device, sizes, types, rounds=2)
+    stored = json.loads((tmp_path / "kernels.json").read_text())
+    assert stored["records"] == records
+    assert stored["complete"]
+    assert stored["machine"]["torch"] == torch.__version__
+    assert {record["kernel"] for record in records} == OPERATORS
+    assert len(records) == len(OPERATORS) * len(sizes) * len(types)
+    for record in records:
+        assert record["parity"]
+        assert len(record["kernel_us"]["samples"]) == 2
+        assert record["ratio_to_eager"] > 0
+    assert len(table(records).splitlines()) == 1 + len(records)
+
+
+def test_a_spent_budget_stops_and_is_recorded_as_incomplete(triton_device, tmp_path, capsys):
+    assert run_kernels(tmp_path, triton_device, (800,), (torch.float32,), rounds=1, budget=-1) == []
+    assert "stopped after 0 of 1 cases" in capsys.readouterr().err
+
+
+def test_a_kernel_without_parity_gets_no_ratio():
+    device = torch.device("cpu")
+    good = workloads(800, torch.float32, device)[0]
+    bad = Workload(**{**vars(good), "error": lambda arguments: 1.0})
+    record = measure(bad, device, rounds=1)
+    assert not record["parity"]
+    assert "ratio_to_eager" not in record
+    assert "parity failed" in table([record])
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_a_wrong_kernel_loses_parity(name, monkeypatch):
+    """Another noise than the contract's is an error of order one, for every operator."""
+    device = torch.device("cpu")
+    workload = next(w for w in workloads(800, torch.float32, device) if w.name == name)
+    arguments = workload.make(0)
+    assert workload.error(arguments) < 2e-5
+    monkeypatch.setattr("bench.kernels.SEED", 8)
+    if name == "q_sample_rows":
+        monkeypatch.setattr("bench.kernels.rows_reference", lambda *a: (torch.zeros(1), torch.zeros(1), None))
+    assert workload.error(arguments) > 1e-3
