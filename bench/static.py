@@ -32,14 +32,12 @@ def _card(prediction: dict[str, Any]) -> Text:
 
 def table(arch: str, records: list[dict[str, Any]]) -> Table:
     """One architecture's records as a table of at most 120 columns."""
-    grid = Table(
-        title=arch, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
-    )
+    grid = Table(title=arch, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
     grid.add_column("kernel", no_wrap=True)
     for heading in ("regs", "spill", "stack", "smem", "SASS", "/elem", "×bare", "ld/st", "B/el"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for card in records[0]["cards"]:
-        grid.add_column(f"{card}\nissue  bytes ", justify="right", no_wrap=True)
+        grid.add_column(f"   {card}\nissue  bytes", no_wrap=True)
     operator = None
     for record in records:
         name, _, variant = record["kernel"].partition(" ")
@@ -126,8 +124,7 @@ def static(
         raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
 
     console, errors = Console(), Console(stderr=True)
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console.width = max(console.width, WIDTH)
 
     def progress(measured: Iterable[Any], total: int) -> Iterable[Any]:
         return track(measured, "compiling", total=total, console=errors, transient=True, disable=not errors.is_terminal)

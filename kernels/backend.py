@@ -110,7 +110,7 @@ def vector_run(*stored: Tensor | None) -> int:
 
     Narrower inputs (uint8) are read with as many elements: reading 16 bytes of them would hand a thread more
     neighbours than one store takes, and the exchange through shared memory costs more than it saves
-    (uint8 -> float32 on sm_90: 49.7 instructions per element so, 39.9 with 4-byte loads).
+    (uint8 -> float32 on sm_90: 49.7 instructions per element so, 41.9 with 4-byte loads).
     """
     widest = max(tensor.element_size() for tensor in stored if tensor is not None)
     return min(max(WORDS, VECTOR_BYTES // widest), 2 * WORDS)
@@ -227,11 +227,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
 
 NUM_WARPS = 4  # untuned
 # Elements of one row per thread. Instructions per element of q_sample (bf16) and solver_step (fp32, with noise) for
-# 3x16x16 on sm_90, triton 3.7.1; the bare kernel has 33.1:
-#   45.7 and 45.7   before: the row looked up for every 8 or 4 elements, an exchange through shared memory in bf16,
-#                   solver_step not multiplied out
-#   40.4 and 41.2   16 elements (32 and 39 registers)
-#   38.7 and 39.2   24 elements (46 and 47 registers, twice the compile time)
+# 3x16x16 on sm_90, triton 3.7.1, counted by kernels/static.py; the bare kernels have 31.6 and 31.5:
+#   45.7 and 45.7   before: a row looked up for every 8 or 4 elements, an exchange through shared memory in bf16,
+#                   solver_step not multiplied out, Philox unrolled by Triton
+#   39.2 and 39.8   16 elements (32 and 40 registers)
+#   37.2 and 37.8   24 elements (48 registers: fewer warps per SM, and longer to compile)
 ITEM_ELEMENTS = 16
 
 

@@ -225,7 +225,7 @@ def tl_words(seed, step, sample, stream, block):
     """The four words of each counter: uint32 tensors of `block`'s shape.
 
     seed, sample: int64, step: integer, each a scalar or of block's shape; block: int32 (e // 4).
-    One 64-bit product gives both halves (IMAD.WIDE): 32 instructions a normal against 36 with tl.philox_impl (sm_90).
+    One 64-bit product gives both halves (IMAD.WIDE): 4 instructions a normal less than tl.philox_impl (sm_90).
     """
     zero = (block * 0).to(tl.uint32)
     c0 = block.to(tl.uint32)

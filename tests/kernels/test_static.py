@@ -88,7 +88,8 @@ def test_offsets_are_64_bit_from_the_row_on(folder, name):
     for arch in ("sm_80", "sm_100"):
         ttir = dumped(folder, name, arch, "ttir")
         widths = re.findall(r"tt\.addptr .*: tensor<128x\d+x!tt\.ptr<\w+>>, tensor<128x\d+xi(\d+)>", ttir)
-        assert widths and set(widths) == {"64"}
+        assert widths
+        assert set(widths) == {"64"}
         # Rows or chunks are widened first ...
         assert re.search(r"arith\.ext[su]i .*: tensor<128xi32> to tensor<128xi64>", ttir)
         # ... and then scaled to elements.
@@ -139,7 +140,9 @@ def test_compare_finds_planted_violations(records, field, change):
     planted = copy.deepcopy(list(records.values()))
     planted[7][field] = change(planted[7][field])
     (line,) = static.compare(planted, records.values())
-    assert planted[7]["kernel"] in line and planted[7]["arch"] in line and field in line
+    assert planted[7]["kernel"] in line
+    assert planted[7]["arch"] in line
+    assert field in line
 
 
 def test_compare_fails_closed(records):
@@ -167,4 +170,6 @@ def test_the_committed_baseline_covers_everything():
 def test_bad_input_is_one_line(arguments, environment, code, words):
     result = bench("static", *arguments, **environment)
     assert result.returncode == code
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and words in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
