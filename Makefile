@@ -3,13 +3,14 @@ PYTHON ?= python3
 RUN ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-long lint format clean
+.PHONY: help setup demo test test-long lint format static clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
 	@echo "make test       the tests, under 5 minutes"
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make lint       ruff: lint and format check"
+	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"
 	@echo "make clean      remove .venv and caches"
@@ -47,6 +48,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+static: setup
+	$(BIN)/ddpm-bench static --check
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measures everything below: the command line `ddpm-bench`."""

@@ -35,6 +35,7 @@ DEBUG = os.environ.get("FUSED_DDPM_DEBUG", "0") == "1"
 ITEMS_LIMIT = (1 << 31) - (1 << 16)  # the last program's item numbers still fit int32
 VECTOR_BYTES = 16
 WORDS = 4
+WARP = 32
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -65,13 +66,20 @@ def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> T
 
 @dataclass(frozen=True)
 class Items:
-    """How [n, numel] elements are dealt out: `width` neighbours make an item, `per_row` items a sample.
+    """How [n, numel] elements are dealt out to threads.
 
-    The kernel finds the row of item q as q * magic >> shift, an exact division for q < 2^31 (Granlund & Montgomery
-    1994, theorem 4.2 with N = 31). even: whether items fill rows without a rest, so that item q starts at q * width.
+    A run is `run` neighbours, one vector access. An item, the work of one thread, is `repeat` runs that are `lanes`
+    runs apart, so that the threads of a warp touch neighbours; `lanes` items make a chunk, `per_row` chunks a sample.
+    What a thread needs of its row (t, sample index) it finds once per item.
+
+    The kernel finds the row of chunk q as q * magic >> shift, an exact division for q < 2^31 (Granlund & Montgomery
+    1994, theorem 4.2 with N = 31). even: whether chunks fill rows without a rest, so that they follow each other in
+    memory too.
     """
 
-    width: int
+    run: int
+    lanes: int
+    repeat: int
     per_row: int
     total: int
     even: bool
@@ -79,43 +87,78 @@ class Items:
     shift: int
 
     @classmethod
-    def of(cls, n: int, numel: int, widest: int, contiguous: bool = True) -> "Items":
-        """widest: elements of the widest access that is wanted, 16 bytes of the smallest type involved."""
-        width = widest
-        while width > WORDS and numel % width:
-            width //= 2
-        per_row = -(-numel // width)
-        if n * per_row >= ITEMS_LIMIT:
-            raise ValueError(f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {width} elements")
+    def of(cls, n: int, numel: int, run: int, contiguous: bool = True) -> "Items":
+        """run: neighbours that are wanted together, see `vector_run`; fewer are taken if they do not divide numel."""
+        run = run if numel % run == 0 else WORDS
+        whole = numel % run == 0
+        runs = -(-numel // run)
+        repeat = math.gcd(runs, ITEM_ELEMENTS // run) if whole else 1
+        lanes = math.gcd(runs // repeat, WARP) if whole else 1
+        per_row = runs // (lanes * repeat)
+        total = n * per_row * lanes
+        if total >= ITEMS_LIMIT:
+            raise ValueError(
+                f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {run * repeat} elements"
+            )
         bits = math.ceil(math.log2(per_row)) if per_row > 1 else 0
         magic = -(-(1 << (31 + bits)) // max(per_row, 1))
-        return cls(width, per_row, n * per_row, contiguous and numel % width == 0, magic, 31 + bits)
+        return cls(run, lanes, repeat, per_row, total, contiguous and whole, magic, 31 + bits)
 
 
-def widest_access(*tensors: Tensor | None) -> int:
-    """Elements in 16 bytes of the smallest element type, at least the four normals of a Philox call."""
-    smallest = min(tensor.element_size() for tensor in tensors if tensor is not None)
-    return max(WORDS, VECTOR_BYTES // smallest)
+def vector_run(*stored: Tensor | None) -> int:
+    """Neighbours that make a 16-byte store of the widest type that is stored: 4 or 8, whole Philox calls.
+
+    Narrower inputs (uint8) are read with as many elements: reading 16 bytes of them would hand a thread more
+    neighbours than one store takes, and the exchange through shared memory costs more than it saves
+    (uint8 -> float32 on sm_90: 49.7 instructions per element so, 41.9 with 4-byte loads).
+    """
+    widest = max(tensor.element_size() for tensor in stored if tensor is not None)
+    return min(max(WORDS, VECTOR_BYTES // widest), 2 * WORDS)
 
 
 @jit
-def row_of(item, magic, shift):
-    """item // per_row, see `Items`."""
-    return ((item.to(tl.uint64) * magic.to(tl.uint32)) >> shift).to(tl.int32)
+def place(total, per_row, magic, shift, BLOCK: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr):
+    """Of this program's items [BLOCK]: (which exist, row, first run within the row, first run of all, int64)."""
+    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    chunk, lane = q // LANES, q % LANES
+    row = ((chunk.to(tl.uint32).to(tl.uint64) * magic.to(tl.uint32)) >> shift).to(tl.uint32)
+    first = (chunk - row.to(tl.int32) * per_row) * (LANES * REPEAT) + lane
+    return q < total, row, first, chunk.to(tl.int64) * (LANES * REPEAT) + lane
 
 
 @jit
-def item_offsets(q, row, item, numel, HW, C, WIDTH: tl.constexpr, EVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-    """(offsets int64 [B, WIDTH] in memory, which of them are inside the row) of items q [B] of the whole tensor."""
-    lane = tl.arange(0, WIDTH)[None, :]
-    element = item[:, None] * WIDTH + lane
+def access(
+    spot,
+    j,
+    shape,
+    LANES: tl.constexpr,
+    RUN: tl.constexpr,
+    EVEN: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Of the j-th runs of the items at `spot` = place(...): (run [B] in the row, offsets int64 [B, RUN], mask).
+
+    shape: (numel, H*W, C). PLANES: whether a run never crosses channels, which saves a division per element.
+    """
+    live, row, first, start = spot
+    numel, HW, C = shape
+    run = first + j * LANES
+    lane = tl.arange(0, RUN)[None, :]
+    element = run[:, None] * RUN + lane
+    mask = live[:, None] & (element < numel)
     if EVEN:
-        offsets = q.to(tl.int64)[:, None] * WIDTH + lane
+        offsets = (start + j * LANES)[:, None] * RUN + lane
+        mask = live[:, None]
+    elif CHANNELS_LAST and PLANES:
+        channel = run * RUN // HW
+        offsets = (row.to(tl.int64) * numel + (run * RUN - channel * HW) * C + channel)[:, None] + lane * C
+        mask = live[:, None]
     elif CHANNELS_LAST:
         offsets = row.to(tl.int64)[:, None] * numel + (element % HW) * C + element // HW
     else:
         offsets = row.to(tl.int64)[:, None] * numel + element
-    return offsets, element < numel
+    return run, offsets, mask
 
 
 def layout_of(tensor: Tensor) -> tuple[Tensor, bool]:
@@ -182,16 +225,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
         kernel[grid](*args, **constants)
 
 
-# Elements per program and warps: untuned, 16 elements per thread keep registers below 64 on sm_90.
-PROGRAM_ELEMENTS = 2048
-NUM_WARPS = 4
+NUM_WARPS = 4  # untuned
+# Elements of one row per thread. Instructions per element of q_sample (bf16) and solver_step (fp32, with noise) for
+# 3x16x16 on sm_90, triton 3.7.1, counted by kernels/static.py; the bare kernels have 31.6 and 31.5:
+#   45.7 and 45.7   before: a row looked up for every 8 or 4 elements, an exchange through shared memory in bf16,
+#                   solver_step not multiplied out, Philox unrolled by Triton
+#   39.2 and 39.8   16 elements (32 and 40 registers)
+#   37.2 and 37.8   24 elements (48 registers: fewer warps per SM, and longer to compile)
+ITEM_ELEMENTS = 16
 
 
 def launch_items(
     kernel: Any, items: Items, tensors: tuple[Any, ...], shape: tuple[int, int, int], *more: Any, **constants: Any
 ) -> None:
     """Launch a kernel over items; its arguments are (*tensors, total, per_row, magic, shift, numel, HW, C, *more)."""
-    block = PROGRAM_ELEMENTS // items.width
     launch(
         kernel,
         (programs(items),),
@@ -202,9 +249,12 @@ def launch_items(
         items.shift,
         *shape,
         *more,
-        BLOCK=block,
-        WIDTH=items.width,
+        BLOCK=NUM_WARPS * WARP,
+        LANES=items.lanes,
+        REPEAT=items.repeat,
+        RUN=items.run,
         EVEN=items.even,
+        PLANES=shape[1] % items.run == 0,
         num_warps=NUM_WARPS,
         **constants,
     )
@@ -212,7 +262,7 @@ def launch_items(
 
 def programs(items: Items) -> int:
     """How many programs `launch_items` starts."""
-    return -(-items.total // (PROGRAM_ELEMENTS // items.width))
+    return -(-items.total // (NUM_WARPS * WARP))
 
 
 @dataclass(frozen=True)

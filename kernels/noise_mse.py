@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_item_normals
+from kernels.philox import Stream, tl_normals
 from kernels.q_sample import FLOATS
 
 
@@ -39,34 +39,41 @@ def noise_mse_kernel(
     scale,
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    RUN: tl.constexpr,
     EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """Forward: out [programs] float32 gets each program's sum. Backward: out like pred gets the gradient."""
-    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = q < total
-    row = backend.row_of(q, magic, shift)
-    item = q - row * per_row
-    offsets, inside = backend.item_offsets(q, row, item, numel, HW, C, WIDTH, EVEN, CHANNELS_LAST)
-    mask = live[:, None] if EVEN else live[:, None] & inside
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
+    live, row = spot[0], spot[1]
     sample = tl.load(samples + row, mask=live, other=0)
-    z = tl_item_normals(tl.load(seed), tl.full((), 0, tl.int32), sample, STREAM, item, WIDTH)
-    error = tl.load(pred + offsets, mask=mask, other=0).to(tl.float32) - z
+    key = tl.load(seed)
+    factor = tl.full((BLOCK,), 1.0, tl.float32)
+    if WEIGHTED:
+        factor = tl.load(weight + row, mask=live, other=0).to(tl.float32)
     if BACKWARD:
-        factor = tl.load(grad).to(tl.float32) * scale
-        if WEIGHTED:
-            gradient = error * (tl.load(weight + row, mask=live, other=0).to(tl.float32) * factor)[:, None]
+        factor *= tl.load(grad).to(tl.float32) * scale
+    # All loads stand before the first store: the tensors may alias for all the compiler knows.
+    predicted = ()
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        predicted = predicted + (tl.load(pred + offsets, mask=mask),)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        z = tl_normals(key, tl.full((), 0, tl.int32), sample, STREAM, run, RUN)
+        error = predicted[j].to(tl.float32) - z
+        if BACKWARD:
+            tl.store(out + offsets, (error * factor[:, None]).to(out.dtype.element_ty), mask=mask)
         else:
-            gradient = error * factor
-        tl.store(out + offsets, gradient.to(out.dtype.element_ty), mask=mask)
-    else:
-        square = tl.where(mask, error * error, 0.0)
-        if WEIGHTED:
-            square = square * tl.load(weight + row, mask=live, other=0).to(tl.float32)[:, None]
-        tl.store(out + tl.program_id(0), tl.sum(square))
+            squares += tl.sum(tl.where(mask, error * error, 0.0), axis=1)
+    if not BACKWARD:
+        tl.store(out + tl.program_id(0), tl.sum(squares * factor))
 
 
 def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None) -> Tensor:
@@ -74,7 +81,7 @@ def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, g
     pred, channels_last = backend.layout_of(pred)
     numel, area, channels = backend.geometry(pred, channels_last)
     n = pred.shape[0]
-    items = Items.of(n, numel, backend.widest_access(pred), not channels_last)
+    items = Items.of(n, numel, backend.vector_run(pred), not channels_last)
     if grad is None:
         out = torch.empty(backend.programs(items), dtype=torch.float32, device=pred.device)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_item_normals
+from kernels.philox import Stream, tl_normals
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -44,26 +44,34 @@ def q_sample_kernel(
     C,
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    RUN: tl.constexpr,
     EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = q < total
-    row = backend.row_of(q, magic, shift)
-    item = q - row * per_row
-    offsets, inside = backend.item_offsets(q, row, item, numel, HW, C, WIDTH, EVEN, CHANNELS_LAST)
-    mask = live[:, None] if EVEN else live[:, None] & inside
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
+    live, row = spot[0], spot[1]
     alpha_bar = tl.load(alpha_bars + tl.load(t + row, mask=live, other=0), mask=live, other=1.0)
     sample = tl.load(samples + row, mask=live, other=0)
-    z = tl_item_normals(tl.load(seed), tl.full((), 0, tl.int32), sample, STREAM, item, WIDTH)
-    x = tl.load(x0 + offsets, mask=mask, other=0).to(tl.float32)
-    if PIXELS:
-        x = x * (1 / 127.5) - 1.0
-    out = tl.sqrt(alpha_bar)[:, None] * x + tl.sqrt(1.0 - alpha_bar)[:, None] * z
-    tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
-    tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
+    key = tl.load(seed)
+    # All loads stand before the first store: the tensors may alias for all the compiler knows.
+    clean = ()
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        clean = clean + (tl.load(x0 + offsets, mask=mask),)
+    signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        z = tl_normals(key, tl.full((), 0, tl.int32), sample, STREAM, run, RUN)
+        x = clean[j].to(tl.float32)
+        if PIXELS:
+            x = x * (1 / 127.5) - 1.0
+        out = signal * x + spread * z
+        tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
+        tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -73,7 +81,7 @@ def launch(
     x0, channels_last = backend.layout_of(x0)
     x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
     numel, area, channels = backend.geometry(x0, channels_last)
-    items = Items.of(x0.shape[0], numel, backend.widest_access(x0, x_t), not channels_last)
+    items = Items.of(x0.shape[0], numel, backend.vector_run(x_t), not channels_last)
     backend.launch_items(
         q_sample_kernel,
         items,

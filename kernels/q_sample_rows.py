@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_item_normals, tl_words
+from kernels.philox import Stream, tl_normals, tl_words
 from kernels.q_sample import FLOATS, pixels_to_unit
 from kernels.q_sample import reference as diffuse
 
@@ -56,42 +56,52 @@ def q_sample_rows_kernel(
     TIMESTEP_STREAM: tl.constexpr,
     FLIP_STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    RUN: tl.constexpr,
     EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
+    PLANES: tl.constexpr,
     PIXELS: tl.constexpr,
     FLIP: tl.constexpr,
     KEEP_NOISE: tl.constexpr,
 ):
-    q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = q < total
-    row = backend.row_of(q, magic, shift)
-    item = q - row * per_row
-    offsets, inside = backend.item_offsets(q, row, item, numel, HW, C, WIDTH, EVEN, CHANNELS_LAST)
-    mask = live[:, None] if EVEN else live[:, None] & inside
-    key = tl.load(seed)
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
+    live, row, first = spot[0], spot[1], spot[2]
+    shape = (numel, HW, C)
+    key, zero = tl.load(seed), tl.full((), 0, tl.int32)
     sample = tl.load(samples + row, mask=live, other=0)
-    zero = tl.full((), 0, tl.int32)
-    word, _, _, _ = tl_words(key, zero, sample, TIMESTEP_STREAM, item * 0)
-    step = 1 + ((word.to(tl.uint64) * timesteps) >> 32).to(tl.int64)
-    tl.store(t + row, step, mask=live & (item == 0))
-    alpha_bar = tl.load(alpha_bars + step, mask=live, other=1.0)
-
     start = tl.load(rows + row, mask=live, other=0) * numel
-    element = item[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    # Every item draws its row's t again: one Philox call for 16 elements, no second launch.
+    word, _, _, _ = tl_words(key, zero, sample, TIMESTEP_STREAM, first * 0)
+    step = 1 + ((word.to(tl.uint64) * timesteps) >> 32).to(tl.int64)
+    alpha_bar = tl.load(alpha_bars + step, mask=live, other=1.0)
+    mirrored = live
     if FLIP:
-        mirror, _, _, _ = tl_words(key, zero, sample, FLIP_STREAM, item * 0)
-        column = element % side
-        element = tl.where((mirror >> 31)[:, None] == 1, element - column + (side - 1 - column), element)
-    place = (element % HW) * C + element // HW if CHANNELS_LAST else element
-    x = tl.load(data + start[:, None] + place, mask=mask, other=0).to(tl.float32)
-    if PIXELS:
-        x = x * (1 / 127.5) - 1.0
-    z = tl_item_normals(key, zero, sample, NOISE_STREAM, item, WIDTH)
-    out = tl.sqrt(alpha_bar)[:, None] * x + tl.sqrt(1.0 - alpha_bar)[:, None] * z
-    tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
-    if KEEP_NOISE:
-        tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
+        flip_word, _, _, _ = tl_words(key, zero, sample, FLIP_STREAM, first * 0)
+        mirrored = (flip_word >> 31) == 1
+    # All loads stand before the first store: the tensors may alias for all the compiler knows.
+    clean = ()
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, shape, LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        element = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
+        if FLIP:
+            column = element % side
+            element = tl.where(mirrored[:, None], element + (side - 1 - 2 * column), element)
+        inner = (element % HW) * C + element // HW if CHANNELS_LAST else element
+        clean = clean + (tl.load(data + start[:, None] + inner, mask=mask, other=0),)
+    signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
+    tl.store(t + row, step, mask=live & (first == 0))
+    for j in tl.static_range(REPEAT):
+        run, offsets, mask = backend.access(spot, j, shape, LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        z = tl_normals(key, zero, sample, NOISE_STREAM, run, RUN)
+        x = clean[j].to(tl.float32)
+        if PIXELS:
+            x = x * (1 / 127.5) - 1.0
+        out = signal * x + spread * z
+        tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
+        if KEEP_NOISE:
+            tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -112,7 +122,7 @@ def launch(
     noise = torch.empty_like(x_t) if keep_noise else x_t.new_empty(0)
     t = torch.empty(n, dtype=torch.int64, device=data.device)
     numel, area, channels = backend.geometry(data, channels_last)
-    items = Items.of(n, numel, backend.widest_access(data, x_t), not channels_last)
+    items = Items.of(n, numel, backend.vector_run(x_t), not channels_last)
     backend.launch_items(
         q_sample_rows_kernel,
         items,

@@ -195,17 +195,12 @@ def test_the_gradient_of_x0_is_sqrt_alpha_bar(triton_device):
 @pytest.mark.parametrize("n", [1, 3, 100, 2**31 - 2**17])
 @pytest.mark.parametrize("per_row", [1, 2, 3, 5, 7, 48, 192, 255, 257, 49152, 2**20 + 1, 2**30])
 def test_rows_are_found_by_an_exact_division(n, per_row):
-    items = backend.Items(4, per_row, n, True, *_magic(per_row))
+    items = backend.Items.of(1, 4 * per_row - 1, 4)  # no whole number of runs: a chunk is one run
+    assert items.per_row == per_row
+    assert items.magic < 2**32
     numbers = {0, 1, per_row - 1, per_row, per_row + 1, n - 1, n // 2, n // per_row * per_row, 2**31 - 2**17}
     for q in numbers:
         assert q * items.magic >> items.shift == q // per_row
-
-
-def _magic(per_row):
-    items = backend.Items.of(1, 4 * per_row, 4)
-    assert items.per_row == per_row
-    assert items.magic < 2**32
-    return items.magic, items.shift
 
 
 def arguments_of_operators(n, device="cpu"):

@@ -1,0 +1,144 @@
+"""`ddpm-bench static`: what the kernels compile to, without a GPU; `--check` fails on anything that got worse."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+BASELINE = Path(__file__).parent / "results" / "static.json"
+WIDTH = 120
+
+
+def _card(prediction: dict[str, Any]) -> Text:
+    """ "1.23  2.50" with the larger, binding one in bold; plain text marks it with a star as well."""
+    text = Text()
+    for kind in ("issue", "bytes"):
+        binds = prediction["binds"] == kind
+        text.append(f"{prediction[f'{kind}_us']:>5.2f}{'*' if binds else ' '}", style="bold" if binds else "dim")
+        text.append(" " if kind == "issue" else "")
+    return text
+
+
+def table(arch: str, records: list[dict[str, Any]]) -> Table:
+    """One architecture's records as a table of at most 120 columns."""
+    grid = Table(title=arch, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
+    grid.add_column("kernel", no_wrap=True)
+    for heading in ("regs", "spill", "stack", "smem", "SASS", "/elem", "×bare", "ld/st", "B/el"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for card in records[0]["cards"]:
+        grid.add_column(f"   {card}\nissue  bytes", no_wrap=True)
+    operator = None
+    for record in records:
+        name, _, variant = record["kernel"].partition(" ")
+        label = Text(f"{name if name != operator else '':<12}{variant}")
+        if operator not in (None, name):
+            grid.add_section()
+        operator = name
+        spill = record["spill_store_bytes"] + record["spill_load_bytes"]
+        grid.add_row(
+            label,
+            str(record["registers"]),
+            Text(str(spill), style="red bold" if spill else "dim"),
+            Text(str(record["stack"]), style="red bold" if record["stack"] else "dim"),
+            Text(str(record["shared"]), style="" if record["shared"] else "dim"),
+            str(record["instructions"]),
+            Text(f"{record['instructions_per_element']:.1f}", style="bold"),
+            f"{record['ratio']:.2f}",
+            f"{record['load_bits']}/{record['store_bits']}",
+            f"{record['bytes_per_element']:g}",
+            *(_card(prediction) for prediction in record["cards"].values()),
+        )
+    return grid
+
+
+def show(records: Iterable[dict[str, Any]], console: Console) -> None:
+    """Print a table per architecture and what its columns mean."""
+    by_arch = sorted(records, key=lambda record: int(record["arch"].removeprefix("sm_")))
+    for arch, group in groupby(by_arch, key=lambda record: record["arch"]):
+        console.print(table(arch, list(group)))
+    console.print(
+        "SASS: instructions per thread; /elem: of them per element; ×bare: against Philox + Box-Muller + a store. "
+        "ld/st: bits of the widest load and store. B/el: bytes of memory traffic per element. Cards: predicted µs per "
+        "million elements by instruction issue and by memory bandwidth, the larger (*) binds. Nothing here was timed.",
+        style="dim",
+    )
+
+
+def versions() -> dict[str, str]:
+    """What the figures depend on."""
+    import triton
+
+    return {"triton": triton.__version__}
+
+
+def check(records: list[dict[str, Any]], archs: list[str], pattern: re.Pattern[str]) -> list[str]:
+    """Violations against the committed baseline, of these architectures and kernels only."""
+    from kernels.static import compare
+
+    baseline = json.loads(BASELINE.read_text())
+    if baseline["versions"] != versions():
+        print(f"note: the baseline was made with {baseline['versions']}, this is {versions()}", file=sys.stderr)
+    wanted = [line for line in baseline["records"] if line["arch"] in archs and pattern.search(line["kernel"])]
+    return compare(records, wanted)
+
+
+def static(
+    arch: Annotated[list[str] | None, typer.Option(help="sm_90 and the like; repeat for several, default all")] = None,
+    kernel: Annotated[str, typer.Option(metavar="REGEX", help="kernels whose name matches")] = "",
+    check_baseline: Annotated[
+        bool, typer.Option("--check", help="fail on spills, narrower accesses, over 5% more instructions")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="F", help="write the records to F")] = None,
+    dump: Annotated[Path | None, typer.Option(metavar="DIR", help="write the TTIR and SASS of each to DIR")] = None,
+) -> int:
+    """Compile every kernel for every architecture, without a GPU, and report what it costs."""
+    from kernels import sass
+    from kernels.static import ARCHS, CASES, report
+
+    sass.usable()
+    archs = list(dict.fromkeys(arch or ARCHS))
+    for name in archs:
+        if name not in ARCHS:
+            raise typer.BadParameter(f"got {name}, needs one of {', '.join(ARCHS)}", param_hint="--arch")
+    try:
+        pattern = re.compile(kernel)
+    except re.error as error:
+        raise typer.BadParameter(f"{kernel!r} is no regular expression: {error}", param_hint="--kernel") from error
+    names = [name for name in CASES if pattern.search(name)]
+    if not names:
+        raise typer.BadParameter(f"{kernel!r} matches none of: {'; '.join(CASES)}", param_hint="--kernel")
+    if dump is not None:
+        dump.mkdir(parents=True, exist_ok=True)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
+
+    console, errors = Console(), Console(stderr=True)
+    console.width = max(console.width, WIDTH)
+
+    def progress(measured: Iterable[Any], total: int) -> Iterable[Any]:
+        return track(measured, "compiling", total=total, console=errors, transient=True, disable=not errors.is_terminal)
+
+    records = report(archs, names, dump=dump, jobs=os.cpu_count() or 1, progress=progress)
+    show(records, console)
+    if json_file is not None:
+        text = json.dumps({"versions": versions(), "records": records}, indent=1)
+        json_file.write_text(text + "\n")
+    if check_baseline:
+        violations = check(records, archs, pattern)
+        for line in violations:
+            print(f"error: {line}", file=sys.stderr)
+        if violations:
+            return 1
+        console.print(f"No worse than {BASELINE.parent.name}/{BASELINE.name}: {len(records)} records.")
+    return 0

@@ -1,0 +1,157 @@
+"""What a launch becomes on a card that is not here: compiled by Triton, disassembled by the nvdisasm it ships.
+
+The specialisation (types, alignment, which integers become constants) is made by Triton's own launcher code, so the
+binary is the one that a launch with these arguments would run. Tried with triton 3.6.0 and 3.7.1.
+"""
+
+import re
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kernels import backend
+from kernels.backend import Launch, triton
+
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+
+
+@dataclass(frozen=True)
+class Sass:
+    """Facts of one binary. Per thread: registers, stack and spills in bytes, instructions; per program: shared bytes.
+
+    instructions: every instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both
+    sides of a branch count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory;
+    *_bits: the widest of them (scalars such as the seed included), 0 if there is none.
+    """
+
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack: int
+    shared: int
+    instructions: int
+    global_loads: int
+    global_stores: int
+    load_bits: int
+    store_bits: int
+
+
+def usable() -> None:
+    """Raise RuntimeError unless kernels can be compiled in this process."""
+    if triton is None:
+        raise RuntimeError("the static report compiles with Triton, which is not installed (pip install triton)")
+    if backend.INTERPRETED:
+        raise RuntimeError("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled: unset it")
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """The kernel of this launch compiled for a capability (90 = sm_90): Triton's CompiledKernel, never loaded."""
+    usable()
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
+    cuda = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, cuda)
+    options = {**launch.constants, **launch.options, "debug": False}
+    arguments, specialization, _ = bind(*launch.args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(cuda, options, arguments, specialization, {})
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def _run(tool: str, content: bytes, *options: str) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        command = [str(binary), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin with one kernel: section .text.* of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    (code,) = [section for section in sections if cubin.startswith(b".text.", strings + section[0])]
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def disassemble(codes: Sequence[bytes], capability: int) -> list[str]:
+    """A listing for each piece of machine code; one nvdisasm for all, its start takes as long as a compilation."""
+    lines = _run("nvdisasm", b"".join(codes), "--binary", f"SM{capability}", "--no-dataflow").splitlines()
+    listings = []
+    end = 0
+    position = 0
+    for code in codes:
+        end += len(code)
+        first = position
+        while position < len(lines) and _address(lines[position]) < end:
+            position += 1
+        listings.append("\n".join(lines[first:position]))
+    return listings
+
+
+def _address(line: str) -> int:
+    """The address of a line of a listing, -1 for one without an instruction."""
+    found = INSTRUCTION.match(line)
+    return int(found[1], 16) if found else -1
+
+
+def access_bits(instruction: str) -> int:
+    """Bits that a memory instruction moves per thread: "LDG.E.128" -> 128."""
+    return next((ACCESS_BITS[part] for part in instruction.split(".")[1:] if part in ACCESS_BITS), 32)
+
+
+def count(listing: str) -> list[str]:
+    """The instructions of a listing that are executed: without padding and the endless branch at its end."""
+    instructions = [name for _, name in INSTRUCTION.findall(listing) if name.split(".")[0] != "NOP"]
+    return instructions[:-1] if instructions and instructions[-1].startswith("BRA") else instructions
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a cubin's kernel per thread, as the assembler recorded them."""
+    found = RESOURCES.search(_run("cuobjdump", cubin, "--dump-resource-usage"))
+    if found is None:
+        raise RuntimeError("cuobjdump found no resource usage in a cubin")
+    return int(found[1]), int(found[2])
+
+
+def measure(cubin: bytes, shared: int, listing: str) -> Sass:
+    """The facts of a binary that uses `shared` bytes and disassembles to `listing`."""
+    instructions = count(listing)
+    if "EXIT" not in instructions:
+        raise RuntimeError("nvdisasm gave a listing without an EXIT")
+    registers, stack = usage(cubin)
+
+    def bits(mnemonic: str) -> list[int]:
+        return [access_bits(name) for name in instructions if name.split(".")[0] == mnemonic]
+
+    return Sass(
+        registers=registers,
+        spill_store_bytes=sum(bits("STL")) // 8,
+        spill_load_bytes=sum(bits("LDL")) // 8,
+        stack=stack,
+        shared=shared,
+        instructions=len(instructions),
+        global_loads=len(bits("LDG")),
+        global_stores=len(bits("STG")),
+        load_bits=max(bits("LDG"), default=0),
+        store_bits=max(bits("STG"), default=0),
+    )
+
+
+def elements_per_thread(launch: Launch) -> float:
+    """Elements that a program of this launch deals with, per thread."""
+    constants = launch.constants
+    elements = constants["BLOCK"] * constants["REPEAT"] * constants["RUN"]
+    return elements / (launch.options["num_warps"] * backend.WARP)

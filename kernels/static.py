@@ -1,0 +1,286 @@
+"""The static report: what every kernel compiles to, for cards that are not here.
+
+A deterministic performance test that needs no GPU: registers, spills, instructions and access widths of real launches,
+and the time that two rates allow,
+
+    t_issue = instructions / (SMs * 128 * clock)      t_bytes = bytes / bandwidth          per million elements
+
+of which the larger binds. An SM has four schedulers that issue one instruction for 32 threads per clock. Both are
+lower bounds: latency, caches and the launch itself are not in them.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import backend, bare, sass
+from kernels.backend import Cost, Launch
+
+# The packages' functions of these names hide the modules.
+from kernels.noise_mse import cost as noise_mse_cost
+from kernels.noise_mse import launch as noise_mse
+from kernels.q_sample import cost as q_sample_cost
+from kernels.q_sample import launch as q_sample
+from kernels.q_sample_rows import cost as q_sample_rows_cost
+from kernels.q_sample_rows import launch as q_sample_rows
+from kernels.solver_step import cost as solver_step_cost
+from kernels.solver_step import launch as solver_step
+
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+MORE_INSTRUCTIONS = 1.05
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card: architecture, streaming multiprocessors, clock in GHz, memory bandwidth in GB/s."""
+
+    arch: str
+    sms: int
+    clock: float
+    bandwidth: float
+
+    def issue(self, instructions: float) -> float:
+        """Microseconds to issue so many instructions for each of a million elements."""
+        return instructions * 1e6 / (self.sms * 128 * self.clock * 1e3)
+
+    def bytes(self, per_element: float) -> float:
+        """Microseconds to move so many bytes for each of a million elements."""
+        return per_element * 1e6 / (self.bandwidth * 1e3)
+
+
+# SMs and bandwidth as in NVIDIA's data sheets and architecture white papers (A100 80GB SXM, L4, GeForce RTX 4090, H100
+# SXM, H200 SXM, HGX B200). Clock: the boost clock that the sheet names or that its fp32 peak implies (fp32 / (SMs *
+# lanes * 2): A100 19.5 TFLOP/s with 64 lanes, L4 30.3, RTX 4090 82.6, H100 and H200 67, B200 75 with 128).
+CARDS = {
+    "A100": Card("sm_80", 108, 1.41, 2039),
+    "L4": Card("sm_89", 58, 2.04, 300),
+    "RTX 4090": Card("sm_89", 128, 2.52, 1008),
+    "H100": Card("sm_90", 132, 1.98, 3350),
+    "H200": Card("sm_90", 132, 1.98, 4800),
+    "B200": Card("sm_100", 148, 1.98, 8000),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch worth watching: `run` calls an operator's `launch`, `cost` is that operator's, `stored` its type."""
+
+    run: Callable[[], Any]
+    cost: Cost
+    stored: torch.dtype
+
+    @property
+    def yardstick(self) -> str:
+        """The bare kernel that stores this type."""
+        return "bare fp32" if self.stored == torch.float32 else "bare bf16"
+
+    def launch(self) -> Launch:
+        """The launch, recorded and not executed."""
+        with backend.recording() as launches:
+            self.run()
+        (launch,) = launches
+        return launch
+
+
+F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+IMAGE, RAGGED = (64, 3, 16, 16), (64, 1, 5, 7)  # 35 elements: no whole number of vectors
+
+
+def _image(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _one(dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros((), dtype=dtype)
+
+
+def _rows() -> Tensor:
+    return torch.zeros(IMAGE[0], dtype=torch.int64)
+
+
+def _bare(out: torch.dtype) -> Case:
+    return Case(lambda: bare.launch(torch.zeros(1 << 14, dtype=out), _one(), _one()), bare.cost(out), out)
+
+
+def _q_sample(
+    x0: torch.dtype, out: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format | None = None
+) -> Case:
+    def run() -> None:
+        image = _image(x0, shape).to(memory_format=layout or torch.contiguous_format)
+        q_sample(image, _rows(), torch.ones(501), _one(), _rows(), out)
+
+    return Case(run, q_sample_cost(x0, out), out)
+
+
+def _q_sample_rows(data: torch.dtype, out: torch.dtype, flip: bool = False, keep_noise: bool = False) -> Case:
+    def run() -> None:
+        q_sample_rows(_image(data), _rows(), torch.ones(501), _one(), _rows(), flip, keep_noise, out)
+
+    return Case(run, q_sample_rows_cost(data, out, keep_noise), out)
+
+
+def _noise_mse(pred: torch.dtype, weighted: bool = False, backward: bool = False) -> Case:
+    def run() -> None:
+        weight, grad = torch.ones(IMAGE[0]) if weighted else None, _one(F32) if backward else None
+        noise_mse(_image(pred), _one(), _rows(), weight, grad)
+
+    return Case(run, noise_mse_cost(pred, backward), pred)
+
+
+def _solver_step(x: torch.dtype, m: torch.dtype, full: bool = False) -> Case:
+    """full: guidance, memory of x0 and clip."""
+
+    def run() -> None:
+        uncond, previous = (_image(m), _image(x)) if full else (None, None)
+        table, clip = torch.zeros(50, 8), 1.0 if full else None
+        solver_step(_image(x), _image(m), table, _one(), _one(), _rows(), uncond, _one(F32), previous, clip)
+
+    return Case(run, solver_step_cost(x, m, guided=full, memory=full), x)
+
+
+# Named "operator variant"; images are 64 of 3x16x16.
+CASES: dict[str, Case] = {
+    "bare fp32": _bare(F32),
+    "bare bf16": _bare(BF16),
+    "q_sample fp32": _q_sample(F32, F32),
+    "q_sample bf16": _q_sample(BF16, BF16),
+    "q_sample uint8 to fp32": _q_sample(U8, F32),
+    "q_sample uint8 to bf16": _q_sample(U8, BF16),
+    "q_sample fp32 ragged": _q_sample(F32, F32, RAGGED),
+    "q_sample fp32 channels_last": _q_sample(F32, F32, layout=torch.channels_last),
+    "q_sample_rows uint8 to fp32": _q_sample_rows(U8, F32),
+    "q_sample_rows uint8 to bf16": _q_sample_rows(U8, BF16),
+    "q_sample_rows uint8, flip, noise": _q_sample_rows(U8, F32, flip=True, keep_noise=True),
+    "noise_mse fp32": _noise_mse(F32),
+    "noise_mse fp32 backward": _noise_mse(F32, backward=True),
+    "noise_mse fp32 weighted": _noise_mse(F32, weighted=True),
+    "noise_mse fp32 weighted backward": _noise_mse(F32, weighted=True, backward=True),
+    "noise_mse bf16": _noise_mse(BF16),
+    "noise_mse bf16 backward": _noise_mse(BF16, backward=True),
+    "solver_step fp32": _solver_step(F32, F32),
+    "solver_step fp32 full": _solver_step(F32, F32, full=True),
+    "solver_step fp32, m bf16": _solver_step(F32, BF16),
+    "solver_step bf16": _solver_step(BF16, BF16),
+}
+
+
+def compile_case(name: str, arch: str) -> Any:
+    """Triton's CompiledKernel of a case, for instance for its `.asm["ttir"]`."""
+    return sass.compile_launch(CASES[name].launch(), int(arch.removeprefix("sm_")))
+
+
+def _compile(name: str, arch: str) -> tuple[bytes, int, str]:
+    """(cubin, shared bytes, TTIR): what a process can hand back."""
+    compiled = compile_case(name, arch)
+    return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttir"]
+
+
+def _records(binaries: dict[tuple[str, str], tuple[bytes, int, str]], dump: Path | None) -> list[dict[str, Any]]:
+    """The records of one architecture's binaries."""
+    ((_, arch), *_) = binaries
+    codes = [sass.machine_code(cubin) for cubin, *_ in binaries.values()]
+    listings = sass.disassemble(codes, int(arch.removeprefix("sm_")))
+    records = []
+    for ((name, _), (cubin, shared, ttir)), listing in zip(binaries.items(), listings, strict=True):
+        facts, launch = sass.measure(cubin, shared, listing), CASES[name].launch()
+        records.append(
+            {
+                "kernel": name,
+                "arch": arch,
+                **asdict(facts),
+                "instructions_per_element": round(facts.instructions / sass.elements_per_thread(launch), 3),
+                "bytes_per_element": CASES[name].cost.bytes,
+                "vectors": launch.constants.get("EVEN", True),
+            }
+        )
+        if dump is not None:
+            stem = "-".join(name.replace(",", "").split()) + "." + arch
+            (dump / f"{stem}.ttir").write_text(ttir)
+            (dump / f"{stem}.sass").write_text(listing + "\n")
+    return records
+
+
+def predict(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each card of the record's arch: issue_us and bytes_us per million elements, and which one binds."""
+    cards = {}
+    for name, card in CARDS.items():
+        if card.arch == record["arch"]:
+            issue, moved = card.issue(record["instructions_per_element"]), card.bytes(record["bytes_per_element"])
+            binds = "issue" if issue > moved else "bytes"
+            cards[name] = {"issue_us": round(issue, 3), "bytes_us": round(moved, 3), "binds": binds}
+    return cards
+
+
+def report(
+    archs: Iterable[str] = ARCHS,
+    names: Iterable[str] | None = None,
+    dump: Path | None = None,
+    jobs: int = 1,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda binaries, _: binaries,
+) -> list[dict[str, Any]]:
+    """Compile cases for architectures and measure them: JSON-able records, the same for the same compiler.
+
+    Args:
+        archs, names: which, default all.
+        dump: a folder for the TTIR and SASS of each.
+        jobs: processes; more than one needs a main module that can be imported again.
+        progress: wraps (binaries, how many) while they come.
+
+    Returns: by case and arch a dictionary of kernel, arch, the fields of `Sass`, instructions_per_element
+    (instructions / elements per thread, an upper bound where a branch skips some), ratio (of that to the bare
+    kernel's), bytes_per_element, vectors (whether the memory layout allows vector accesses), cards (see `predict`).
+    """
+    sass.usable()
+    archs, names = list(archs), list(CASES if names is None else names)
+    everything = list(dict.fromkeys([*names, *(CASES[name].yardstick for name in names)]))
+    pairs = [(name, arch) for arch in archs for name in everything]
+    with ExitStack() as stack:
+        if jobs > 1:
+            workers = ProcessPoolExecutor(min(jobs, len(pairs)), mp_context=get_context("spawn"))
+            compiled = stack.enter_context(workers).map(_compile, *zip(*pairs, strict=True))
+        else:
+            compiled = (_compile(*pair) for pair in pairs)
+        binaries = dict(zip(pairs, progress(compiled, len(pairs)), strict=True))
+    by_arch = [{pair: binaries[pair] for pair in pairs if pair[1] == arch} for arch in archs]
+    records = {(line["kernel"], line["arch"]): line for group in by_arch for line in _records(group, dump)}
+    for (name, arch), record in records.items():
+        yardstick = records[CASES[name].yardstick, arch]["instructions_per_element"]
+        record["ratio"] = round(record["instructions_per_element"] / yardstick, 3)
+        record["cards"] = predict(record)
+    return [record for (name, _), record in records.items() if name in names]
+
+
+def compare(records: Iterable[dict[str, Any]], baseline: Iterable[dict[str, Any]]) -> list[str]:
+    """What got worse against the baseline, a line each: spills, narrower or more accesses, over 5% more instructions.
+
+    Fails closed: a record without a baseline, or the reverse, is a violation too.
+    """
+    new = {(record["kernel"], record["arch"]): record for record in records}
+    old = {(record["kernel"], record["arch"]): record for record in baseline}
+    lines = [f"{name}, {arch}: is in the baseline, was not compiled" for name, arch in old if (name, arch) not in new]
+    for (name, arch), record in new.items():
+        before = old.get((name, arch))
+        if before is None:
+            lines.append(f"{name}, {arch}: has no baseline (commit one with --json)")
+            continue
+        # One narrow access among wide ones shows in how many there are.
+        for field in ("spill_store_bytes", "spill_load_bytes", "global_loads", "global_stores"):
+            if record[field] > before[field]:
+                lines.append(f"{name}, {arch}: {field} {record[field]}, the baseline has {before[field]}")
+        for field in ("load_bits", "store_bits"):
+            if record[field] < before[field]:
+                lines.append(f"{name}, {arch}: {field} {record[field]}, the baseline has {before[field]}")
+        field = "instructions_per_element"
+        if record[field] > MORE_INSTRUCTIONS * before[field]:
+            more = 100 * (record[field] / before[field] - 1)
+            lines.append(
+                f"{name}, {arch}: {field} {record[field]}, {more:.1f}% more than the baseline's {before[field]}"
+            )
+    return lines
