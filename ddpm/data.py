@@ -6,6 +6,7 @@ a folder of images (subfolders = classes), or an MNIST idx file of images (`.gz`
 
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ddpm.errors import BadInput
@@ -22,6 +23,7 @@ from ddpm.errors import BadInput
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 DIGITS_SIDE = 16
+UNREADABLE_IMAGE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
 
 
@@ -77,6 +79,8 @@ def load_data(
         _no_labels(source, labels)
         if image_size is not None:
             raise BadInput("--image-size: swiss-roll has points, not images")
+        if classes is not None:
+            raise BadInput(f"--classes: got {len(classes)} names, needs 0 for {source}")
         return Dataset(source, _swiss_roll(), None, ())
     elif path.is_dir():
         _no_labels(source, labels)
@@ -103,13 +107,18 @@ def load_data(
 
 def read_npy(path: Path) -> np.ndarray:
     """The array in a .npy file, never unpickling. Raises BadInput if it cannot be read."""
+    if not path.exists():
+        raise BadInput(f"{path}: no such file")
+    if path.is_file() and path.stat().st_size == 0:
+        raise BadInput(f"{path}: is an empty file, needs a .npy array")
     try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError) as error:
-        reason = "empty file" if path.is_file() and path.stat().st_size == 0 else str(error).splitlines()[0]
+        array = np.load(path, allow_pickle=False)
+    except Exception as error:  # NumPy parses the header as Python: damage raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a readable .npy array without pickled objects ({reason})") from error
+    if not isinstance(array, np.ndarray):
+        raise BadInput(f"{path}: is an archive of several arrays, needs a .npy of one")
+    return array
 
 
 def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
@@ -133,11 +142,12 @@ def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 
 
 def _swiss_roll() -> Tensor:
-    """4,096 points of scikit-learn's Swiss roll seen along its axis, scaled to unit variance: float32 [4096, 2]."""
+    """4,096 points of scikit-learn's Swiss roll seen along its axis, mean 0, variance 1: float32 [4096, 2]."""
     from sklearn.datasets import make_swiss_roll
 
     points = make_swiss_roll(4096, noise=0.3, random_state=0)[0][:, [0, 2]]
-    return torch.from_numpy(((points - points.mean(0)) / points.std()).astype(np.float32))
+    points -= points.mean(axis=0)
+    return torch.from_numpy((points / points.std()).astype(np.float32))
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:
@@ -208,8 +218,10 @@ def _open(path: Path) -> Image.Image:
             image.load()
             if image.mode in ("L", "1"):
                 return image.copy()
+            if image.mode[0] in "IF":
+                raise BadInput(f"{path}: has more than 8 bits per channel (mode {image.mode}), needs 8")
             rgba = image.convert("RGBA")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except UNREADABLE_IMAGE as error:
         raise BadInput(f"{path}: not a readable image ({error})") from error
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
@@ -226,11 +238,12 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     rank = magic & 0xFF
     header = 4 + 4 * rank
     if len(raw) < header or struct.unpack(">i", raw[:4])[0] != magic:
-        raise BadInput(f"{path}: not a .npy, a folder of images or an idx file with magic number {magic}")
+        kind = "images" if magic == IDX_IMAGES else "labels"
+        raise BadInput(f"{path}: not a .npy and not an idx file of {kind} (magic number {magic})")
     shape = struct.unpack(f">{rank}i", raw[4:header])
-    if len(raw) - header != np.prod(shape):
-        raise BadInput(f"{path}: {len(raw) - header} bytes of data, its header {list(shape)} needs {np.prod(shape)}")
-    array = np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    if min(shape) < 0 or len(raw) - header != math.prod(shape):
+        raise BadInput(f"{path}: {len(raw) - header} bytes of data, its header {list(shape)} needs {math.prod(shape)}")
+    array = np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
     return array[..., None] if magic == IDX_IMAGES else array
 
 

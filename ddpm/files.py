@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -14,21 +14,40 @@ from ddpm.errors import BadInput
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix; fsynced and renamed over it if the block succeeds."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+def replacing_all(paths: Sequence[Path], stale: Sequence[Path] = ()) -> Iterator[list[Path]]:
+    """Temporary paths beside `paths`, with their suffixes, which the block writes.
+
+    If it succeeds they are fsynced, then `stale` files are removed, then all are renamed over `paths`: until every
+    byte is on the disk, what was there before stays. Raises BadInput naming the file if it cannot be written.
+    """
+    partials = [path.with_name(f".{path.stem}.partial{path.suffix}") for path in paths]
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        yield partials
+        for partial in partials:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in stale:
+            path.unlink(missing_ok=True)
+        for partial, path in zip(partials, paths, strict=True):
+            partial.replace(path)
+        folder = os.open(paths[0].parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        raise BadInput(f"{paths[0]}: cannot be written ({error.strerror or error})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials:
+            with suppress(OSError):  # the folder itself may be what is missing
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`replacing_all` of one path."""
+    with replacing_all([path]) as (partial,):
+        yield partial
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,8 +55,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def json_text(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> dict:
@@ -53,21 +76,27 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file of these tensors, copied to the CPU.
+def tensor_bytes(tensors: Mapping[str, Tensor], **metadata: object) -> bytes:
+    """The content of a safetensors file of these tensors, copied to the CPU.
 
-    The bytes are written by us, not by the library: its Rust error hides the errno of a full disk.
+    The bytes are written by us, not by the library: its Rust error hides the errno of a full disk. The metadata is one
+    JSON entry, because the library writes several in any order.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, {"fused_ddpm": json.dumps(metadata)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: object) -> None:
+    """A safetensors file, see `tensor_bytes`."""
     with replacing(path) as partial:
-        partial.write_bytes(safetensors.torch.save(plain, dict(metadata)))
+        partial.write_bytes(tensor_bytes(tensors, **metadata))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of a safetensors file. Raises BadInput if it is missing or damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises BadInput if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no Mapping)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, safetensors.SafetensorError) as error:

@@ -17,7 +17,7 @@ from ddpm import runs
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.files import read_tensors, write_json, write_tensors, write_text
+from ddpm.files import read_tensors, write_tensors, write_text
 from ddpm.progress import Bar
 from ddpm.training import Trainer, TrainOptions
 
@@ -113,15 +113,13 @@ def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise WorkFailed(f"loss is not finite since step {first + 1}: try a lower --lr or --clip-grad 1")
-    step = {"step": str(trainer.index)}
-    write_tensors(folder / runs.TRAINING, trainer.state(), step)
+    write_tensors(folder / runs.TRAINING, trainer.state(), step=trainer.index)
     write_model(folder, trainer)
 
 
 def write_model(folder: Path, trainer: Trainer) -> None:
     """What can be made from the training state: model.safetensors (the moving average) and loss.csv."""
-    metadata = {"format_version": str(runs.FORMAT_VERSION), "step": str(trainer.index)}
-    write_tensors(folder / runs.MODEL, trainer.ema.tensors, metadata)
+    write_tensors(folder / runs.MODEL, trainer.ema.tensors, format_version=runs.FORMAT_VERSION, step=trainer.index)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("epoch", "step", "loss", "lr"))
@@ -137,9 +135,7 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
         raise BadInput(f"{folder}: already holds a run, needs --resume, --overwrite or another --out")
     if resume and (folder / runs.MODEL).exists() and not (folder / runs.TRAINING).exists():
         raise BadInput(f"{folder / runs.TRAINING}: is missing beside a model, needs --overwrite to start from zero")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink()
+    runs.make_folder(folder)
     return resume and (folder / runs.TRAINING).exists()
 
 
@@ -148,7 +144,7 @@ def resume_from(folder: Path, trainer: Trainer) -> None:
     digest = runs.read_config(folder).get("data", {}).get("digest")
     if digest != trainer.dataset.digest():
         raise BadInput(f"{folder}: was trained on other data than {trainer.options.data}, needs the same to resume")
-    trainer.load_state(read_tensors(folder / runs.TRAINING)[0])
+    trainer.load_state(read_tensors(folder / runs.TRAINING))
 
 
 def fit(trainer: Trainer, folder: Path, save_every: float) -> None:
@@ -198,8 +194,7 @@ def train(
     if world.any(continued, device):
         resume_from(folder, trainer)
     elif world.is_main:
-        runs.clear(folder)
-        write_json(folder / runs.CONFIG, make_config(trainer))
+        runs.start_run(folder, make_config(trainer))
     finished = trainer.done
     if not finished:
         fit(trainer, folder, save_every)

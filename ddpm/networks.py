@@ -274,12 +274,9 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
     """
     own, given = model.state_dict(), dict(state_dict)
     shortcut = [name for name in own if name.startswith(SHORTCUT_PREFIX)]
-    if shortcut and not any(name in given for name in shortcut):
+    without = bool(shortcut) and not any(name in given for name in shortcut)
+    if without:
         given |= {name: torch.zeros_like(own[name]) for name in shortcut}
-        warnings.warn(
-            "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero",
-            stacklevel=2,
-        )
     for name, tensor in own.items():
         if name not in given:
             raise ValueError(f"state dict: no entry {name!r}, needs {list(tensor.shape)}")
@@ -289,3 +286,8 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
     if extra is not None:
         raise ValueError(f"state dict: unexpected entry {extra!r}")
     model.load_state_dict(given)
+    if without:
+        warnings.warn(
+            "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero",
+            stacklevel=2,
+        )

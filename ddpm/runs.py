@@ -6,6 +6,7 @@ training.safetensors  the training state, for --resume
 loss.csv, loss.png    one row per epoch, and its plot
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.errors import BadInput
-from ddpm.files import read_json, read_tensors, write_json, write_tensors
+from ddpm.files import json_text, read_json, read_tensors, replacing_all, tensor_bytes
 from ddpm.networks import build_network
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
@@ -66,17 +67,29 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG, MODEL, TRAINING))
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left, so that no mixture of two can be read."""
-    for name in (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG):
-        (folder / name).unlink(missing_ok=True)
+def make_folder(folder: Path) -> None:
+    """Create the folder and see that it can be written to. Raises BadInput."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror or error}), needs a writable folder") from error
 
 
-def save_run(folder: Path, network: nn.Module, config: Mapping[str, object]) -> None:
-    """Write config.json and model.safetensors, each atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, config)
-    write_tensors(folder / MODEL, network.state_dict(), {"format_version": str(FORMAT_VERSION)})
+def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | None = None) -> None:
+    """Make the folder this run's: config.json, and the network's weights if there are any yet.
+
+    What an earlier run left goes when the new files are whole on the disk, so that no mixture can be read.
+    """
+    contents = {CONFIG: json_text(config).encode()}
+    if network is not None:
+        contents[MODEL] = tensor_bytes(network.state_dict(), format_version=FORMAT_VERSION)
+    stale = [folder / name for name in (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG)]
+    with replacing_all([folder / name for name in contents], stale) as partials:
+        for partial, content in zip(partials, contents.values(), strict=True):
+            partial.write_bytes(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +162,8 @@ def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSche
         make_table(schedule, **config["sampling"], prediction=config["prediction"])
     except (TypeError, ValueError) as error:
         raise BadInput(f"{folder / CONFIG}: {error}") from error
+    if len(config["classes"]) not in (0, network.n_cfeat):
+        raise BadInput(f"{folder / CONFIG}: {len(config['classes'])} classes, its network needs {network.n_cfeat}")
     return network, schedule
 
 
@@ -176,5 +191,5 @@ def load_run(folder: str | Path) -> Run:
     path = folder / MODEL
     if not path.exists():
         raise BadInput(f"{path}: no such file: training has not saved yet (ddpm train --out {folder} --resume)")
-    load_weights(network, read_tensors(path)[0], path)
+    load_weights(network, read_tensors(path), path)
     return Run(folder, config, network.eval(), schedule)

@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text = error.format_message() if hasattr(error, "format_message") else str(error)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(text, file=sys.stderr)
+            return BAD_INPUT
         line = " ".join(text.split()) or type(error).__name__
         print(f"error: {line}", file=sys.stderr)
         return exit_code(error)

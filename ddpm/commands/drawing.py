@@ -1,5 +1,6 @@
 """What `ddpm sample` and `ddpm evaluate` share: opening a run, reading its options, drawing with a progress bar."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from ddpm.sampling import chunk_size, sample
 from ddpm.solvers import StepTable, make_table
 
 ALL = "all"
+
+
+def check_output(path: Path | None, option: str, suffix: str) -> None:
+    """Raise BadInput, before hours of work, if a file of this name could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
 
 
 def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], StepTable]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm import evaluation, fitting, runs
-from ddpm.commands.drawing import ALL, contexts_of, cycled_classes, draw, table_of
+from ddpm.commands.drawing import ALL, check_output, contexts_of, cycled_classes, draw, table_of
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.files import write_json
@@ -29,6 +29,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Class accuracy by an independent classifier, and a Frechet distance between pixel features."""
+    check_output(json, "--json", ".json")
     opened = runs.load_run(run)
     opened.model.to(pick_device(device))
     if n < 2:

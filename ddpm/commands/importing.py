@@ -20,10 +20,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnpicklingError, ValueError) as error:
+    except UnpicklingError:
+        raise BadInput(f"{path}: not a PyTorch file of weights alone (damaged, or with pickled objects)") from None
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise BadInput(f"{path}: holds a {type(state).__name__}, needs a state dict of tensors")
     return state
 
@@ -59,19 +63,19 @@ def import_weights(
     if names and len(names) != found["n_cfeat"]:
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
     schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"{out}: is a file, needs a folder")
+    if runs.holds_run(out) and not overwrite:
+        raise BadInput(f"{out}: already holds a run, needs --overwrite or another --out")
     try:
         network = ContextUnet(**found)
         load_context_unet_weights(network, state)
     except ValueError as error:
         raise BadInput(f"{weights}: {error}") from error
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file, needs a folder")
-    if runs.holds_run(out) and not overwrite:
-        raise BadInput(f"{out}: already holds a run, needs --overwrite or another --out")
+    runs.make_folder(out)
     config = runs.make_config(
         network, schedule, "eps", classes=names, weights="imported", sampling={"variance": "beta"}
     )
-    runs.clear(out)
-    runs.save_run(out, network, config)
+    runs.start_run(out, config, network)
     print(f"imported: {out} ({', '.join(f'{name} {value}' for name, value in found.items())})")
     print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")

@@ -8,21 +8,12 @@ import torch
 import typer
 
 from ddpm import pictures, runs
-from ddpm.commands.drawing import ALL, contexts_of, draw, table_of
+from ddpm.commands.drawing import ALL, check_output, contexts_of, draw, table_of
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.files import replacing
 from ddpm.sampling import philox_noise
 from kernels import philox
-
-
-def _check_output(path: Path | None, option: str, suffixes: tuple[str, ...]) -> None:
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes:
-        raise BadInput(f"{option}: got {path}, needs a file name ending in {' or '.join(suffixes)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
 
 
 def sample(
@@ -51,9 +42,9 @@ def sample(
     """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""
     if out is npy is gif is None:
         raise BadInput("--out, --npy, --gif: got none, needs at least one to write")
-    _check_output(out, "--out", (".png",))
-    _check_output(npy, "--npy", (".npy",))
-    _check_output(gif, "--gif", (".gif",))
+    check_output(out, "--out", ".png")
+    check_output(npy, "--npy", ".npy")
+    check_output(gif, "--gif", ".gif")
     if columns is not None and columns < 1:
         raise BadInput(f"--columns: got {columns}, needs an integer >= 1")
     opened = runs.load_run(run)

@@ -1,0 +1,93 @@
+"""Evaluation: the Frechet distance against other forms of it, and figures that mean what they say."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from ddpm.data import Dataset, load_data
+from ddpm.evaluation import evaluate, features, frechet_distance
+
+RNG = np.random.default_rng(7)
+CROSS = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return load_data("digits")
+
+
+def test_frechet_distance_is_fids_formula():
+    a = RNG.normal(size=(300, 6)) @ RNG.normal(size=(6, 6))
+    b = RNG.normal(size=(200, 6)) @ RNG.normal(size=(6, 6)) + 1
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    cross = scipy.linalg.sqrtm(cov_a @ cov_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * cross)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_one_dimension_is_the_closed_form():
+    a, b = RNG.normal(1, 2, (50, 1)), RNG.normal(-1, 3, (70, 1))
+    expected = (a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_diagonal_gaussians_is_the_closed_form():
+    a, b = CROSS * [1.0, 2.0], CROSS * [3.0, 0.5] + [1.0, -2.0]
+    expected = (1 + 4) + 4 / 3 * ((3 - 1) ** 2 + (2 - 0.5) ** 2)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_of_a_set_from_itself_is_zero_even_if_degenerate():
+    a = RNG.normal(size=(20, 30))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + 1) == pytest.approx(30, rel=1e-6)
+
+
+def test_features_are_pixels_averaged_to_eight_by_eight():
+    images = torch.from_numpy(RNG.uniform(-1, 1, (3, 2, 16, 16)))
+    expected = images.numpy().reshape(3, 2, 8, 2, 8, 2).mean(axis=(3, 5)).reshape(3, -1)
+    np.testing.assert_allclose(features(images), expected, rtol=1e-12)
+
+
+def test_features_of_bytes_are_those_of_their_unit_range():
+    values = torch.from_numpy(RNG.integers(0, 256, (3, 1, 8, 8), dtype=np.uint8))
+    np.testing.assert_allclose(features(values), features(values / 127.5 - 1), rtol=1e-6, atol=1e-7)
+
+
+def test_features_clamp_images_and_leave_points_alone():
+    assert features(torch.full((1, 1, 8, 8), 5.0)).max() == 1
+    assert features(torch.full((1, 2), 5.0)).tolist() == [[5.0, 5.0]]
+
+
+def test_real_digits_as_samples_get_full_marks(digits):
+    result = evaluate(digits.values, digits, digits.labels.argmax(1))
+    assert result.frechet == pytest.approx(0, abs=1e-6)
+    assert result.accuracy > 0.99
+    assert (result.n, result.real) == (1797, 1797)
+
+
+def test_wrong_classes_and_wrong_pictures_get_low_marks(digits):
+    shifted = (digits.labels.argmax(1) + 1) % 10
+    noise = torch.from_numpy(RNG.uniform(-1, 1, (200, 1, 16, 16))).float()
+    assert evaluate(digits.values, digits, shifted).accuracy < 0.01
+    result = evaluate(noise, digits, torch.arange(200) % 10)
+    assert result.frechet > 10 * result.frechet_real
+    assert result.accuracy < 0.3
+
+
+def test_real_data_column_depends_on_the_data_alone(digits):
+    one = evaluate(digits.values[:100], digits, digits.labels[:100].argmax(1))
+    other = evaluate(digits.values[100:300] // 2, digits, torch.zeros(200, dtype=torch.int64))
+    assert one.accuracy_real == other.accuracy_real
+    assert one.frechet_real == other.frechet_real
+    assert 0.95 < one.accuracy_real < 1
+    assert 0 < one.frechet_real < 1
+
+
+def test_data_without_classes_have_no_accuracy():
+    data = Dataset("points", torch.from_numpy(RNG.normal(size=(40, 2))).float(), None, ())
+    result = evaluate(data.values + 3, data, None)
+    assert result.accuracy is None
+    assert result.accuracy_real is None
+    assert result.frechet == pytest.approx(18, rel=1e-4)

@@ -1,0 +1,108 @@
+"""Pictures: where each sample lands in the grid, and what a GIF holds."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from ddpm import pictures
+from ddpm.errors import BadInput
+
+
+def test_pixels_are_clamped_and_grey_becomes_rgb():
+    images = torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0]).reshape(5, 1, 1, 1)
+    assert pictures.to_pixels(images)[:, 0, 0].tolist() == [[v] * 3 for v in (0, 0, 128, 255, 255)]
+
+
+def test_pixels_invert_the_training_map():
+    values = torch.arange(256).reshape(1, 1, 16, 16)
+    assert np.array_equal(pictures.to_pixels(values / 127.5 - 1)[0, :, :, 0], values[0, 0])
+
+
+@pytest.mark.parametrize(("n", "columns", "rows", "width"), [(6, 3, 2, 3), (5, None, 2, 3), (1, None, 1, 1)])
+def test_grid_places_sample_k_at_row_and_column_in_reading_order(n, columns, rows, width):
+    colours = torch.linspace(-1, 0.8, n)
+    images = colours.reshape(n, 1, 1, 1).expand(n, 3, 16, 16)
+    grid = np.asarray(pictures.render(images, columns))
+    cell = 4 * 16 + pictures.GAP
+    edges = 2 * pictures.MARGIN - pictures.GAP
+    assert grid.shape == (rows * cell + edges, width * cell + edges, 3)
+    for k in range(n):
+        y, x = (pictures.MARGIN + cell * place for place in (k // width, k % width))
+        assert (grid[y : y + 64, x : x + 64] == pictures.to_pixels(images)[k, 0, 0]).all()
+
+
+def test_small_images_are_enlarged_pixel_by_pixel():
+    image = torch.rand(1, 3, 8, 8, generator=torch.manual_seed(0)) * 2 - 1
+    grid = np.asarray(pictures.render(image))
+    tile = grid[pictures.MARGIN :, pictures.MARGIN :][:64, :64]
+    assert np.array_equal(tile, np.repeat(np.repeat(pictures.to_pixels(image)[0], 8, 0), 8, 1))
+
+
+def test_headers_and_caption_are_drawn_around_the_same_tiles():
+    images = torch.zeros(4, 1, 16, 16)
+    plain = pictures.render(images, 2)
+    labelled = pictures.render(images, 2, ("cat", "a very long class name"), "ddpm, 20 steps, and so on and on")
+    assert labelled.height > plain.height
+    assert labelled.width >= plain.width
+    ink = (np.asarray(labelled.convert("L")) < 100).any(axis=1)
+    assert ink[: pictures.MARGIN + pictures.TEXT].any(), "no headers"
+    assert ink[-pictures.MARGIN - pictures.TEXT :].any(), "no caption"
+
+
+def test_points_become_a_scatter_plot():
+    points = torch.tensor([[1.5, 1.5]]).repeat(50, 1)
+    dark = (np.asarray(pictures.render(points).convert("L")) < 200).astype(float)
+    blank = (np.asarray(pictures.render(points + 100).convert("L")) < 200).astype(float)
+    added = np.argwhere(dark > blank).mean(axis=0) / dark.shape
+    assert added[0] < 0.4, "not in the upper half"
+    assert added[1] > 0.6, "not in the right half"
+
+
+def test_gif_has_every_frame_and_rests_on_the_last(tmp_path):
+    frames = [Image.new("RGB", (20, 20), (40 * k, 0, 0)) for k in range(5)]
+    pictures.save_gif(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as gif:
+        shown = [
+            (frame.convert("RGB").getpixel((5, 5)), frame.info["duration"]) for frame in ImageSequence.Iterator(gif)
+        ]
+        assert gif.info["loop"] == 0
+    assert [colour for colour, _ in shown] == [(40 * k, 0, 0) for k in range(5)]
+    assert [duration for _, duration in shown] == [pictures.GIF_FRAME_MS] * 4 + [pictures.GIF_LAST_MS]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20, 500])
+def test_trajectory_goes_from_noise_to_the_last_estimate(steps):
+    estimates = [torch.full((2, 1, 4, 4), float(k)) for k in range(steps)]
+    alpha_bars = [(k + 1) / (steps + 1) for k in range(steps)]
+    initial = torch.full((2, 1, 4, 4), 3.0)
+    frames = pictures.trajectory(estimates, alpha_bars, initial)
+    assert 3 <= len(frames) <= pictures.GIF_FRAMES_MAX + 2
+    assert torch.equal(frames[0], initial)
+    assert torch.equal(frames[-1], estimates[-1])
+    a = alpha_bars[0]
+    torch.testing.assert_close(frames[1], math.sqrt(a) * estimates[0] + math.sqrt(1 - a) * initial)
+
+
+def test_loss_plot_is_a_picture_of_the_losses(tmp_path):
+    pictures.save_loss_plot(tmp_path / "falling.png", [1, 2, 3], [1.0, 0.1, 0.01])
+    pictures.save_loss_plot(tmp_path / "rising.png", [1, 2, 3], [0.01, 0.1, 1.0])
+    falling, rising = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("falling", "rising"))
+    assert falling.shape == rising.shape
+    assert (falling != rising).any()
+
+
+def test_a_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(BadInput, match="No space left"):
+        pictures.save_png(path, Image.new("RGB", (4, 4)))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

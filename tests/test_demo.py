@@ -1,0 +1,66 @@
+"""The demo as a newcomer runs it: it is quick, leaves what it promises, and an independent reader knows its digits."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+PROMISED_SECONDS = 240
+SLACK = 1.5  # for a machine that is doing something else as well
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}  # as a newcomer's: tests/conftest.py turns the interpreter on
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str, float]:
+    """The demo's folder, what it printed, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    own = BIN == ROOT / ".venv" / "bin"
+    # In another environment than the project's own, `make` is told that setup is done and where the programs are.
+    settings = [] if own else [f"BIN={BIN}", "-o", "setup"]
+    began = time.monotonic()
+    command = ["make", "demo", f"RUN={folder}", *settings]
+    made = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    seconds = time.monotonic() - began
+    assert made.returncode == 0, made.stderr
+    print(f"make demo took {seconds:.0f} s on {os.cpu_count()} cores")
+    return folder, made.stdout + made.stderr, seconds
+
+
+@pytest.mark.long
+def test_demo_leaves_what_it_promises(demo):
+    folder, printed, _ = demo
+    left = {path.name for path in folder.iterdir()}
+    assert left >= {"samples.png", "trajectory.gif", "loss.png", "model.safetensors", "config.json"}
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 1
+    with Image.open(folder / "trajectory.gif") as gif:
+        assert gif.n_frames > 10
+    for name in ("samples.png", "trajectory.gif", "loss.png"):
+        assert str(folder / name) in printed
+    assert "ddpm sample" in printed, "says nothing of what to try next"
+    assert all(word in printed for word in ("loss", "images/s", "left")), "no progress"
+
+
+@pytest.mark.long
+def test_demo_takes_less_than_four_minutes(demo):
+    assert demo[2] < PROMISED_SECONDS * SLACK
+
+
+@pytest.mark.long
+def test_guided_samples_of_the_demo_are_read_as_what_was_asked_for(demo, tmp_path):
+    figures = tmp_path / "figures.json"
+    recipe = ["--guidance", "2", "--solver", "dpmpp_2m", "--steps", "30"]  # as the demo itself samples
+    command = [BIN / "ddpm", "evaluate", demo[0], *recipe, "--n", "500", "--json", figures]
+    made = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    assert made.returncode == 0, made.stderr
+    result = json.loads(figures.read_text())
+    assert result["n"] == 500
+    assert result["accuracy"] >= 0.95
+    assert result["accuracy_real"] >= 0.95
+    assert 0 <= result["frechet_real"] < result["frechet"]
