@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-long lint format static clean
+.PHONY: help setup demo test test-long lint format static gpu clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
+	@echo "make gpu        on a machine with one: kernel tests and times into OUT=$(OUT)"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"
 	@echo "make clean      remove .venv and caches"
@@ -51,6 +52,13 @@ format: setup
 
 static: setup
 	$(BIN)/ddpm-bench static --check
+
+# On a machine without .venv (and without a network) the system's Python serves: it needs torch, triton and pytest.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+OUT ?= bench/results/gpu
+
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m bench gpu --out $(OUT)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -1,18 +1,35 @@
-"""The command line `ddpm-bench`: errors are one line on stderr and an exit code, 2 bad input or 1 failed work."""
+"""The command line `ddpm-bench`: one function per command."""
 
-import sys
-import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from bench.static import static
+from ddpm.command_line import FAILED, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(static)
 
-BAD_INPUT, FAILED = 2, 1
+
+@app.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="folder for the records")],
+    tests: Annotated[bool, typer.Option(help="run the kernel tests on the device first")] = True,
+) -> int:
+    """Everything that only a GPU can tell: the kernel tests on it, then the kernels' times, in under nine minutes."""
+    from bench.gpu import run_kernels, run_tests, table
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = run_tests() if tests else 0
+    records = run_kernels(out, torch.device("cuda"))
+    print(table(records))
+    print(f"wrote {out / 'kernels.json'}")
+    return FAILED if failed or not all(record["parity"] for record in records) else 0
 
 
 @app.callback()
@@ -21,21 +38,5 @@ def _root(debug: Annotated[bool, typer.Option("--debug", help="show the tracebac
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; `--debug` may stand anywhere in it."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    if debug:
-        arguments.remove("--debug")
-    try:
-        result = app(arguments, prog_name="ddpm-bench", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        print("stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        usage = hasattr(error, "format_message")
-        text = error.format_message() if usage else str(error)
-        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
-        return BAD_INPUT if usage or isinstance(error, ValueError | TypeError | OSError) else FAILED
-    return result if isinstance(result, int) else 0
+    """Run the command line and return its exit code."""
+    return run(app, "ddpm-bench", arguments)

@@ -41,7 +41,7 @@ def table(arch: str, records: list[dict[str, Any]]) -> Table:
     operator = None
     for record in records:
         name, _, variant = record["kernel"].partition(" ")
-        label = Text(f"{name if name != operator else '':<12}{variant}")
+        label = Text(f"{name if name != operator else '':<14}{variant}")
         if operator not in (None, name):
             grid.add_section()
         operator = name

@@ -12,8 +12,8 @@ from torch import Tensor
 from ddpm.files import replacing
 
 # Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
-CELL_PIXELS, GIF_CELL_PIXELS = 64, 32
-GAP, MARGIN, TEXT = 4, 10, 14
+CELL_PIXELS, GIF_CELL_PIXELS = 64, 48
+GAP, MARGIN = 4, 10
 INK, PAPER, FRAME = "#202020", "#ffffff", "#d0d0d0"
 GIF_FRAME_MS, GIF_LAST_MS = 60, 2500
 GIF_FRAMES_MAX, GIF_COLOURS = 40, 128
@@ -44,10 +44,11 @@ def render(
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, cell // height)
-    font = ImageFont.load_default(TEXT)
+    size = 14 if cell >= CELL_PIXELS else 11
+    font = ImageFont.load_default(size)
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
-    top = MARGIN + (TEXT + GAP if headers else 0)
-    bottom = MARGIN + (TEXT + 2 * GAP if caption else 0)
+    top = MARGIN + (size + GAP if headers else 0)
+    bottom = MARGIN + (size + 2 * GAP if caption else 0)
     wide = columns * cell_w - GAP
     if caption:
         wide = max(wide, math.ceil(font.getlength(caption)))
@@ -55,7 +56,7 @@ def render(
     draw = ImageDraw.Draw(canvas)
     for column, header in enumerate(headers[:columns]):
         text = _shorten(header, font, cell_w - 2)
-        draw.text((MARGIN + column * cell_w + (cell_w - GAP) // 2, MARGIN), text, INK, font, anchor="mt")
+        draw.text((MARGIN + column * cell_w + (cell_w - GAP) // 2, MARGIN + size - 2), text, INK, font, anchor="ms")
     for k in range(n):
         x, y = MARGIN + k % columns * cell_w, top + k // columns * cell_h
         tile = Image.fromarray(pixels[k]).resize((width * scale, height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,46 @@
+"""What the command lines share: errors are one line on stderr and an exit code, no traceback without `--debug`."""
+
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from ddpm.errors import WorkFailed
+
+BAD_INPUT, FAILED, STOPPED = 2, 1, 130
+
+
+def exit_code(error: BaseException) -> int:
+    """2 for what the user can put right (arguments, files, a full disk), 1 for work that failed."""
+    if isinstance(error, WorkFailed):
+        return FAILED
+    usage = hasattr(error, "format_message")
+    return BAD_INPUT if usage or isinstance(error, ValueError | TypeError | OSError) else FAILED
+
+
+def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
+    """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    try:
+        result = app(arguments, prog_name=name, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(text, file=sys.stderr)
+            return BAD_INPUT
+        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+        return exit_code(error)
+    return result if isinstance(result, int) else 0
