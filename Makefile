@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN ?= runs/demo
 BIN := .venv/bin
 
-.PHONY: help setup demo test test-long lint format static gpu clean
+.PHONY: help setup demo test test-long lint format static report gpu clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
@@ -11,6 +11,7 @@ help:
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
+	@echo "make report     the figures in README.md from the stored records"
 	@echo "make gpu        on a machine with one: kernel tests and times into OUT=$(OUT)"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"
@@ -52,6 +53,9 @@ format: setup
 
 static: setup
 	$(BIN)/ddpm-bench static --check
+
+report: setup
+	$(BIN)/ddpm-bench report
 
 # On a machine without .venv (and without a network) the system's Python serves: it needs torch, triton and pytest.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)

@@ -7,6 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
+from bench import report
 from bench.static import static
 from ddpm.command_line import FAILED, run
 
@@ -30,6 +31,12 @@ def gpu(
     print(table(records))
     print(f"wrote {out / 'kernels.json'}")
     return FAILED if failed or not all(record["parity"] for record in records) else 0
+
+
+@app.command("report")
+def write_report() -> None:
+    """Regenerate the figures in README.md from the stored records."""
+    report.write()
 
 
 @app.callback()

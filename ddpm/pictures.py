@@ -44,7 +44,7 @@ def render(
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     scale = max(1, cell // height)
-    size = 14 if cell >= CELL_PIXELS else 11
+    size = 14 if cell >= CELL_PIXELS else 10
     font = ImageFont.load_default(size)
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
     top = MARGIN + (size + GAP if headers else 0)

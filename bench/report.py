@@ -1,0 +1,75 @@
+"""`ddpm-bench report`: the figures in README.md, generated from stored records between HTML comments.
+
+<!-- NAME --> ... <!-- /NAME -->        NAME is a key of BLOCKS
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.machine import ROOT
+
+README = ROOT / "README.md"
+STATIC = ROOT / "bench" / "results" / "static.json"
+SPRITES = ROOT / "docs" / "sprites.json"
+KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
+# Instructions per element on sm_90 before tuning, by the same count; what changed is told at backend.ITEM_ELEMENTS.
+BEFORE_TUNING = {"q_sample bf16": 45.7, "solver_step fp32": 45.7}
+
+
+def kernel_table() -> str:
+    """Instructions per element, spills and what binds, of every kernel on one architecture."""
+    records = [r for r in json.loads(STATIC.read_text())["records"] if r["arch"] == KERNEL_ARCH]
+    lines = [
+        f"| kernel ({KERNEL_ARCH}) | SASS instructions per element | before tuning | x bare | registers | spills "
+        f"| bytes per element | binds on an {KERNEL_CARD} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        before = BEFORE_TUNING.get(record["kernel"])
+        ratio = "" if record.get("ratio") is None else f"{record['ratio']:.2f}"
+        cells = (
+            record["kernel"],
+            f"{record['instructions_per_element']:.1f}",
+            "" if before is None else f"{before}",
+            ratio,
+            str(record["registers"]),
+            str(record["spill_store_bytes"] + record["spill_load_bytes"]),
+            f"{record['bytes_per_element']:g}",
+            record["cards"][KERNEL_CARD]["binds"],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sprites_table() -> str:
+    """`ddpm evaluate` of the sprites run."""
+    record = json.loads(SPRITES.read_text())
+    recipe = f"{record['n']} samples, {record['solver']}, {record['steps']} steps, guidance {record['guidance']:g}"
+    return "\n".join(
+        (
+            f"| sprites ({recipe}) | samples | real data |",
+            "|---|---|---|",
+            f"| Frechet distance of pixel features | {record['frechet']:.2f} | {record['frechet_real']:.2f} |",
+            f"| read as the class asked for | {record['accuracy']:.1%} | {record['accuracy_real']:.1%} |",
+        )
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"kernels": kernel_table, "sprites": sprites_table}
+
+
+def filled(text: str) -> str:
+    """The text with every block replaced by what its record says. Raises ValueError if a block is not there."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        if not pattern.search(text):
+            raise ValueError(f"README.md: has no block <!-- {name} --> ... <!-- /{name} -->")
+        text = pattern.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+    return text
+
+
+def write(path: Path = README) -> None:
+    """Fill the blocks of a file in place."""
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
