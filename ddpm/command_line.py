@@ -28,6 +28,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     if debug:
         arguments.remove("--debug")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         result = app(arguments, prog_name=name, standalone_mode=False)

@@ -99,6 +99,8 @@ def load_data(
     if classes is not None:
         if len(classes) != len(names):
             raise BadInput(f"--classes: got {len(classes)} names, needs {len(names)} for {source}")
+        if len(set(classes)) < len(classes) or not all(classes) or "all" in classes:
+            raise BadInput(f"--classes: got {','.join(classes)}, needs names that differ, none of them empty or 'all'")
         names = tuple(classes)
     values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     name = source if source == "digits" else path.stem
@@ -209,7 +211,8 @@ def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarra
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES)
+    files = (p for p in folder.iterdir() if not p.name.startswith(".") and p.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in files if not p.is_dir())
 
 
 def _open(path: Path) -> Image.Image:

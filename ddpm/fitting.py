@@ -73,7 +73,10 @@ def resumed_options(folder: Path, asked: dict[str, object]) -> TrainOptions:
                 f"--{name.replace('_', '-')}: got {value}, but {folder} was started with {stored[name]}: "
                 "resume without it, or start another run"
             )
-    return TrainOptions(**{**stored, **{name: asked[name] for name in MAY_DIFFER & set(asked)}})
+    try:
+        return TrainOptions(**stored | {name: asked[name] for name in MAY_DIFFER & set(asked)})
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{folder / runs.CONFIG}: training options: {error}") from error
 
 
 def make_config(trainer: Trainer) -> dict[str, object]:
@@ -129,10 +132,7 @@ def write_model(folder: Path, trainer: Trainer) -> None:
 
 def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     """Whether the folder holds a checkpoint to resume from. Raises BadInput if it may not be written to."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file, needs a folder")
-    if runs.holds_run(folder) and not (resume or overwrite):
-        raise BadInput(f"{folder}: already holds a run, needs --resume, --overwrite or another --out")
+    runs.free_folder(folder, overwrite=resume or overwrite)
     if resume and (folder / runs.MODEL).exists() and not (folder / runs.TRAINING).exists():
         raise BadInput(f"{folder / runs.TRAINING}: is missing beside a model, needs --overwrite to start from zero")
     runs.make_folder(folder)
@@ -141,8 +141,7 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
 
 def resume_from(folder: Path, trainer: Trainer) -> None:
     """Load the training state of the folder. Raises BadInput if it is damaged or the data is not the same."""
-    digest = runs.read_config(folder).get("data", {}).get("digest")
-    if digest != trainer.dataset.digest():
+    if runs.read_config(folder)["data"]["digest"] != trainer.dataset.digest():
         raise BadInput(f"{folder}: was trained on other data than {trainer.options.data}, needs the same to resume")
     trainer.load_state(read_tensors(folder / runs.TRAINING))
 

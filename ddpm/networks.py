@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.philox import is_integer
+
 GROUPS = 8
 SHORTCUT_PREFIX = "init_conv.shortcut."
 
@@ -116,11 +118,16 @@ class ContextUnet(nn.Module):
         multipliers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if not all(is_integer(size) for size in (in_channels, n_feat, n_cfeat, height, *(multipliers or ()))):
+            got = in_channels, n_feat, n_cfeat, height, multipliers
+            raise ValueError(f"in_channels, n_feat, n_cfeat, height, multipliers: got {got}, needs integers")
+        in_channels, n_feat, n_cfeat, height = int(in_channels), int(n_feat), int(n_cfeat), int(height)
         if multipliers is None:
-            multipliers = tuple(min(2**i, 8) for i in range(_halvings(height)))
+            multipliers = [min(2**i, 8) for i in range(_halvings(height))]
+        multipliers = tuple(map(int, multipliers))
         depth = len(multipliers)
         if depth < 2 or min(multipliers) < 1:
-            raise ValueError(f"multipliers: got {tuple(multipliers)}, needs at least two integers >= 1")
+            raise ValueError(f"multipliers: got {multipliers}, needs at least two integers >= 1")
         if in_channels < 1 or n_cfeat < 0:
             raise ValueError(f"in_channels, n_cfeat: got {in_channels}, {n_cfeat}, needs >= 1, >= 0")
         if n_feat < GROUPS or n_feat % GROUPS:
@@ -128,7 +135,7 @@ class ContextUnet(nn.Module):
         if height < 2**depth or height % 2**depth:
             raise ValueError(f"height: got {height}, needs a multiple of {2**depth} for {depth} halvings")
         self.in_channels, self.n_feat, self.n_cfeat, self.height = in_channels, n_feat, n_cfeat, height
-        self.multipliers = tuple(multipliers)
+        self.multipliers = multipliers
 
         widths = [n_feat, *(n_feat * multiplier for multiplier in multipliers)]
         deepest, second = widths[-1], widths[-2]
@@ -264,28 +271,44 @@ def build_network(config: Mapping[str, object]) -> nn.Module:
         raise ValueError(f"model: {error}") from error
 
 
+def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises ValueError naming the first entry that is missing, of another shape or kind of type, not finite, or too many.
+    """
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in given:
+            raise ValueError(f"has no entry {name!r}, the network needs {list(tensor.shape)}: from another network?")
+        if given[name].shape != tensor.shape:
+            raise ValueError(f"{name!r} is {list(given[name].shape)}, the network needs {list(tensor.shape)}")
+        if given[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name!r} is {given[name].dtype}, the network needs {tensor.dtype}")
+        if not given[name].isfinite().all():
+            raise ValueError(f"{name!r} has NaN or infinite values, the network needs finite ones")
+    extra = next((name for name in given if name not in own), None)
+    if extra is not None:
+        raise ValueError(f"has {extra!r}, which the network does not: from another network?")
+    model.load_state_dict(dict(given))
+
+
 def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tensor]) -> None:
     """Load a published ContextUnet state dict, with or without the shortcut.
 
     The original made its shortcut convolution anew, at random, in every call, so published weights have none: it
     becomes zero, the expectation of that random convolution, and a warning says so.
 
-    Raises ValueError naming the first missing, unexpected or misshapen entry.
+    Raises ValueError as `fit_state_dict` does.
     """
-    own, given = model.state_dict(), dict(state_dict)
-    shortcut = [name for name in own if name.startswith(SHORTCUT_PREFIX)]
+    given = dict(state_dict)
+    shortcut = [name for name in model.state_dict() if name.startswith(SHORTCUT_PREFIX)]
     without = bool(shortcut) and not any(name in given for name in shortcut)
     if without:
-        given |= {name: torch.zeros_like(own[name]) for name in shortcut}
-    for name, tensor in own.items():
-        if name not in given:
-            raise ValueError(f"state dict: no entry {name!r}, needs {list(tensor.shape)}")
-        if given[name].shape != tensor.shape:
-            raise ValueError(f"state dict: {name!r} is {list(given[name].shape)}, needs {list(tensor.shape)}")
-    extra = next((name for name in given if name not in own), None)
-    if extra is not None:
-        raise ValueError(f"state dict: unexpected entry {extra!r}")
-    model.load_state_dict(given)
+        given |= {name: torch.zeros_like(model.state_dict()[name]) for name in shortcut}
+    try:
+        fit_state_dict(model, given)
+    except ValueError as error:
+        raise ValueError(f"state dict: {error}") from error
     if without:
         warnings.warn(
             "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero",

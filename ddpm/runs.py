@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import BadInput
 from ddpm.files import json_text, read_json, read_tensors, replacing_all, tensor_bytes
-from ddpm.networks import build_network
+from ddpm.networks import build_network, fit_state_dict
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 
@@ -62,9 +62,18 @@ def make_config(
     }
 
 
-def holds_run(folder: Path) -> bool:
-    """Whether anything of a run lies in this folder."""
-    return any((folder / name).exists() for name in (CONFIG, MODEL, TRAINING))
+FILES = (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG)
+
+
+def free_folder(folder: Path, overwrite: bool = False) -> None:
+    """Raise BadInput unless a new run may be written there: no file, and no run's files without `overwrite`."""
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: is a file, needs a folder")
+    found = next((name for name in FILES if (folder / name).exists()), None)
+    if found is not None and not overwrite:
+        raise BadInput(
+            f"{folder}: already holds a run ({found}), needs --resume (of training), --overwrite or another --out"
+        )
 
 
 def make_folder(folder: Path) -> None:
@@ -86,7 +95,7 @@ def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | N
     contents = {CONFIG: json_text(config).encode()}
     if network is not None:
         contents[MODEL] = tensor_bytes(network.state_dict(), format_version=FORMAT_VERSION)
-    stale = [folder / name for name in (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG)]
+    stale = [folder / name for name in FILES]
     with replacing_all([folder / name for name in contents], stale) as partials:
         for partial, content in zip(partials, contents.values(), strict=True):
             partial.write_bytes(content)
@@ -151,6 +160,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise BadInput(f"{path}: {key!r} is {config.get(key)!r}, needs a {kind.__name__}")
+    if not all(isinstance(name, str) for name in config["classes"]):
+        raise BadInput(f"{path}: 'classes' is {config['classes']}, needs names")
+    data = config.get("data")
+    if "training" in config and not (isinstance(data, dict) and isinstance(data.get("digest"), str)):
+        raise BadInput(f"{path}: 'data' has no digest, which a trained run needs")
+    config["sampling"] = SAMPLING_DEFAULTS | config["sampling"]
     return config
 
 
@@ -160,27 +175,12 @@ def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSche
         network = build_network(config["model"])
         schedule = NoiseSchedule.make(**config["schedule"])
         make_table(schedule, **config["sampling"], prediction=config["prediction"])
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{folder / CONFIG}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{folder / CONFIG}: {reason}") from error
     if len(config["classes"]) not in (0, network.n_cfeat):
         raise BadInput(f"{folder / CONFIG}: {len(config['classes'])} classes, its network needs {network.n_cfeat}")
     return network, schedule
-
-
-def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy tensors into the network. Raises BadInput naming the first that is missing, misshapen or too many."""
-    own = network.state_dict()
-    for name, tensor in own.items():
-        if name not in tensors:
-            raise BadInput(f"{path}: has no {name!r}, which the network of {CONFIG} needs: from another network?")
-        if tensors[name].shape != tensor.shape:
-            raise BadInput(
-                f"{path}: {name!r} is {list(tensors[name].shape)}, the network of {CONFIG} needs {list(tensor.shape)}"
-            )
-    extra = next((name for name in tensors if name not in own), None)
-    if extra is not None:
-        raise BadInput(f"{path}: has {extra!r}, which the network of {CONFIG} does not: from another network?")
-    network.load_state_dict(dict(tensors))
 
 
 def load_run(folder: str | Path) -> Run:
@@ -191,5 +191,8 @@ def load_run(folder: str | Path) -> Run:
     path = folder / MODEL
     if not path.exists():
         raise BadInput(f"{path}: no such file: training has not saved yet (ddpm train --out {folder} --resume)")
-    load_weights(network, read_tensors(path), path)
+    try:
+        fit_state_dict(network, read_tensors(path))
+    except ValueError as error:
+        raise error if isinstance(error, BadInput) else BadInput(f"{path}: {error}") from error
     return Run(folder, config, network.eval(), schedule)

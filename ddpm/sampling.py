@@ -130,6 +130,8 @@ def sample(
             rows = slice(start, min(start + batch_size, n))
             samples = torch.arange(first_sample + rows.start, first_sample + rows.stop, device=device)
             x = draw(samples, 0, philox.Stream.INITIAL, shape).to(state_dtype)
+            if tuple(x.shape) != (samples.shape[0], *shape):
+                raise ValueError(f"noise: returned {list(x.shape)}, needs {[samples.shape[0], *shape]}")
             c = None if contexts is None else contexts[rows]
             chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
     return torch.cat(chunks)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.philox import is_integer
+
 KINDS = ("linear", "quad", "sigmoid", "constant", "cosine", "context_unet")
 COSINE_OFFSET = 0.008
 COSINE_BETA_MAX = 0.999
 # Above this much signal left at t = T the network never sees what sampling starts from (Lin et al. 2024).
 SIGNAL_LEFT_MAX = 0.05
-# Below this sqrt(alpha_bar) leaves the range of float32, in which tables are executed.
-SIGNAL_LEFT_MIN = 1e-60
 
 
 def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarray:
@@ -70,8 +70,9 @@ class NoiseSchedule:
         """
         if kind not in KINDS:
             raise ValueError(f"schedule: got {kind!r}, needs one of {', '.join(KINDS)}")
-        if isinstance(timesteps, bool) or not isinstance(timesteps, int) or timesteps < 1:
+        if not is_integer(timesteps) or timesteps < 1:
             raise ValueError(f"timesteps: got {timesteps!r}, needs an integer >= 1")
+        timesteps = int(timesteps)
         if kind == "cosine":
             if beta_start is not None or beta_end is not None:
                 raise ValueError("beta_start, beta_end: the cosine schedule takes none")
@@ -84,6 +85,7 @@ class NoiseSchedule:
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
             if beta is not None and not 0 < beta < 1:
                 raise ValueError(f"{name}: got {beta}, needs 0 < {name} < 1")
+        beta_start, beta_end = (None if beta is None else float(beta) for beta in (beta_start, beta_end))
 
         if kind == "context_unet":
             grid = np.linspace(beta_start, beta_end, timesteps + 1)
@@ -93,11 +95,6 @@ class NoiseSchedule:
         else:
             betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, beta_start, beta_end)])
             alpha_bars = np.cumprod(1 - betas)
-        if alpha_bars[-1] < SIGNAL_LEFT_MIN:
-            raise ValueError(
-                f"schedule {kind!r} with T = {timesteps}: alpha_bars[T] = {alpha_bars[-1]:.2g}, needs at least "
-                f"{SIGNAL_LEFT_MIN:g} for finite coefficients; use fewer timesteps or smaller betas"
-            )
         if alpha_bars[-1] > SIGNAL_LEFT_MAX:
             warnings.warn(
                 f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {alpha_bars[-1]:.2g} > "

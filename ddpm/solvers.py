@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ddpm.schedule import NoiseSchedule
+from kernels.philox import is_integer
 
+# Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
+ALPHA_BAR_MIN = 1e-300
 PREDICTIONS = ("eps", "v", "x0")
 VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace")
@@ -48,7 +51,7 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     trailing: round(T - k T/S); leading: (T//S) k + 1, S must divide T; linspace: round(linspace(0, T-1, S)) + 1
     (Lin et al. 2024, table 2, shifted to 1..T). Raises ValueError for S outside 1..T or an unknown spacing.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= timesteps:
+    if not is_integer(steps) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps: got {steps!r}, needs an integer in 1..{timesteps} (the schedule's timesteps)")
     if spacing not in SPACINGS:
         raise ValueError(f"spacing: got {spacing!r}, needs one of {', '.join(SPACINGS)}")
@@ -162,7 +165,7 @@ def make_table(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
     timesteps = timestep_grid(schedule.timesteps, schedule.timesteps if steps is None else steps, spacing)
-    alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].tolist()
+    alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
     if solver == "ddpm":
         rows = _ddpm_rows(alpha_bars, prediction, variance)
     elif solver == "ddim":
@@ -171,4 +174,9 @@ def make_table(
         rows = _dpmpp_2m_rows(alpha_bars, prediction)
     coefficients = torch.tensor(rows, dtype=torch.float64)
     coefficients[-1, 6] = 0.0
-    return StepTable(torch.from_numpy(timesteps), coefficients, clip)
+    if not coefficients.to(torch.float32).isfinite().all():
+        raise ValueError(
+            f"schedule: alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32; "
+            "use fewer timesteps, smaller betas, or start later"
+        )
+    return StepTable(torch.from_numpy(timesteps), coefficients, None if clip is None else float(clip))

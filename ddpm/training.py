@@ -71,12 +71,16 @@ class TrainOptions:
         ):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise BadInput(f"--{name.replace('_', '-')}: got {value}, needs {low} <= value <= {high}")
+                bounds = f">= {low}" if high == math.inf else f"{low}..{high}"
+                raise BadInput(f"--{name.replace('_', '-')}: got {value}, needs {bounds}")
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--lr: got {self.lr}, needs a finite rate > 0")
         for name, known in (("loss", LOSSES), ("precision", PRECISIONS), ("prediction", PREDICTIONS)):
             if getattr(self, name) not in known:
                 raise BadInput(f"--{name}: got {getattr(self, name)!r}, needs one of {', '.join(known)}")
+
+        if not self.data:
+            raise BadInput("--data: got an empty text, needs digits, swiss-roll, a file or a folder")
 
     def load_data(self) -> Dataset:
         names = None if self.classes is None else self.classes.split(",")
@@ -245,18 +249,21 @@ class Trainer:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state()`. Raises BadInput if it is of another run."""
         try:
-            self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
-            for name, tensor in self.ema.tensors.items():
-                tensor.copy_(state[f"ema.{name}"])
-            for name, parameter in self.network.named_parameters():
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                moments = {key: state[f"adam.{name}.{key}"] for key in keys if f"adam.{name}.{key}" in state}
-                if moments:
-                    step = moments.pop("step")
-                    moved = {key: tensor.to(self.device) for key, tensor in moments.items()}
-                    self.optimizer.state[parameter] = {"step": step, **moved}
-            self.losses.copy_(state["losses"])
-            self.index = int(state["step"])
+            self._load_state(state)
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise BadInput(f"training state does not fit this network or data: {reason}") from error
+
+    def _load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
+        for name, tensor in self.ema.tensors.items():
+            tensor.copy_(state[f"ema.{name}"])
+        for name, parameter in self.network.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            moments = {key: state[f"adam.{name}.{key}"] for key in keys if f"adam.{name}.{key}" in state}
+            if moments:
+                step = moments.pop("step")
+                moved = {key: tensor.to(self.device) for key, tensor in moments.items()}
+                self.optimizer.state[parameter] = {"step": step, **moved}
+        self.losses.copy_(state["losses"])
+        self.index = int(state["step"])

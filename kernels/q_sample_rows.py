@@ -89,7 +89,7 @@ def q_sample_rows_kernel(
             column = element % side
             element = tl.where(mirrored[:, None], element + (side - 1 - 2 * column), element)
         inner = (element % HW) * C + element // HW if CHANNELS_LAST else element
-        clean = clean + (tl.load(data + start[:, None] + inner, mask=mask, other=0),)
+        clean = clean + (tl.load(data + (start[:, None] + inner), mask=mask, other=0),)
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
     tl.store(t + row, step, mask=live & (first == 0))
     for j in tl.static_range(REPEAT):

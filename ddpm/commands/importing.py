@@ -22,7 +22,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise BadInput(f"{path}: not a PyTorch file of weights alone (damaged, or with pickled objects)") from None
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason})") from error
     if not isinstance(state, dict) or not all(
@@ -63,10 +63,7 @@ def import_weights(
     if names and len(names) != found["n_cfeat"]:
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
     schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"{out}: is a file, needs a folder")
-    if runs.holds_run(out) and not overwrite:
-        raise BadInput(f"{out}: already holds a run, needs --overwrite or another --out")
+    runs.free_folder(out, overwrite)
     try:
         network = ContextUnet(**found)
         load_context_unet_weights(network, state)

@@ -48,8 +48,8 @@ def test_headers_and_caption_are_drawn_around_the_same_tiles():
     assert labelled.height > plain.height
     assert labelled.width >= plain.width
     ink = (np.asarray(labelled.convert("L")) < 100).any(axis=1)
-    assert ink[: pictures.MARGIN + pictures.TEXT].any(), "no headers"
-    assert ink[-pictures.MARGIN - pictures.TEXT :].any(), "no caption"
+    assert ink[: pictures.MARGIN + 14].any(), "no headers"
+    assert ink[-pictures.MARGIN - 14 :].any(), "no caption"
 
 
 def test_points_become_a_scatter_plot():
