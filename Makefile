@@ -57,7 +57,8 @@ static: setup
 report: setup
 	$(BIN)/ddpm-bench report
 
-# On a machine without .venv (and without a network) the system's Python serves: it needs torch, triton and pytest.
+# On a machine without .venv (and without a network) the system's Python serves: it needs torch, triton, pytest, hypothesis, scipy, typer, rich,
+# safetensors, matplotlib, pillow and scikit-learn.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 OUT ?= bench/results/gpu
 

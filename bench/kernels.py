@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import kernel_times, summary, wall_times
+from bench.timing import interleaved, summary
 from kernels import noise_mse as noise_mse_function
 from kernels import philox, q_sample, q_sample_rows, solver_step
 from kernels.noise_mse import backward_operator
@@ -97,7 +97,8 @@ def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[W
             pairs += [(noise[r], z), (x_t[r], q_sample_reference(a[0][r].double(), a[1][r], alpha_bars.double(), z))]
         return _worst(iter(pairs))
 
-    data = torch.randint(0, 256, (max(n, 1), *ROW), dtype=torch.uint8, device=device)
+    generator = torch.Generator(device).manual_seed(SEED)
+    data = torch.randint(0, 256, (n, *ROW), generator=generator, dtype=torch.uint8, device=device)
 
     def rows_eager(rows: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.randint(1, TIMESTEPS + 1, (n,), device=device)
@@ -228,15 +229,18 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
         (torch.empty(half, dtype=torch.uint8, device=device), torch.empty(half, dtype=torch.uint8, device=device))
         for _ in sets
     ]
-    kernel = kernel_times(workload.fused, sets, device, rounds)
-    eager = kernel_times(workload.eager, sets, device, rounds)
-    copy = kernel_times(lambda to, source: to.copy_(source), buffers, device, rounds)
+    candidates = {
+        "fused": (workload.fused, sets),
+        "eager": (workload.eager, sets),
+        "copy": (lambda to, source: to.copy_(source), buffers),
+    }
+    samples = interleaved(candidates, device, rounds)
     record |= {
-        "kernel_us": summary(kernel),
-        "wall_us": summary(wall_times(workload.fused, sets, device, rounds)),
-        "eager_us": summary(eager),
-        "eager_wall_us": summary(wall_times(workload.eager, sets, device, rounds)),
-        "copy_us": summary(copy),
+        "kernel_us": summary(samples["fused"]["kernel"]),
+        "wall_us": summary(samples["fused"]["wall"]),
+        "eager_us": summary(samples["eager"]["kernel"]),
+        "eager_wall_us": summary(samples["eager"]["wall"]),
+        "copy_us": summary(samples["copy"]["kernel"]),
     }
     time = record["kernel_us"]["median"]
     record |= {

@@ -4,8 +4,9 @@ On CUDA the kernel time comes from replays of a graph that holds one call per ar
 memory than the L2 cache holds. On the CPU it is the wall time.
 """
 
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -20,25 +21,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def wall_times(call: Call, sets: Sequence[tuple], device: torch.device, rounds: int) -> list[float]:
-    """Microseconds per call of a loop over the sets, as a user's loop would see them: `rounds` samples."""
-    for arguments in sets[:WARM_UP]:
-        call(*arguments)
-    samples = []
-    for _ in range(rounds):
-        synchronize(device)
-        began = time.perf_counter()
-        for arguments in sets:
-            call(*arguments)
-        synchronize(device)
-        samples.append((time.perf_counter() - began) * 1e6 / len(sets))
-    return samples
-
-
-def kernel_times(call: Call, sets: Sequence[tuple], device: torch.device, rounds: int) -> list[float]:
-    """Microseconds per call on the device alone: `rounds` samples (on the CPU the wall times)."""
+def _prepare(call: Call, sets: Sequence[tuple], device: torch.device) -> Callable[[], float]:
+    """A function that runs the call once per set on the device and returns its microseconds per call."""
     if device.type != "cuda":
-        return wall_times(call, sets, device, rounds)
+        return lambda: _wall(call, sets, device)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -48,16 +34,46 @@ def kernel_times(call: Call, sets: Sequence[tuple], device: torch.device, rounds
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call(*arguments) for arguments in sets]
-    graph.replay()
-    samples = []
-    for _ in range(rounds):
+
+    def replay() -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e3 / len(sets))
-    del kept
+        return begin.elapsed_time(end) * 1e3 / len(kept)
+
+    return replay
+
+
+def _wall(call: Call, sets: Sequence[tuple], device: torch.device) -> float:
+    """Microseconds per call of a loop over the sets, as a user's loop would see them."""
+    synchronize(device)
+    began = time.perf_counter()
+    for arguments in sets:
+        call(*arguments)
+    synchronize(device)
+    return (time.perf_counter() - began) * 1e6 / len(sets)
+
+
+def interleaved(
+    candidates: Mapping[str, tuple[Call, Sequence[tuple]]], device: torch.device, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every candidate, (call, argument sets), in rounds of all of them in a seeded random order.
+
+    Returns: name -> {"kernel": microseconds per call on the device alone, "wall": as a loop sees them}.
+    """
+    replays = {name: _prepare(call, sets, device) for name, (call, sets) in candidates.items()}
+    for name, (call, sets) in candidates.items():
+        replays[name]()
+        _wall(call, sets[:WARM_UP], device)
+    samples = {name: {"kernel": [], "wall": []} for name in candidates}
+    order = random.Random(0)  # noqa: S311 (no secret)
+    for _ in range(rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            call, sets = candidates[name]
+            samples[name]["kernel"].append(replays[name]())
+            samples[name]["wall"].append(_wall(call, sets, device))
     return samples
 
 

@@ -1,5 +1,6 @@
 """Files that are either whole or not there."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,19 @@ def replacing(path: Path) -> Iterator[Path]:
     """`replacing_all` of one path."""
     with replacing_all([path]) as (partial,):
         yield partial
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes that ask for it here. Raises BadInput if one has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise BadInput(f"{folder}: another process is writing to it, needs another --out or its end") from error
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

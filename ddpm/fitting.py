@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,7 @@ from ddpm import runs
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.files import read_tensors, write_tensors, write_text
+from ddpm.files import locked, read_tensors, write_tensors, write_text
 from ddpm.progress import Bar
 from ddpm.training import Trainer, TrainOptions
 
@@ -189,15 +189,19 @@ def train(
     dataset: Dataset = options.load_data()
     schedule = options.make_schedule()
     trainer = Trainer(options.make_network(dataset), dataset, schedule, options, device, world)
-    continued = open_folder(folder, resume, overwrite) if world.is_main else False
-    if world.any(continued, device):
-        resume_from(folder, trainer)
-    elif world.is_main:
-        runs.start_run(folder, make_config(trainer))
-    finished = trainer.done
-    if not finished:
-        fit(trainer, folder, save_every)
-    elif world.is_main:
-        # A kill may have come between the last training state and what is made from it.
-        write_model(folder, trainer)
+    with ExitStack() as held:
+        continued = False
+        if world.is_main:
+            continued = open_folder(folder, resume, overwrite)
+            held.enter_context(locked(folder))
+        if world.any(continued, device):
+            resume_from(folder, trainer)
+        elif world.is_main:
+            runs.start_run(folder, make_config(trainer))
+        finished = trainer.done
+        if not finished:
+            fit(trainer, folder, save_every)
+        elif world.is_main:
+            # A kill may have come between the last training state and what is made from it.
+            write_model(folder, trainer)
     return trainer, finished

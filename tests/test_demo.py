@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from ddpm import load_run, sample
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -64,3 +67,25 @@ def test_guided_samples_of_the_demo_are_read_as_what_was_asked_for(demo, tmp_pat
     assert result["accuracy"] >= 0.95
     assert result["accuracy_real"] >= 0.95
     assert 0 <= result["frechet_real"] < result["frechet"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", [{}, {"solver": "ddim", "steps": 50}, {"solver": "dpmpp_2m", "steps": 30}])
+def test_trained_samples_do_not_depend_on_batches_splits_or_threads(demo, recipe):
+    run = load_run(demo[0])
+    options = run.sampling | recipe | {"guidance": 2.0, "seed": 3}
+    contexts = torch.eye(10)[[0, 3, 7, 8]]
+
+    def draw(first, n, **more):
+        part = contexts[first : first + n]
+        return sample(run.model, run.schedule, n, context=part, first_sample=first, **options, **more)
+
+    whole = draw(0, 4)
+    split = torch.cat([draw(0, 1), draw(1, 3)])
+    batched = draw(0, 4, batch_size=3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    lone = draw(0, 4)
+    torch.set_num_threads(before)
+    for other in (split, batched, lone):
+        assert (other - whole).abs().max() <= 1e-5 * max(1, whole.abs().max())

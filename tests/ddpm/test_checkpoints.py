@@ -1,6 +1,8 @@
 """Checkpoints: a run stopped anywhere and resumed ends bit for bit as if nothing had happened; nothing is ever torn."""
 
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -14,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddpm import fitting, runs
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.files import replacing, write_text
+from ddpm.files import locked, replacing, write_text
 from ddpm.training import Trainer, TrainOptions
 
 STEPS = 9
@@ -450,3 +452,49 @@ def test_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path, spawn):
         assert process.returncode == 0, err
     assert_same_run(folder, tmp_path / "undisturbed")
     assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_a_folder_in_use_by_another_process_is_refused(interrupted, ddpm, snapshot):
+    before = snapshot(interrupted)
+    with locked(interrupted):
+        answer = ddpm("train", "--out", interrupted, "--resume")
+    assert answer.code == 2
+    assert re.fullmatch(r"error: .*interrupted: another process is writing to it.*\n", answer.err)
+    assert snapshot(interrupted) == before
+
+
+@pytest.mark.parametrize("name", [runs.LOSS_CSV, runs.LOSS_PNG])
+def test_a_file_of_a_runs_name_is_not_taken_for_ours(tmp_path, ddpm, name):
+    (tmp_path / name).write_text("mine")
+    answer = ddpm("train", "--data", "digits", "--out", tmp_path)
+    assert answer.code == 2
+    assert name in answer.err
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data", {}, "has no digest"),
+        ("data", 5, "has no digest"),
+        ("classes", [1] * 10, "needs names"),
+        ("schedule", {"kind": "linear", "timesteps": 10**14}, "config.json"),
+    ],
+)
+def test_a_damaged_config_is_named(interrupted, ddpm, key, value, words):
+    path = interrupted / runs.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    answer = ddpm("sample", interrupted, "--n", "1", "--out", interrupted / "a.png")
+    assert answer.code == 2
+    assert re.fullmatch(rf"error: .*config\.json.*{words}.*\n|error: .*{words}.*\n", answer.err)
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t * math.nan, lambda t: t.to(torch.int32)], ids=["nan", "integer"])
+def test_spoiled_weights_are_refused(interrupted, ddpm, spoil):
+    path = interrupted / runs.MODEL
+    tensors = load_file(path)
+    tensors["out.3.bias"] = spoil(tensors["out.3.bias"])
+    save_file(tensors, path)
+    answer = ddpm("sample", interrupted, "--n", "1", "--out", interrupted / "a.png")
+    assert answer.code == 2
+    assert "out.3.bias" in answer.err

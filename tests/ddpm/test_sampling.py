@@ -387,3 +387,17 @@ def test_an_engine_that_is_not_there_says_so(model):
     for name in missing:
         with pytest.raises(RuntimeError, match=f"engine: '{name}'"):
             draw(model, 1, engine=name)
+
+
+def test_noise_or_models_of_another_shape_are_refused():
+    class Wide(torch.nn.Module):
+        sample_shape = (3,)
+
+        def forward(self, x, t, c=None):
+            return x[:, :1]
+
+    schedule = NoiseSchedule.make("cosine", 10)
+    with pytest.raises(ValueError, match=r"model: returned \[2, 1\], needs the shape of x \[2, 3\]"):
+        sample(Wide(), schedule, 2)
+    with pytest.raises(ValueError, match=r"noise: returned \[1, 3\], needs \[2, 3\]"):
+        sample(Wide(), schedule, 2, noise=lambda samples, step, stream, shape: torch.zeros(1, *shape))

@@ -1,8 +1,10 @@
 """Each schedule against its formula, written here once more in plain Python floats."""
 
+import json
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -129,3 +131,8 @@ BAD = [
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NoiseSchedule.make(*arguments)
+
+
+def test_numpy_numbers_are_numbers():
+    schedule = NoiseSchedule.make("linear", np.int64(1000), np.float32(1e-4), np.float64(0.02))
+    assert json.loads(json.dumps(schedule.config()))["timesteps"] == 1000
