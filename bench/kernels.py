@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, summary
+from kernels import bottleneck, group_norm_relu, philox, q_sample, q_sample_rows, solver_step
 from kernels import noise_mse as noise_mse_function
-from kernels import philox, q_sample, q_sample_rows, solver_step
+from kernels.bottleneck import cost as bottleneck_cost
+from kernels.bottleneck import reference as bottleneck_reference
+from kernels.group_norm_relu import cost as group_norm_cost
+from kernels.group_norm_relu import reference as group_norm_reference
 from kernels.noise_mse import backward_operator
 from kernels.noise_mse import cost as noise_mse_cost
 from kernels.noise_mse import reference as noise_mse_reference
@@ -69,7 +73,60 @@ def _noise(samples: Tensor, step: int, stream: int) -> Tensor:
 
 
 def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """All operators on about this many elements, as [n, 3, 16, 16]."""
+    """All operators on about this many elements."""
+    return [*image_workloads(elements, dtype, device), *network_workloads(elements, dtype, device)]
+
+
+def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """Operators inside a ContextUnet with n_feat 64 on 16x16 images: the out head and the bottleneck, channels_last."""
+
+    def randn(k: int, *shape: int) -> Tensor:
+        values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
+        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+    def error(fused: Callable, reference: Callable, a: tuple) -> float:
+        """Rows depend on nothing but themselves, so the reference takes them in chunks."""
+        out = fused(*a)
+        return _worst((out[r], reference(a[0][r].double(), *(v.double() for v in a[1:]))) for r in _rows(len(out)))
+
+    def workload(name: str, make: Callable, per_element: float, fused: Callable, reference: Callable, eager: Callable):  # noqa: ANN202
+        count = make(0)[0].numel()
+        return Workload(
+            name, dtype, count, per_element * count, make, fused, eager, lambda a: error(fused, reference, a)
+        )
+
+    def eager_bottleneck(x: Tensor, up_weight: Tensor, up_bias: Tensor, *others: Tensor) -> Tensor:
+        norm_weight, norm_bias, scale, shift = others
+        up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
+        return scale[:, :, None, None] * F.relu(F.group_norm(up, 8, norm_weight, norm_bias)) + shift[:, :, None, None]
+
+    head, deep = max(1, elements // (64 * 256)), max(1, elements // (128 * 16))
+    vectors = [randn(k, 64) for k in (1, 2)]
+    # Gains around one, as in trained networks: they multiply what rounding the pooled vector to the type costs.
+    film = [1 + randn(7, 1, 128) / 8, randn(8, 1, 128)]
+    deep_weights = [randn(3, 128, 128, 4, 4), randn(4, 128), 1 + randn(5, 128) / 8, randn(6, 128), *film]
+    return [
+        workload(
+            "group_norm_relu",
+            lambda k: (randn(k, head, 64, 16, 16), *vectors),
+            group_norm_cost(dtype).bytes,
+            group_norm_relu,
+            lambda *a: group_norm_reference(*a, 8, 1e-5, None, None),
+            lambda x, weight, bias: F.relu(F.group_norm(x, 8, weight, bias)),
+        ),
+        workload(
+            "bottleneck",
+            lambda k: (randn(k, deep, 128, 4, 4), *deep_weights),
+            bottleneck_cost(dtype, 128, deep).bytes,
+            bottleneck,
+            lambda *a: bottleneck_reference(*a, 8, 1e-5),
+            eager_bottleneck,
+        ),
+    ]
+
+
+def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """Operators on images, [n, 3, 16, 16]."""
     n = max(1, elements // 768)
     alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=device)
     samples = torch.arange(n, device=device)

@@ -41,7 +41,7 @@ def table(arch: str, records: list[dict[str, Any]]) -> Table:
     operator = None
     for record in records:
         name, _, variant = record["kernel"].partition(" ")
-        label = Text(f"{name if name != operator else '':<14}{variant}")
+        label = Text(f"{name if name != operator else '':<{max(14, len(name) + 1)}}{variant}")
         if operator not in (None, name):
             grid.add_section()
         operator = name
@@ -54,7 +54,7 @@ def table(arch: str, records: list[dict[str, Any]]) -> Table:
             Text(str(record["shared"]), style="" if record["shared"] else "dim"),
             str(record["instructions"]),
             Text(f"{record['instructions_per_element']:.1f}", style="bold"),
-            f"{record['ratio']:.2f}",
+            "-" if record["ratio"] is None else f"{record['ratio']:.2f}",
             f"{record['load_bits']}/{record['store_bits']}",
             f"{record['bytes_per_element']:g}",
             *(_card(prediction) for prediction in record["cards"].values()),
@@ -68,9 +68,10 @@ def show(records: Iterable[dict[str, Any]], console: Console) -> None:
     for arch, group in groupby(by_arch, key=lambda record: record["arch"]):
         console.print(table(arch, list(group)))
     console.print(
-        "SASS: instructions per thread; /elem: of them per element; ×bare: against Philox + Box-Muller + a store. "
-        "ld/st: bits of the widest load and store. B/el: bytes of memory traffic per element. Cards: predicted µs per "
-        "million elements by instruction issue and by memory bandwidth, the larger (*) binds. Nothing here was timed.",
+        "SASS: instructions per thread; /elem: of them per element; ×bare: against Philox + Box-Muller + a store, "
+        "- without noise. ld/st: bits of the widest load and store. B/el: bytes of memory traffic per element. Cards: "
+        "predicted µs per million elements by instruction issue and by memory bandwidth, the larger (*) binds. "
+        "Nothing here was timed.",
         style="dim",
     )
 

@@ -1,7 +1,8 @@
 """The fused operators of fused-ddpm, each with its reference; imports nothing of the floors above.
 
 `philox` is the noise contract; `q_sample`, `noise_mse` and `solver_step` are the operators that
-training and sampling consist of beside the network.
+training and sampling consist of beside the network; `group_norm_relu` and `bottleneck` are parts of the network's
+inference form.
 """
 
 from importlib import metadata
@@ -23,9 +24,11 @@ def _refuse_namesake() -> None:
 _refuse_namesake()
 
 from kernels import philox  # noqa: E402
+from kernels.bottleneck import bottleneck  # noqa: E402
+from kernels.group_norm_relu import group_norm_relu  # noqa: E402
 from kernels.noise_mse import noise_mse  # noqa: E402
 from kernels.q_sample import q_sample  # noqa: E402
 from kernels.q_sample_rows import q_sample_rows  # noqa: E402
 from kernels.solver_step import solver_step  # noqa: E402
 
-__all__ = ["noise_mse", "philox", "q_sample", "q_sample_rows", "solver_step"]
+__all__ = ["bottleneck", "group_norm_relu", "noise_mse", "philox", "q_sample", "q_sample_rows", "solver_step"]

@@ -4,6 +4,7 @@ The specialisation (types, alignment, which integers become constants) is made b
 binary is the one that a launch with these arguments would run. Tried with triton 3.6.0 and 3.7.1.
 """
 
+import math
 import re
 import struct
 import subprocess
@@ -150,8 +151,13 @@ def measure(cubin: bytes, shared: int, listing: str) -> Sass:
     )
 
 
-def elements_per_thread(launch: Launch) -> float:
-    """Elements that a program of this launch deals with, per thread."""
+def elements_per_thread(launch: Launch, elements: int | None = None) -> float:
+    """Elements that a program of this launch deals with, per thread.
+
+    elements: of the output, for kernels that are not launched over items and have their programs share it.
+    """
+    threads = launch.options["num_warps"] * backend.WARP
+    if elements is not None:
+        return elements / (math.prod(launch.grid) * threads)
     constants = launch.constants
-    elements = constants["BLOCK"] * constants["REPEAT"] * constants["RUN"]
-    return elements / (launch.options["num_warps"] * backend.WARP)
+    return constants["BLOCK"] * constants["REPEAT"] * constants["RUN"] / threads

@@ -24,6 +24,10 @@ from kernels import backend, bare, sass
 from kernels.backend import Cost, Launch
 
 # The packages' functions of these names hide the modules.
+from kernels.bottleneck import cost as bottleneck_cost
+from kernels.bottleneck import launch as bottleneck
+from kernels.group_norm_relu import cost as group_norm_relu_cost
+from kernels.group_norm_relu import launch as group_norm_relu
 from kernels.noise_mse import cost as noise_mse_cost
 from kernels.noise_mse import launch as noise_mse
 from kernels.q_sample import cost as q_sample_cost
@@ -70,15 +74,21 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A launch worth watching: `run` calls an operator's `launch`, `cost` is that operator's, `stored` its type."""
+    """A launch worth watching: `run` calls an operator's `launch`, `cost` is that operator's, `stored` its type.
+
+    elements: of the output, for kernels that draw no noise and are not launched over items.
+    """
 
     run: Callable[[], Any]
     cost: Cost
     stored: torch.dtype
+    elements: int | None = None
 
     @property
-    def yardstick(self) -> str:
-        """The bare kernel that stores this type."""
+    def yardstick(self) -> str | None:
+        """The bare kernel that stores this type; none for a kernel that draws no noise."""
+        if self.elements is not None:
+            return None
         return "bare fp32" if self.stored == torch.float32 else "bare bf16"
 
     def launch(self) -> Launch:
@@ -145,6 +155,32 @@ def _solver_step(x: torch.dtype, m: torch.dtype, full: bool = False) -> Case:
     return Case(run, solver_step_cost(x, m, guided=full, memory=full), x)
 
 
+def _features(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
+    """The out head of a network with n_feat 64."""
+
+    def run() -> None:
+        vector = torch.ones(64, dtype=x)
+        group_norm_relu(_features((IMAGE[0], 64, side, side), x), vector, vector, 8, 1e-5)
+
+    return Case(run, group_norm_relu_cost(x), x, IMAGE[0] * 64 * side * side)
+
+
+def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
+    """Of a network with n_feat 64 on images of four times this side; each image has its context, all share the time."""
+
+    def run() -> None:
+        vector, scale, shift = torch.ones(128, dtype=x), torch.ones(IMAGE[0], 128), torch.ones(1, 128)
+        weight = _features((128, 128, side, side), x)
+        features = _features((IMAGE[0], 128, side, side), x)
+        bottleneck(features, weight, vector, vector, vector, scale.to(x), shift.to(x), 8, 1e-5)
+
+    return Case(run, bottleneck_cost(x, 128, IMAGE[0]), x, IMAGE[0] * 128 * side * side)
+
+
 # Named "operator variant"; images are 64 of 3x16x16.
 CASES: dict[str, Case] = {
     "bare fp32": _bare(F32),
@@ -168,6 +204,12 @@ CASES: dict[str, Case] = {
     "solver_step fp32 full": _solver_step(F32, F32, full=True),
     "solver_step fp32, m bf16": _solver_step(F32, BF16),
     "solver_step bf16": _solver_step(BF16, BF16),
+    "group_norm_relu fp32": _group_norm_relu(F32),
+    "group_norm_relu bf16": _group_norm_relu(BF16),
+    "group_norm_relu bf16 64x64": _group_norm_relu(BF16, 64),
+    "bottleneck fp32": _bottleneck(F32),
+    "bottleneck bf16": _bottleneck(BF16),
+    "bottleneck bf16 28x28": _bottleneck(BF16, 7),
 }
 
 
@@ -190,12 +232,13 @@ def _records(binaries: dict[tuple[str, str], tuple[bytes, int, str]], dump: Path
     records = []
     for ((name, _), (cubin, shared, ttir)), listing in zip(binaries.items(), listings, strict=True):
         facts, launch = sass.measure(cubin, shared, listing), CASES[name].launch()
+        per_thread = sass.elements_per_thread(launch, CASES[name].elements)
         records.append(
             {
                 "kernel": name,
                 "arch": arch,
                 **asdict(facts),
-                "instructions_per_element": round(facts.instructions / sass.elements_per_thread(launch), 3),
+                "instructions_per_element": round(facts.instructions / per_thread, 3),
                 "bytes_per_element": CASES[name].cost.bytes,
                 "vectors": launch.constants.get("EVEN", True),
             }
@@ -234,12 +277,13 @@ def report(
         progress: wraps (binaries, how many) while they come.
 
     Returns: by case and arch a dictionary of kernel, arch, the fields of `Sass`, instructions_per_element
-    (instructions / elements per thread, an upper bound where a branch skips some), ratio (of that to the bare
-    kernel's), bytes_per_element, vectors (whether the memory layout allows vector accesses), cards (see `predict`).
+    (instructions / elements per thread, an upper bound where a branch skips some, a lower one where a loop repeats
+    some), ratio (of that to the bare kernel's, None for a kernel without noise), bytes_per_element, vectors (whether
+    the memory layout allows vector accesses), cards (see `predict`).
     """
     sass.usable()
     archs, names = list(archs), list(CASES if names is None else names)
-    everything = list(dict.fromkeys([*names, *(CASES[name].yardstick for name in names)]))
+    everything = list(dict.fromkeys([*names, *filter(None, (CASES[name].yardstick for name in names))]))
     pairs = [(name, arch) for arch in archs for name in everything]
     with ExitStack() as stack:
         if jobs > 1:
@@ -251,8 +295,9 @@ def report(
     by_arch = [{pair: binaries[pair] for pair in pairs if pair[1] == arch} for arch in archs]
     records = {(line["kernel"], line["arch"]): line for group in by_arch for line in _records(group, dump)}
     for (name, arch), record in records.items():
-        yardstick = records[CASES[name].yardstick, arch]["instructions_per_element"]
-        record["ratio"] = round(record["instructions_per_element"] / yardstick, 3)
+        yardstick = records.get((CASES[name].yardstick, arch))
+        per_element = record["instructions_per_element"]
+        record["ratio"] = yardstick and round(per_element / yardstick["instructions_per_element"], 3)
         record["cards"] = predict(record)
     return [record for (name, _), record in records.items() if name in names]
 

@@ -5,10 +5,13 @@ import json
 import pytest
 import torch
 
+import kernels
 from bench.gpu import run_kernels, table
 from bench.kernels import Workload, measure, workloads
 
-OPERATORS = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
+NOISE = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
+NETWORK = {"group_norm_relu", "bottleneck"}
+OPERATORS = NOISE | NETWORK
 
 
 def test_the_kernel_benchmark_runs_and_records(triton_device, tmp_path):
@@ -45,7 +48,19 @@ def test_a_kernel_without_parity_gets_no_ratio():
     assert "parity failed" in table([record])
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("name", sorted(NETWORK))
+def test_a_network_operator_with_another_eps_loses_parity(name, monkeypatch):
+    device = torch.device("cpu")
+    operator = getattr(kernels, name)
+    monkeypatch.setattr(f"bench.kernels.{name}", lambda *arguments: operator(*arguments, eps=0.1))
+    workload = next(w for w in workloads(800, torch.float32, device) if w.name == name)
+    assert workload.error(workload.make(0)) > 1e-3
+    monkeypatch.undo()
+    workload = next(w for w in workloads(800, torch.float32, device) if w.name == name)
+    assert workload.error(workload.make(0)) < 2e-5
+
+
+@pytest.mark.parametrize("name", sorted(NOISE))
 def test_a_wrong_kernel_loses_parity(name, monkeypatch):
     """Another noise than the contract's is an error of order one, for every operator."""
     device = torch.device("cpu")

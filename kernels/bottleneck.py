@@ -1,0 +1,311 @@
+"""bottleneck: everything between the last down block and the first up block of a ContextUnet.
+
+    a = GELU(mean of x over its pixels)                       GELU(v) = v (1 + erf(v / sqrt 2)) / 2
+    u = ConvTranspose(a), kernel = stride = s, so a product   u[c, i, j] = sum_k a[k] W[k, c, i, j] + up_bias[c]
+    y = ReLU(GroupNorm(u))                                    (see group_norm_relu)
+    out = film_scale * y + film_shift
+
+(Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) `to_vec`, `up0` and the
+first gate of ddpm/networks.py. Inference only: no autograd.
+
+Does it pay? Modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA graph),
+not measured, on n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written per image, 512 KiB of
+weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool, GELU, transposed
+convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the step's:
+
+    n                    1        16        64      1024
+    step             60-90     60-90     60-90   800-950
+    eager            12-16     12-16     12-16     24-28     L2 holds the 4 MiB tensors: launches and 3 us a pass
+    this               3-4       3-4       3-4     12-15
+    saved   8-13 (12-16%)      8-13      8-13      9-16 (1-2%)
+
+At n = 1 each of the 8 programs reads 64 KiB of weights at one SM's share of L2 (42 bytes/ns: 1.5 us), plus latency. At
+n = 1024 each of 512 programs reads 64 KiB of weights and 64 KiB of x, because every group pools again: 64 MiB from L2.
+A launch of its own for the pooling would save half of that, 6 us, but costs 2 us at every batch: left out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import backend
+from kernels.backend import Cost, jit, tl
+from kernels.group_norm_relu import check_images, check_vectors, power_of_two
+from kernels.group_norm_relu import launch as group_norm_launch
+from kernels.group_norm_relu import reference as group_norm_reference
+from kernels.q_sample import FLOATS
+
+ROWS = 16  # images per program: the least that tl.dot takes
+# Bytes of one weight row of a group: beyond them the accumulators of 16 images leave the registers and the staged
+# weights the 99 KiB of shared memory that sm_86 and sm_89 have. 2048 hold 16x16 and (in 16 bit) 28x28 networks.
+WIDEST = 2048
+STAGE = 16384  # bytes of weights in flight per step of the product; untuned
+POOLED = 8  # pixels loaded together; untuned
+
+
+def pooled(x: Tensor) -> Tensor:
+    """GELU of the mean over pixels: [n, C, s, s] -> [n, C]."""
+    return F.gelu(x.mean((2, 3)))
+
+
+def reference(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    film_scale: Tensor | None,
+    film_shift: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """The equations above."""
+    up = F.conv_transpose2d(pooled(x)[:, :, None, None], up_weight, up_bias, stride=up_weight.shape[2:])
+    return group_norm_reference(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
+
+
+@jit
+def columns_of(
+    first,
+    C: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BY_PIXEL: tl.constexpr,
+):
+    """A group's outputs in the order of their memory: (channel, pixel), both [BLOCK_N]."""
+    j = tl.arange(0, BLOCK_N)
+    if BY_PIXEL:
+        channel, pixel = first + j % GROUP, j // GROUP
+    else:
+        channel, pixel = first + j // AREA, j % AREA
+    return channel, pixel
+
+
+@jit
+def film_of(film, row, live, channel, exists, C: tl.constexpr, SHARED: tl.constexpr):
+    """film[row, channel], or film[0, channel] for all rows."""
+    if SHARED:
+        values = tl.load(film + channel, mask=exists, other=0)[None, :]
+    else:
+        values = tl.load(film + row[:, None] * C + channel[None, :], mask=live[:, None] & exists[None, :], other=0)
+    return values.to(tl.float32)
+
+
+@jit
+def bottleneck_kernel(
+    x,
+    up_weight,
+    up_bias,
+    norm_weight,
+    norm_bias,
+    film_scale,
+    film_shift,
+    out,
+    n,
+    eps,
+    C: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    POOLED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    WEIGHT_CHANNELS_LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    SHARED_SCALE: tl.constexpr,
+    SHARED_SHIFT: tl.constexpr,
+):
+    first = tl.program_id(1) * GROUP
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < n
+    channel, pixel = columns_of(first, C, AREA, GROUP, BLOCK_N, CHANNELS_LAST)
+    columns = pixel * C + channel if CHANNELS_LAST else channel * AREA + pixel
+    weights = pixel * C + channel if WEIGHT_CHANNELS_LAST else channel * AREA + pixel
+    exists = tl.arange(0, BLOCK_N) < GROUP * AREA
+    image = row[:, None] * (C * AREA)
+
+    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        known = k < C
+        weight_mask = known[:, None] & exists[None, :]
+        if C % BLOCK_K == 0 and BLOCK_N == GROUP * AREA:
+            weight_mask = tl.full((BLOCK_K, BLOCK_N), True, tl.int1)
+        w = tl.load(up_weight + k[:, None].to(tl.int64) * (C * AREA) + weights[None, :], mask=weight_mask, other=0)
+        total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+        inputs = x + image + (k[None, :] if CHANNELS_LAST else k[None, :] * AREA)
+        for p in range(0, AREA, POOLED):
+            for q in tl.static_range(POOLED):
+                mask = live[:, None] & known[None, :]
+                if AREA % POOLED != 0:
+                    mask = mask & (p + q < AREA)
+                total += tl.load(inputs + (p + q) * (C if CHANNELS_LAST else 1), mask=mask, other=0).to(tl.float32)
+        mean = total * (1.0 / AREA)
+        a = 0.5 * mean * (1.0 + tl.erf(mean * 0.7071067811865476))
+        up = tl.dot(a.to(w.dtype), w, up, input_precision="ieee")
+
+    up += tl.load(up_bias + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    count = GROUP * AREA * 1.0
+    apart = tl.where(exists[None, :], up - (tl.sum(tl.where(exists[None, :], up, 0.0), 1) / count)[:, None], 0.0)
+    apart *= tl.rsqrt(tl.sum(apart * apart, 1) / count + eps)[:, None]
+    gain = tl.load(norm_weight + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    y = apart * gain + tl.load(norm_bias + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    y = tl.maximum(y, 0.0)
+    if SCALED:
+        y *= film_of(film_scale, row, live, channel, exists, C, SHARED_SCALE)
+    y += film_of(film_shift, row, live, channel, exists, C, SHARED_SHIFT)
+    tl.store(out + image + columns[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & exists[None, :])
+
+
+def launch(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    film_scale: Tensor | None,
+    film_shift: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """One launch; for groups wider than WIDEST a product of the library's between pooling and group_norm_relu."""
+    n, channels, *sides = x.shape
+    area, group = sides[0] * sides[1], channels // groups
+    up_bias, norm_weight, norm_bias = up_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
+    film_scale, film_shift = None if film_scale is None else film_scale.contiguous(), film_shift.contiguous()
+    block_n = max(power_of_two(group * area), ROWS)
+    if block_n * x.element_size() > WIDEST:
+        up = _product(x, up_weight, up_bias)
+        return group_norm_launch(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
+    _, channels_last = backend.layout_of(x)
+    _, weight_channels_last = backend.layout_of(up_weight)
+    out = torch.empty_like(x)
+    backend.launch(
+        bottleneck_kernel,
+        (-(-n // ROWS), groups),
+        x,
+        up_weight,
+        up_bias,
+        norm_weight,
+        norm_bias,
+        film_scale,
+        film_shift,
+        out,
+        n,
+        eps,
+        C=channels,
+        AREA=area,
+        GROUP=group,
+        ROWS=ROWS,
+        BLOCK_K=min(max(STAGE // (block_n * x.element_size()), 16), 32),
+        BLOCK_N=block_n,
+        POOLED=min(area, POOLED),
+        CHANNELS_LAST=channels_last,
+        WEIGHT_CHANNELS_LAST=weight_channels_last,
+        SCALED=film_scale is not None,
+        SHARED_SCALE=film_scale is not None and film_scale.shape[0] == 1,
+        SHARED_SHIFT=film_shift.shape[0] == 1,
+        num_warps=4 if block_n <= 256 else 8,
+    )
+    return out
+
+
+def _product(x: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor:
+    """u of the equations in the memory layout of x, as one matrix product where up_weight shares it."""
+    n, channels, height, width = x.shape
+    if backend.layout_of(x)[1]:
+        matrix = up_weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        up = torch.addmm(up_bias.to(x.dtype).repeat(height * width), pooled(x), matrix)
+        return backend.like(up.reshape(n, height, width, channels).permute(0, 3, 1, 2), x)
+    matrix = up_weight.reshape(channels, -1)
+    up = torch.addmm(up_bias.to(x.dtype).repeat_interleave(height * width), pooled(x), matrix)
+    return backend.like(up.reshape(x.shape), x)
+
+
+@torch.library.custom_op("fused_ddpm::bottleneck", mutates_args=())
+def operator(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    film_scale: Tensor | None,
+    film_shift: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    """The registered operator."""
+    if backend.runs_triton(x):
+        return launch(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
+    y = reference(*(None if tensor is None else tensor.to(compute) for tensor in tensors), groups, eps)
+    return backend.like(y.to(x.dtype), x)
+
+
+@operator.register_fake
+def _(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _check(x: Tensor, up_weight: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> None:
+    n, channels, height, width = x.shape
+    shape = (channels, channels, height, width)
+    if up_weight.shape != shape or up_weight.dtype != x.dtype:
+        raise ValueError(
+            f"up_weight: got {up_weight.dtype} {list(up_weight.shape)}, needs {x.dtype} {list(shape)} to go with x"
+        )
+    if not (up_weight.is_contiguous() or up_weight.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"up_weight: has strides {up_weight.stride()}, needs a channels_last or contiguous tensor")
+    for name, film in (("film_scale", film_scale), ("film_shift", film_shift)):
+        if film is None:
+            continue
+        fits = film.ndim == 2 and film.shape[1] == channels and (film.shape[0] == 1 or film.shape[0] == n)
+        if not fits or film.dtype not in FLOATS:
+            raise ValueError(
+                f"{name}: got {film.dtype} {list(film.shape)}, needs a floating [{n}, {channels}] or [1, {channels}]"
+            )
+        if film.is_cuda and film.dtype == torch.float64:
+            raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+
+
+def bottleneck(
+    x: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    film_scale: Tensor | None,
+    film_shift: Tensor,
+    groups: int = 8,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Pool to one pixel, GELU, transposed convolution back to x's size, GroupNorm, ReLU and FiLM, for inference.
+
+    Args:
+        x: float32, float16 or bfloat16 [n, C, s, s]; channels_last or contiguous, which the output shares.
+        up_weight: [C, C, s, s] of x's type, channels_last or contiguous: read fastest in the layout of x.
+        up_bias, norm_weight, norm_bias: [C], any floating type.
+        film_scale, film_shift: [n, C], or [1, C] for all images; film_scale None = 1 (an unconditional network).
+        groups: a divisor of C.
+        eps: added to the variance.
+
+    The pooled vector is rounded to x's type before the product, which accumulates in float32, as do the moments; where
+    groups are too wide for one launch (see WIDEST) the product is rounded to x's type as well.
+
+    Returns: [n, C, s, s] like x. Not differentiable.
+    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
+    """
+    check_images(x, groups, eps)
+    check_vectors(x.shape[1], up_bias=up_bias, norm_weight=norm_weight, norm_bias=norm_bias)
+    _check(x, up_weight, film_scale, film_shift)
+    vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    backend.same_device(x, up_weight=up_weight, film_scale=film_scale, film_shift=film_shift, **vectors)
+    return operator(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
+
+
+def cost(x: torch.dtype, channels: int, batch: int) -> Cost:
+    """x read, the output written, the weights read once a batch; product, pooling, normalisation (8), FiLM (2)."""
+    return Cost(bytes=x.itemsize * (2 + channels / batch), flops=2 * channels + 11)

@@ -1,0 +1,238 @@
+"""group_norm_relu: the normalisation of the out head and what follows it, read once and written once.
+
+    y = max(0, (x - mean) / sqrt(var + eps) * weight + bias),   mean and (biased) var over the C/groups channels of a
+                                                                 group and all pixels of one image
+
+(Wu & He: Group Normalization, 2018, equations 1-3 and 6.) Inference only: no autograd.
+
+Does it pay? Modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not measured, on
+the out head [n, 64, 16, 16] in bf16, 64 KiB per image read and written. The eager sequence is moments, affine and ReLU:
+three launches, five passes. PyTorch's CUDA GroupNorm works on contiguous images (pytorch issue 111824), so a
+channels_last network copies there and back as well: five launches, nine passes. Times in us, in brackets of the step's:
+
+    n                    1        16        64      1024
+    step             60-90     60-90     60-90   800-950
+    eager, 3 launches  5-6       5-6       5-8        40     bytes / bandwidth where that exceeds the launches
+    eager, 5 launches 8-10      8-10      8-12        71
+    this           1.5-2       1.5-2         2        16
+    saved   3-8 (4-11%)     3-8       3-10     24-55 (3-6%)
+
+So it pays. One program is one group of one image, so that a batch of one still has 8 of them; narrow groups (16 bytes
+per pixel in bf16) fetch each 32-byte sector twice from L2 for it, modelled below the time of the copy. A group
+of more than TILE elements is read twice, by one program: at batch 1 large images would want more programs per group.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import backend
+from kernels.backend import Cost, jit, tl
+from kernels.q_sample import FLOATS
+
+IMAGE_LIMIT = 1 << 31  # offsets within an image are 32 bit, those of images 64 bit
+# Elements that a program holds in registers, at 16 a thread up to 8 warps: a group below this is read once. Untuned.
+TILE = 8192
+THREAD_ELEMENTS = 16
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """The equation above on x [n, C, H, W]; then scale * y + shift ([n, C] or [1, C], None = 1 and 0)."""
+    y = F.relu(F.group_norm(x, groups, weight, bias, eps))
+    if scale is not None:
+        y = scale[:, :, None, None] * y
+    return y if shift is None else y + shift[:, :, None, None]
+
+
+@jit
+def tile_of(
+    i,
+    C: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """The i-th tile of a group: (offsets from the group's first element, mask), both [BLOCK_P, BLOCK_C]."""
+    pixel, channel = i * BLOCK_P + tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_C)[None, :]
+    offsets = pixel * C + channel if CHANNELS_LAST else channel * AREA + pixel
+    if BLOCK_C == GROUP and AREA % BLOCK_P == 0:
+        mask = tl.full((BLOCK_P, BLOCK_C), True, tl.int1)
+    else:
+        mask = (pixel < AREA) & (channel < GROUP)
+    return offsets, mask
+
+
+@jit
+def group_norm_relu_kernel(
+    x,
+    weight,
+    bias,
+    scale,
+    shift,
+    out,
+    scale_stride,
+    shift_stride,
+    eps,
+    C: tl.constexpr,
+    AREA: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+):
+    image, first = (tl.program_id(0) // (C // GROUP)).to(tl.int64), tl.program_id(0) % (C // GROUP) * GROUP
+    start = image * (C * AREA) + first * (1 if CHANNELS_LAST else AREA)
+    # The first tile's moments, then each further tile's merged in (Chan, Golub & LeVeque 1983): no E[x^2] - E[x]^2.
+    offsets, mask = tile_of(0, C, AREA, GROUP, BLOCK_P, BLOCK_C, CHANNELS_LAST)
+    value = tl.load(x + start + offsets, mask=mask, other=0).to(tl.float32)
+    count = GROUP * min(AREA, BLOCK_P) * 1.0
+    mean = tl.sum(tl.sum(value, 1), 0) / count
+    apart = tl.where(mask, value - mean, 0.0)
+    squares = tl.sum(tl.sum(apart * apart, 1), 0)
+    for i in range(1, TILES):
+        offsets, mask = tile_of(i, C, AREA, GROUP, BLOCK_P, BLOCK_C, CHANNELS_LAST)
+        more = tl.load(x + start + offsets, mask=mask, other=0).to(tl.float32)
+        before, here = i * (GROUP * BLOCK_P) * 1.0, tl.minimum(AREA - i * BLOCK_P, BLOCK_P) * GROUP * 1.0
+        part = tl.sum(tl.sum(more, 1), 0) / here
+        apart = tl.where(mask, more - part, 0.0)
+        share = here / (before + here)
+        squares += tl.sum(tl.sum(apart * apart, 1), 0) + (part - mean) * (part - mean) * before * share
+        mean += (part - mean) * share
+
+    channel = tl.arange(0, BLOCK_C)
+    exists = channel < GROUP
+    gain = tl.load(weight + first + channel, mask=exists, other=0).to(tl.float32)
+    gain = (gain * tl.rsqrt(squares / (GROUP * AREA) + eps))[None, :]
+    offset = tl.load(bias + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    if SCALED:
+        by = tl.load(scale + image * scale_stride + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    if SHIFTED:
+        plus = tl.load(shift + image * shift_stride + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
+    for i in range(TILES):
+        offsets, mask = tile_of(i, C, AREA, GROUP, BLOCK_P, BLOCK_C, CHANNELS_LAST)
+        if TILES > 1:
+            value = tl.load(x + start + offsets, mask=mask, other=0).to(tl.float32)
+        y = tl.maximum((value - mean) * gain + offset, 0.0)
+        if SCALED:
+            y = by * y
+        if SHIFTED:
+            y += plus
+        tl.store(out + start + offsets, y.to(out.dtype.element_ty), mask=mask)
+
+
+def power_of_two(least: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (least - 1).bit_length()
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """One pass over x, two where a group exceeds a tile; scale and shift as in the reference, for `bottleneck`."""
+    out = torch.empty_like(x)
+    _, channels_last = backend.layout_of(x)
+    n, channels, height, width = x.shape
+    area, group = height * width, channels // groups
+    block_c = power_of_two(group)
+    block_p = min(power_of_two(area), max(1, TILE // block_c))
+    backend.launch(
+        group_norm_relu_kernel,
+        (n * groups,),
+        x,
+        weight.contiguous(),
+        bias.contiguous(),
+        scale,
+        shift,
+        out,
+        0 if scale is None or scale.shape[0] == 1 else channels,
+        0 if shift is None or shift.shape[0] == 1 else channels,
+        eps,
+        C=channels,
+        AREA=area,
+        GROUP=group,
+        TILES=-(-area // block_p),
+        BLOCK_P=block_p,
+        BLOCK_C=block_c,
+        CHANNELS_LAST=channels_last,
+        SCALED=scale is not None,
+        SHIFTED=shift is not None,
+        num_warps=min(max(block_p * block_c // (THREAD_ELEMENTS * backend.WARP), 1), 8),
+    )
+    return out
+
+
+@torch.library.custom_op("fused_ddpm::group_norm_relu", mutates_args=())
+def operator(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """The registered operator."""
+    if backend.runs_triton(x):
+        return launch(x, weight, bias, groups, eps)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = reference(x.to(compute), weight.to(compute), bias.to(compute), groups, eps, None, None)
+    return backend.like(y.to(x.dtype), x)
+
+
+@operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def check_images(x: Tensor, groups: int, eps: float) -> None:
+    """Raise TypeError or ValueError unless x is [n, C, H, W] in a layout that kernels read, and groups divide C."""
+    if x.ndim != 4 or x.dtype not in FLOATS:
+        raise TypeError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, H, W]")
+    if x.is_cuda and x.dtype == torch.float64:
+        raise TypeError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+    if 0 in x.shape[1:] or x.shape[1] * x.shape[2] * x.shape[3] >= IMAGE_LIMIT:
+        raise ValueError(f"x: got {list(x.shape)}, needs 1 to 2^31 - 1 elements per image")
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"x: has strides {x.stride()}, needs a channels_last or contiguous tensor")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: got {groups}, needs a divisor of x's {x.shape[1]} channels")
+    if not eps > 0:
+        raise ValueError(f"eps: got {eps}, needs a number > 0")
+
+
+def check_vectors(channels: int, **vectors: Tensor) -> None:
+    """Raise ValueError unless each is a floating tensor [channels]."""
+    for name, vector in vectors.items():
+        if vector.shape != (channels,) or vector.dtype not in FLOATS:
+            raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs a floating tensor [{channels}]")
+        if vector.is_cuda and vector.dtype == torch.float64:
+            raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+
+
+def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, eps: float = 1e-5) -> Tensor:
+    """ReLU of GroupNorm, for inference (not differentiable).
+
+    Args:
+        x: float32, float16 or bfloat16 [n, C, H, W]; channels_last or contiguous, which the output shares.
+        weight, bias: [C], any floating type.
+        groups: a divisor of C.
+        eps: added to the variance.
+
+    Moments and arithmetic are float32 (float64 for float64, on the CPU only), rounded once.
+
+    Returns: [n, C, H, W] like x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
+    """
+    check_images(x, groups, eps)
+    check_vectors(x.shape[1], weight=weight, bias=bias)
+    backend.same_device(x, weight=weight, bias=bias)
+    return operator(x, weight, bias, groups, eps)
+
+
+def cost(x: torch.dtype) -> Cost:
+    """x read and written; mean, variance (3), normalisation (2), affine (2), ReLU."""
+    return Cost(bytes=2 * x.itemsize, flops=9)
