@@ -60,8 +60,6 @@ def draw(
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...]."""
-    if n < 1:
-        raise BadInput(f"--n: got {n}, needs an integer >= 1")
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
     shape = run.model.sample_shape
