@@ -89,7 +89,9 @@ def check(records: list[dict[str, Any]], archs: list[str], pattern: re.Pattern[s
 
     baseline = json.loads(BASELINE.read_text())
     if baseline["versions"] != versions():
-        print(f"note: the baseline was made with {baseline['versions']}, this is {versions()}", file=sys.stderr)
+        raise ValueError(
+            f"--check: the baseline was made with {baseline['versions']}, needs the same, not {versions()}"
+        )
     wanted = [line for line in baseline["records"] if line["arch"] in archs and pattern.search(line["kernel"])]
     return compare(records, wanted)
 

@@ -57,11 +57,25 @@ def same_device(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: is on {other.device}, needs {first.device} like the first argument")
 
 
-def scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A one-element tensor on the device, made there without a copy from the host."""
-    if isinstance(value, Tensor):
-        return value.reshape(()).to(device=device, dtype=dtype)
-    return torch.full((), value, dtype=dtype, device=device)
+def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A scalar tensor on the device, made there without a copy from the host.
+
+    Raises ValueError for a tensor elsewhere (copying it would stop the device) or of more than one element.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.device != device or value.numel() != 1:
+        raise ValueError(
+            f"{name}: got {value.numel()} elements on {value.device}, needs one on {device} like the first argument"
+        )
+    return value.reshape(()).to(dtype)
+
+
+def vector(tensor: Tensor | None) -> Tensor | None:
+    """A per-row argument as kernels index it: without strides, integers as int64."""
+    if tensor is None:
+        return None
+    return (tensor if tensor.is_floating_point() else tensor.to(torch.int64)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,8 @@ class Items:
         lanes = math.gcd(runs // repeat, WARP) if whole else 1
         per_row = runs // (lanes * repeat)
         total = n * per_row * lanes
+        if numel >= 1 << 31:
+            raise ValueError(f"got samples of {numel} elements, needs fewer than 2^31 each")
         if total >= ITEMS_LIMIT:
             raise ValueError(
                 f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {run * repeat} elements"

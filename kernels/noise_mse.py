@@ -73,12 +73,14 @@ def noise_mse_kernel(
         else:
             squares += tl.sum(tl.where(mask, error * error, 0.0), axis=1)
     if not BACKWARD:
-        tl.store(out + tl.program_id(0), tl.sum(squares * factor))
+        tl.store(out + tl.program_id(0), tl.sum(squares * factor) * scale)
 
 
 def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None) -> Tensor:
     """The loss (grad None), or its gradient in pred; the sum over programs has a fixed order, so it is repeatable."""
+    original = pred
     pred, channels_last = backend.layout_of(pred)
+    samples, weight = map(backend.vector, (samples, weight))
     numel, area, channels = backend.geometry(pred, channels_last)
     n = pred.shape[0]
     items = Items.of(n, numel, backend.vector_run(pred), not channels_last)
@@ -91,13 +93,13 @@ def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, g
         items,
         (pred, seed, samples, weight, grad, out),
         (numel, area, channels),
-        2.0 / max(n * numel, 1),
+        (1.0 if grad is None else 2.0) / max(n * numel, 1),
         STREAM=int(Stream.TRAINING_NOISE),
         CHANNELS_LAST=channels_last,
         WEIGHTED=weight is not None,
         BACKWARD=grad is not None,
     )
-    return out if grad is not None else (out.sum(dtype=torch.float64) / (n * numel)).to(torch.float32)
+    return out.sum() if grad is None else backend.like(out, original)
 
 
 def _noise(pred: Tensor, seed: Tensor, samples: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def noise_mse(pred: Tensor, seed: int | Tensor, samples: Tensor, weight: Tensor 
     if weight is not None and (weight.shape != (n,) or not weight.is_floating_point()):
         raise ValueError(f"weight: got {weight.dtype} {list(weight.shape)}, needs float [{n}]")
     backend.same_device(pred, samples=samples, weight=weight)
-    return operator(pred, backend.scalar(seed, torch.int64, pred.device), samples, weight)
+    return operator(pred, backend.scalar("seed", seed, torch.int64, pred.device), samples, weight)
 
 
 def cost(pred: torch.dtype, backward: bool = False) -> Cost:

@@ -78,7 +78,9 @@ def launch(
     x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """One pass: reads x0 once, writes x_t and noise once, in the memory layout of x0."""
+    original = x0
     x0, channels_last = backend.layout_of(x0)
+    t, alpha_bars, samples = map(backend.vector, (t, alpha_bars, samples))
     x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
     numel, area, channels = backend.geometry(x0, channels_last)
     items = Items.of(x0.shape[0], numel, backend.vector_run(x_t), not channels_last)
@@ -91,7 +93,7 @@ def launch(
         CHANNELS_LAST=channels_last,
         PIXELS=x0.dtype == torch.uint8,
     )
-    return x_t, noise
+    return backend.like(x_t, original), backend.like(noise, original)
 
 
 @torch.library.custom_op("fused_ddpm::q_sample", mutates_args=())
@@ -144,7 +146,8 @@ def check(x0: Tensor, t: Tensor, alpha_bars: Tensor, samples: Tensor) -> None:
         raise TypeError("x0: got float64 on CUDA, needs float32, float16, bfloat16 or uint8 there")
     if t.dtype != torch.int64 or t.shape != (n,):
         raise TypeError(f"t: got {t.dtype} {list(t.shape)}, needs int64 [{n}]")
-    if alpha_bars.ndim != 1 or alpha_bars.dtype not in (torch.float32, torch.float64):
+    types = (torch.float32,) if x0.is_cuda else (torch.float32, torch.float64)
+    if alpha_bars.ndim != 1 or alpha_bars.dtype not in types:
         raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
     philox.check_samples(samples)
     if samples.shape != (n,):
@@ -178,7 +181,7 @@ def q_sample(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
         raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
-    seed = backend.scalar(seed, torch.int64, x0.device)
+    seed = backend.scalar("seed", seed, torch.int64, x0.device)
     x_t, noise = operator(x0, t, alpha_bars, seed, samples, dtype)
     return x_t, noise.detach()
 

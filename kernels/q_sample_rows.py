@@ -116,6 +116,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: each row read once, x_t and t (and noise) written once, in the memory layout of the data."""
     data, channels_last = backend.layout_of(data)
+    rows, alpha_bars, samples = map(backend.vector, (rows, alpha_bars, samples))
     n = rows.shape[0]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x_t = torch.empty((n, *data.shape[1:]), dtype=dtype, device=data.device, memory_format=layout)
@@ -211,7 +212,8 @@ def q_sample_rows(
         raise ValueError(f"data: has strides {data.stride()}, needs a contiguous or channels_last tensor")
     if rows.dtype != torch.int64 or rows.ndim != 1:
         raise TypeError(f"rows: got {rows.dtype} {list(rows.shape)}, needs int64 [n]")
-    if alpha_bars.ndim != 1 or alpha_bars.dtype not in (torch.float32, torch.float64):
+    types = (torch.float32,) if data.is_cuda else (torch.float32, torch.float64)
+    if alpha_bars.ndim != 1 or alpha_bars.dtype not in types:
         raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
     if dtype not in FLOATS or (data.is_cuda and dtype == torch.float64):
         raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
@@ -220,7 +222,7 @@ def q_sample_rows(
     if samples.shape != rows.shape:
         raise ValueError(f"samples: got {list(samples.shape)}, needs [{rows.shape[0]}], one index per row")
     backend.same_device(data, rows=rows, alpha_bars=alpha_bars, samples=samples)
-    seed = backend.scalar(seed, torch.int64, data.device)
+    seed = backend.scalar("seed", seed, torch.int64, data.device)
     x_t, t, noise = operator(data, rows, alpha_bars, seed, samples, flip, keep_noise, dtype)
     return x_t, t, noise if keep_noise else None
 

@@ -80,7 +80,8 @@ def solver_step_kernel(
     live, row = spot[0], spot[1]
     c = table + tl.load(index) * 8
     c0, c1, c2, c3, c4 = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
-    c5, c6, w = tl.load(c + 5), tl.load(c + 6), tl.load(guidance)
+    c5, c6 = tl.load(c + 5), tl.load(c + 6)
+    w = tl.load(guidance) if GUIDED else 1.0
     # Unclipped, the equation is linear in x and m: multiplied out, it takes three instructions less per element.
     of_x, of_m = c2 + c3 * c0, c4 + c3 * c1
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
@@ -127,13 +128,14 @@ def launch(
     seed: Tensor,
     samples: Tensor,
     m_uncond: Tensor | None,
-    guidance: Tensor,
+    guidance: Tensor | None,
     x0_prev: Tensor | None,
     clip: float | None,
 ) -> None:
     """One pass over x and what goes with it, in x's memory layout (others are brought to it)."""
     _, channels_last = backend.layout_of(x)
     m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
+    samples = backend.vector(samples)
     numel, area, channels = backend.geometry(x, channels_last)
     items = Items.of(x.shape[0], numel, backend.vector_run(x, x0_prev), not channels_last)
     backend.launch_items(
@@ -159,11 +161,11 @@ def operator(
     seed: Tensor,
     samples: Tensor,
     m_uncond: Tensor | None,
-    guidance: Tensor,
+    guidance: Tensor | None,
     x0_prev: Tensor | None,
     clip: float | None,
 ) -> None:
-    """The registered operator: index, seed (int64) and guidance (float32) are scalar tensors."""
+    """The registered operator: index, seed (int64) and guidance (float32, with m_uncond) are scalars."""
     if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
         raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
     if backend.runs_triton(x):
@@ -174,7 +176,9 @@ def operator(
     step = row[7].to(torch.int64)
     z = philox.normal(seed, samples, step, Stream.SAMPLING, tuple(x.shape[1:]), device=x.device, dtype=compute)
     previous = None if x0_prev is None else x0_prev.to(compute)
-    guided = guide(m.to(compute), None if m_uncond is None else m_uncond.to(compute), guidance.to(compute))
+    guided = m.to(compute)
+    if m_uncond is not None:
+        guided = guide(guided, m_uncond.to(compute), guidance.to(compute))
     x_new, x0 = reference(x.to(compute), guided, row[:7].unbind(), z, previous, clip)
     x.copy_(x_new)
     if x0_prev is not None:
@@ -255,10 +259,10 @@ def solver_step(
         raise ValueError(f"index: got {index}, needs 0..{table.shape[0] - 1}")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
-    index = backend.scalar(index, torch.int64, x.device)
-    seed = backend.scalar(seed, torch.int64, x.device)
-    guidance = backend.scalar(guidance, torch.float32, x.device)
-    operator(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
+    index = backend.scalar("index", index, torch.int64, x.device)
+    seed = backend.scalar("seed", seed, torch.int64, x.device)
+    weight = None if m_uncond is None else backend.scalar("guidance", guidance, torch.float32, x.device)
+    operator(x, m, table, index, seed, samples, m_uncond, weight, x0_prev, clip)
     return x
 
 

@@ -11,6 +11,8 @@ import torch
 # everything above kernels/ turn it off again (see `references_on_the_cpu`).
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Matrix products are deterministic on CUDA only with it; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +27,15 @@ def triton_device(monkeypatch):
     backend = pytest.importorskip("kernels.backend")
     if backend.triton is None:
         pytest.skip("Triton is not installed")
-    poisoned = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
-    if torch.cuda.is_available():
-        yield torch.device("cuda")
-    else:
-        monkeypatch.setattr("kernels.backend.INTERPRETED", True)
-        yield torch.device("cpu")
-    torch.use_deterministic_algorithms(poisoned)
+    interpreted = not torch.cuda.is_available()
+    monkeypatch.setattr("kernels.backend.INTERPRETED", interpreted)
+    try:
+        yield torch.device("cpu" if interpreted else "cuda")
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _philox_block(seed, block, step, sample, stream):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import cli
+from bench.static import BASELINE, versions
 from kernels import backend, static
 
 pytest.importorskip("triton")
@@ -32,7 +33,11 @@ def folder(tmp_path_factory):
     """The whole report, run once: records.json and a TTIR and SASS file of each kernel."""
     folder = tmp_path_factory.mktemp("static")
     archs = [word for arch in static.ARCHS for word in ("--arch", arch)]
-    result = bench("static", *archs, "--check", "--json", folder / "records.json", "--dump", folder)
+    # Another Triton compiles otherwise: then the figures below are checked, but not against the baseline.
+    same = json.loads(BASELINE.read_text())["versions"] == versions()
+    result = bench(
+        "static", *archs, *(["--check"] if same else []), "--json", folder / "records.json", "--dump", folder
+    )
     assert result.returncode == 0, result.stderr
     (folder / "out.txt").write_text(result.stdout)
     return folder
