@@ -88,6 +88,6 @@ def table(records: Sequence[dict]) -> str:
             continue
         lines.append(
             f"{head}{record['kernel_us']['median']:9.2f} {record['gb_per_s']:7.0f} "
-            f"{record['share_of_copy']:8.0%} {record['ratio_to_eager']:8.2f}"
+            f"{record['share_of_copy']:8.0%} {record['ratio_to_eager']:8.2f}{'' if record['cold'] else '  in cache'}"
         )
     return "\n".join(lines)

@@ -299,8 +299,11 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
         "eager_wall_us": summary(samples["eager"]["wall"]),
         "copy_us": summary(samples["copy"]["kernel"]),
     }
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     time = record["kernel_us"]["median"]
     record |= {
+        # Small tensors stay in the cache however many sets rotate; the copy beside them does too.
+        "cold": workload.bytes * len(sets) > 2 * cache,
         "gb_per_s": workload.bytes / time / 1e3,
         "share_of_copy": record["copy_us"]["median"] / time,
         "ratio_to_eager": record["eager_us"]["median"] / time,

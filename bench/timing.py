@@ -1,7 +1,7 @@
 """Timing calls on a device: raw samples in microseconds, never a single number.
 
-On CUDA the kernel time comes from replays of a graph that holds one call per argument set; the sets rotate through more
-memory than the L2 cache holds. On the CPU it is the wall time.
+On CUDA the kernel time comes from replays of a graph that holds one call per argument set. The sets rotate, through
+more memory than the L2 cache holds where the tensors are large enough. On the CPU it is the wall time.
 """
 
 import random
