@@ -42,6 +42,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(text, file=sys.stderr)
             return BAD_INPUT
-        print(f"error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+        # One write with its newline: ranks under torchrun share stderr, and print would write twice.
+        sys.stderr.write(f"error: {' '.join(text.split()) or type(error).__name__}\n")
         return exit_code(error)
     return result if isinstance(result, int) else 0
