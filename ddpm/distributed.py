@@ -44,13 +44,17 @@ class World:
 
     def share(self, n: int) -> slice:
         """This rank's contiguous part of range(n); the parts differ by at most one."""
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+        return self._share_of(self.rank, n)
+
+    def _share_of(self, rank: int, n: int) -> slice:
+        return slice(n * rank // self.size, n * (rank + 1) // self.size)
 
     def gather(self, part: Tensor, n: int) -> Tensor:
         """All ranks' `share` parts joined to [n, ...], on every rank."""
         if self.size == 1:
             return part
-        sizes = [n * (r + 1) // self.size - n * r // self.size for r in range(self.size)]
+        shares = [self._share_of(rank, n) for rank in range(self.size)]
+        sizes = [share.stop - share.start for share in shares]
         padded = part.new_zeros(max(sizes), *part.shape[1:])
         padded[: part.shape[0]] = part
         parts = [torch.empty_like(padded) for _ in sizes]

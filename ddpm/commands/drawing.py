@@ -52,6 +52,7 @@ def draw(
     n: int,
     context: Tensor | None,
     options: dict[str, Any],
+    table: StepTable,
     world: World,
     *,
     first_sample: int = 0,
@@ -59,14 +60,17 @@ def draw(
     keep: bool = False,
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...]."""
+    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...].
+
+    options, table: as `table_of` returned them.
+    """
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
     shape = run.model.sample_shape
     part = world.share(n)
     count = part.stop - part.start
     batch_size = batch_size or chunk_size(shape)
-    steps = len(make_table(run.schedule, **options))
+    steps = len(table)
     estimates: list[list[Tensor]] = [[] for _ in range(steps)]
     done = 0
     total = steps * -(-count // batch_size)

@@ -49,6 +49,7 @@ def evaluate(
         n,
         contexts_of(opened, ALL, 0, n) if conditional else None,
         options,
+        table,
         World(),
         guidance=guidance,
         seed=seed,

@@ -62,6 +62,7 @@ def sample(
             n,
             contexts_of(opened, context, first_sample, n),
             options,
+            table,
             ranks,
             first_sample=first_sample,
             batch_size=batch_size,
