@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RUN ?= runs/demo
 BIN := .venv/bin
+# onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
+EXTRAS := dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
 
 .PHONY: help setup demo test test-long lint format static report gpu clean
 
@@ -23,7 +25,7 @@ setup: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), needs Python 3.11 or newer (make PYTHON=...)" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	@touch $@
 
 demo: setup
