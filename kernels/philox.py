@@ -66,11 +66,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_counter(step: int | Tensor, stream: int) -> None:
-    """Raise unless step is an integer in [0, 2^32), or a one-element int64 tensor, and stream is one in [0, 256)."""
+def check_counter(step: int | Tensor, stream: int, n: int = 1) -> None:
+    """Raise unless step is an integer in [0, 2^32) or int64 of 1 or n elements, and stream an integer in [0, 256)."""
     if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.numel() != 1:
-            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64")
+        if step.dtype != torch.int64 or step.numel() not in (1, n):
+            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64 or {n}")
     elif not is_integer(step):
         raise TypeError(f"step: got {step!r}, needs an integer")
     elif not 0 <= step < STEP_LIMIT:
@@ -124,16 +124,17 @@ def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndar
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
     """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
 
-    samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors.
+    samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
+    of n, for each sample its own.
     """
     check_seed(seed)
-    check_counter(step, stream)
     check_samples(samples)
+    check_counter(step, stream, samples.shape[0])
     samples = samples.to(torch.int64)
     device, n, blocks = samples.device, samples.shape[0], (numel + 3) // 4
 
     def scalar(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(1, 1)
+        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1)
 
     seed, low = scalar(seed), samples[:, None] & MASK
     counter = [
@@ -182,7 +183,7 @@ def normal(
     Args:
         seed: 0 <= seed < 2^63, or a one-element int64 tensor.
         samples: int64 [n], global sample indices, 0 <= index < 2^56.
-        step: 0 <= step < 2^32 (the timestep t in stream 1, else 0), or a one-element int64 tensor.
+        step: 0 <= step < 2^32 (the timestep t in stream 1, else 0), or an int64 tensor of one element or of n.
         stream: what the noise is for, see `Stream`.
         shape: shape of one sample, logical C, H, W order.
 
