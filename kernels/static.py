@@ -240,7 +240,7 @@ def _records(binaries: dict[tuple[str, str], tuple[bytes, int, str]], dump: Path
                 **asdict(facts),
                 "instructions_per_element": round(facts.instructions / per_thread, 3),
                 "bytes_per_element": CASES[name].cost.bytes,
-                "vectors": launch.constants.get("EVEN", True),
+                "vectors": launch.constants.get("LAYOUT", "even") in ("even", "interleaved"),
             }
         )
         if dump is not None:
