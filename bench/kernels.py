@@ -75,9 +75,9 @@ def _noise(samples: Tensor, step: int, stream: int) -> Tensor:
 
 
 def data_set_rows(device: torch.device) -> int:
-    """Images of a data set that exceeds twice the L2 cache, so that gathered rows come from memory; 1 on the CPU.
+    """Images of a data set of twice the L2 cache, so that gathered rows come from memory; 1 on the CPU.
 
-    Held to a quarter of what is free, and then the record of `measure` does not know that rows were cached.
+    Fewer where they would take more than a quarter of the free memory.
     """
     if device.type != "cuda":
         return 1
