@@ -6,14 +6,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.kernels import TOLERANCE
 from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, solver_step
 from kernels.backend import jit, launch, tl
 from kernels.noise_mse import backward_operator
 
 SEED = 2**62 + 12345
 TIMESTEPS = 500
-# One tolerance per type of output, relative to max(1, |reference|): rounding of the type plus the contract's 1e-5.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 shapes = st.one_of(
     st.tuples(st.integers(1, 5), st.integers(1, 37)),
