@@ -68,8 +68,8 @@ class Rates:
 # CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native arithmetic instructions. The guide itself
 # could not be opened from here; checked are 8.0 (64 fp32, 64 int32, 16 special: lubits.ch/flash, appendix A, which
 # quotes the table; IMAD on the FMA pipe also in arXiv 2208.11174) and 8.6 (128 fp32, 64 int32: GA102 white paper as
-# quoted in github.com/openmm/openmm/issues/2868). Assumed: 8.9 and 9.0 as 8.6, and for 10.0 still 64 int32, which
-# NVIDIA's forum (thread 320578) holds against the 128 of GeForce Blackwell.
+# quoted in github.com/openmm/openmm/issues/2868). Assumed: 8.9 and 9.0 as 8.6, and for 10.0 still 64 int32, as some in
+# NVIDIA's forum (thread 320578) quote the guide and doubt it: GeForce Blackwell has 128.
 RATES = {"sm_80": Rates(fma=64)} | {arch: Rates(fma=128) for arch in ("sm_86", "sm_89", "sm_90", "sm_100")}
 
 
