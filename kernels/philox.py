@@ -272,13 +272,11 @@ def tl_box_muller(r0, r1):
 
 
 @jit
-def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
-    """float32 normals [B, RUN] of elements RUN * run .. RUN * run + RUN - 1 of their samples.
+def tl_draw(seed, step, sample, stream, run, RUN: tl.constexpr):
+    """float32 normals of elements RUN * run .. RUN * run + RUN - 1 of their samples: RUN (4 or 8) tensors [B].
 
-    run: int32 [B]; seed, step: scalars; sample: int64 [B]. RUN is 4 or 8.
+    run: int32 [B]; seed, step: scalars; sample: int64 [B].
     """
-    # Joined values stay in the thread that made them; two calls as an axis of one tensor would be exchanged through
-    # shared memory (11 barriers in q_sample, bf16).
     r0, r1, r2, r3 = tl_words(seed, step, sample, stream, run * (RUN // 4))
     z0, z1 = tl_box_muller(r0, r1)
     z2, z3 = tl_box_muller(r2, r3)
@@ -286,5 +284,55 @@ def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
         r4, r5, r6, r7 = tl_words(seed, step, sample, stream, run * 2 + 1)
         z4, z5 = tl_box_muller(r4, r5)
         z6, z7 = tl_box_muller(r6, r7)
-        z0, z1, z2, z3 = tl.join(z0, z4), tl.join(z1, z5), tl.join(z2, z6), tl.join(z3, z7)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [run.shape[0], RUN])
+        z = (z0, z1, z2, z3, z4, z5, z6, z7)
+    else:
+        z = (z0, z1, z2, z3)
+    return z
+
+
+@jit
+def tl_vector(z, RUN: tl.constexpr):
+    """RUN (4 or 8) tensors [B] as the columns of one [B, RUN].
+
+    Joined values stay in the thread that made them; two calls as an axis of one tensor would be exchanged through
+    shared memory (11 barriers in q_sample, bf16).
+    """
+    z0, z1, z2, z3 = z[0], z[1], z[2], z[3]
+    if RUN == 8:
+        z0, z1, z2, z3 = tl.join(z0, z[4]), tl.join(z1, z[5]), tl.join(z2, z[6]), tl.join(z3, z[7])
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [z[0].shape[0], RUN])
+
+
+@jit
+def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
+    """The normals of `tl_draw` as one tensor [B, RUN]."""
+    return tl_vector(tl_draw(seed, step, sample, stream, run, RUN), RUN)
+
+
+@jit
+def tl_item_normals(
+    seed,
+    step,
+    sample,
+    stream,
+    spot,
+    j,
+    HW,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    RUN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Normals [B, RUN] of the j-th vectors of the items at `spot` (see backend.Items), in the order of their memory."""
+    if LAYOUT == "interleaved":
+        # Each vector takes of all channels: every j draws them again, and the compiler keeps one of the equal draws.
+        drawn = ()
+        for channel in tl.static_range(REPEAT):
+            drawn = drawn + tl_draw(seed, step, sample, stream, spot[2] + channel * (HW // RUN), RUN)
+        woven = ()
+        for k in tl.static_range(RUN):
+            woven = woven + (drawn[(j * RUN + k) % REPEAT * RUN + (j * RUN + k) // REPEAT],)
+        z = tl_vector(woven, RUN)
+    else:
+        z = tl_normals(seed, step, sample, stream, spot[2] + j * LANES, RUN)
+    return z
