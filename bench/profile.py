@@ -52,9 +52,9 @@ def profile(
     from bench.profiling.page import render
 
     opened.model.to(target)
-    best = ceilings.measure(target, torch.float32)
     sampler = make_sampler(opened.model, opened.schedule, table, batch, contexts, guidance, seed, kind)
     figures, trace = measured(sampler, trajectories)
+    best = ceilings.measure(target, torch.float32)  # afterwards: its copies would be the process's peak of memory
     content = {
         "format_version": FORMAT_VERSION,
         "command": " ".join(("ddpm-bench", *sys.argv[1:])),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-CHARACTER = 6.6  # pixels that a 12 px label needs per character, on average
+CHARACTER = 7.4  # pixels that a bold 12 px label needs per character, on average
 NARROW = 500  # below this width labels are short
 
 
@@ -142,7 +142,9 @@ def memory(points: Sequence[tuple[float, float]], x_label: str, y_label: str, wi
     drawn = values
     if steps:
         drawn = [values[0]] + [
-            corner for (_, before), after in zip(values, values[1:], strict=False) for corner in ((after[0], before), after)
+            corner
+            for (_, before), after in zip(values, values[1:], strict=False)
+            for corner in ((after[0], before), after)
         ]
     peak = max(values, key=lambda value: value[1])
     plot = Plot(width, 240, (values[0][0], values[-1][0] or 1.0), (0, peak[1] * 1.18 or 1.0), x_label, y_label)
@@ -169,13 +171,13 @@ def roofline(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any], width: in
     xs = [row["intensity"] for row in rows]
     ys = [row["gflop_per_s"] for row in rows]
     x_bounds = (min(xs) / 2, max(max(xs) * 3, roof / copies[0] * 4))
-    plot = Plot(width, 440, x_bounds, (min(ys) / 2.5, roof * 2), "flop per byte", "GFLOP/s", log=True, right=14)
+    plot = Plot(width, 440, x_bounds, (min(ys) / 2.5, roof * 4), "flop per byte", "GFLOP/s", log=True, right=14)
     taken: list[tuple[float, float, float, float]] = []
-    for rate, what in sorted(((matrix, "matrix product"), (conv, "convolution")), reverse=True):
+    top = plot.at_y(max(matrix, conv))
+    for above, (rate, what) in enumerate(sorted(((matrix, "matrix product"), (conv, "convolution")))):
         plot.path([(rate / max(copies), rate), (x_bounds[1], rate)], "roof")
         text = f"{what} {rate:,.0f} GFLOP/s"
-        above = rate == max(matrix, conv)
-        y = plot.at_y(rate) + (-6 if above else 14)
+        y = top - 7 - 15 * above
         plot.text(width - plot.right - 2, y, text, "rooftext", "end")
         taken.append((width - plot.right - len(text) * CHARACTER, y - 11, width - plot.right, y + 3))
     for rate, what in zip(copies, ("copy", "copy in cache"), strict=True):
@@ -225,7 +227,9 @@ def _label(
             px, py = x + reach * math.cos(math.radians(degrees)), y - reach * math.sin(math.radians(degrees))
             left = px - wide if abs(degrees) > 90 else px - wide / 2 if abs(degrees) == 90 else px
             box = (left - 3, py - 9, left + wide + 3, py + 7)
-            inside = box[0] > plot.left and box[2] < plot.width and box[1] > plot.top and box[3] < plot.height - plot.bottom
+            inside = (
+                box[0] > plot.left and box[2] < plot.width and box[1] > plot.top and box[3] < plot.height - plot.bottom
+            )
             clear = all(box[2] < a or box[0] > c or box[3] < b or box[1] > d for a, b, c, d in taken)
             if inside and clear:
                 taken.append(box)

@@ -160,7 +160,9 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
             wall = (time.perf_counter() - began) * 1e3
             steps = clock.read()
             if len(steps) < sampler.steps:
-                raise WorkFailed(f"engine: called back after {len(steps)} steps, needs one call after each of {sampler.steps}")
+                raise WorkFailed(
+                    f"engine: called back after {len(steps)} steps, needs one call after each of {sampler.steps}"
+                )
             runs.append({"wall_ms": round(wall, 3), "steps_ms": [round(step, 4) for step in steps]})
     pooled = [step for run in runs for step in run["steps_ms"]]
     quantiles = {name: round(float(np.quantile(pooled, q)), 4) for name, q in QUANTILES.items()}
@@ -293,7 +295,7 @@ def _operators(calls: list[traces.Call], count: int, step_ms: float) -> list[dic
             {
                 "name": name.removeprefix("aten::"),
                 "shapes": [shape for shape in group[0].dims if shape],
-                "parts": sorted({call.part for call in group}),
+                "parts": _parts_of(group),
                 "modules": sorted({call.module for call in group})[:8],
                 "calls": round(len(group) / count, 3),
                 "ms": round(ms, 5),
@@ -305,6 +307,14 @@ def _operators(calls: list[traces.Call], count: int, step_ms: float) -> list[dic
             }
         )
     return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _parts_of(calls: list[traces.Call]) -> list[str]:
+    """The parts of these calls, the one with the most time first."""
+    times: dict[str, float] = {}
+    for call in calls:
+        times[call.part] = times.get(call.part, 0.0) + call.time
+    return sorted(times, key=lambda part: -times[part])
 
 
 def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,16 @@ from bench.profiling.ranges import GAPS, OTHER
 
 WIDTHS = {"wide": 1040, "narrow": 346}
 TABLE_ROWS = 16
+# What a module without a name of its own is called in the plot of modules.
+SHORT = {
+    "Conv2d": "conv",
+    "ConvTranspose2d": "up conv",
+    "BatchNorm2d": "norm",
+    "GroupNorm": "norm",
+    "MaxPool2d": "pool",
+    "AvgPool2d": "pool",
+    "ResidualConvBlock": "block",
+}
 ROOFLINE_SHARE = 0.002  # of the step: what an operator needs to be worth a dot
 MEANING = {
     "encoder": "init_conv and the down stages",
@@ -85,7 +95,8 @@ def _tiles(content: Mapping[str, Any]) -> str:
         ),
     )
     cells = "".join(
-        f'<div class="tile"><b>{value}</b><span>{unit}</span><small>{detail}</small></div>' for value, unit, detail in tiles
+        f'<div class="tile"><b>{value}</b><span>{unit}</span><small>{detail}</small></div>'
+        for value, unit, detail in tiles
     )
     larger = "arithmetic" if bound["binds"] == "arithmetic" else "memory traffic of the operators as they are"
     verdict = (
@@ -109,11 +120,12 @@ def _parts(content: Mapping[str, Any]) -> str:
         f"<span>{number(part['ms'])} ms</span><small>{MEANING[part['name']]}</small></li>"
         for part in parts
     )
+    alone = profiler["gaps_without_ms"]
+    without = f"without it about {number(alone)} ms" if alone else "without it next to nothing"
     note = (
         f"Milliseconds per step over {profiler['steps']} steps under the profiler, which makes a step "
         f"{profiler['overhead']:.2f} times as long ({number(profiler['step_ms'])} ms) as it is without. "
-        f"It records between operators, so the gaps are an upper bound: without it at least "
-        f"{number(profiler['gaps_without_ms'])} ms."
+        f"It records between operators, so the gaps are an upper bound: {without}."
     )
     return f'<div class="stack">{bar}</div><ul class="parts">{rows}</ul><p class="note">{note}</p>'
 
@@ -148,10 +160,13 @@ def _modules(content: Mapping[str, Any]) -> str:
         nonlocal deepest
         deepest = max(deepest, depth)
         share = node["ms"] / root["ms"] if root["ms"] else 0.0
-        name = node["kind"] if node["name"].isdigit() else node["name"]
+        name = SHORT.get(node["kind"], node["kind"]) if node["name"].isdigit() else node["name"]
         tip = f"{node['path'] or node['name']} ({node['kind']})\n{number(node['ms'])} ms, {share:.1%} of the step"
-        label = escape(name) if share > 0.012 else ""
+        # A label that would be cut after its first letters says nothing; the tooltip does.
+        label = escape(name) if share * WIDTHS["wide"] > 7.4 * min(len(name), 6) + 7 else ""
         kind = "plain" if depth == 0 or node["name"] == "network" else node["part"]
+        if share * WIDTHS["narrow"] < 6.5 * min(len(name), 6) + 4:
+            kind += " tight"
         cells.append(
             f'<div class="cell {kind}" style="left:{left:.3%};width:{share:.3%};top:{depth * 32}px" '
             f'data-tip="{escape(tip, quote=True)}">{label}</div>'
@@ -220,7 +235,7 @@ def _roofline(content: Mapping[str, Any]) -> str:
 
     best = content["ceilings"]
     note = (
-        f"One dot per operator and shape, area by time, numbers as in the table below. Best rates measured just before: "
+        f"One dot per operator and shape, area by time, numbers as in the table below. Best rates measured in the same run: "
         f"matrix product {escape(best['matmul_at'])}, convolution {escape(best['conv_at'])}, copies of "
         f"{escape(best['copy_at'])} and, in cache, {escape(best['cached_copy_at'])}. A dot above the copy line found its "
         f"tensors in cache. Elementwise operators count one flop per output, so theirs is the slope, not the roof."
@@ -235,19 +250,19 @@ def _operators(content: Mapping[str, Any]) -> str:
     body = []
     for row in rows:
         cells = (
-            ("", f"{row['calls']:g}"),
+            ("extra", f"{row['calls']:g}"),
             ("", number(row["ms"])),
             ("extra", "" if row["flops"] is None else number(row["flops"] / 1e9)),
             ("extra", "" if row["bytes"] is None else number(row["bytes"] / 1e6)),
             ("", number(row["gflop_per_s"]) if row["flops"] else ""),
-            ("", "" if row["gb_per_s"] is None else number(row["gb_per_s"])),
+            ("extra", "" if row["gb_per_s"] is None else number(row["gb_per_s"])),
             ("", "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"),
         )
         numbers = "".join(f'<td class="n {kind}">{value}</td>' for kind, value in cells)
         body.append(
             f'<tr><td class="n rank">{row["rank"]}</td><td class="name"><i class="{row["part"]}"></i>'
             f"{escape(row['name'])} <small>{escape(shape_text(row))}</small></td>"
-            f'<td class="share"><i style="width:{row["share"] / largest:.1%}"></i><span>{row["share"]:.1%}</span></td>'
+            f'<td><div class="share"><s><i style="width:{row["share"] / largest:.1%}"></i></s>{row["share"]:.1%}</div></td>'
             f"{numbers}</tr>"
         )
     rest = sum(row["share"] for row in content["operators"][TABLE_ROWS:])
@@ -255,12 +270,12 @@ def _operators(content: Mapping[str, Any]) -> str:
         ("n", "#"),
         ("", "operator"),
         ("", "share"),
-        ("n", "calls"),
+        ("n extra", "calls"),
         ("n", "ms"),
         ("n extra", "GFLOP"),
         ("n extra", "MB"),
         ("n", "GFLOP/s"),
-        ("n", "GB/s"),
+        ("n extra", "GB/s"),
         ("n", "of floor"),
     )
     head = "".join(f'<th class="{kind}">{text}</th>' for kind, text in heads)
