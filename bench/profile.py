@@ -134,8 +134,8 @@ def summary(content: Mapping[str, Any]) -> str:
         f"step     p50 {step['p50']:.2f}  p90 {step['p90']:.2f}  p99 {step['p99']:.2f}  max {step['max']:.2f} ms"
         f"   {content['latency']['images_per_s']:.3g} images/s",
         f"floor    arithmetic {bound['arithmetic_ms']:.2f} ms ({bound['flops'] / 1e9:.3g} GFLOP at "
-        f"{max(best['matmul_gflop_per_s'], best['conv_gflop_per_s']):.0f} GFLOP/s), traffic {bound['traffic_ms']:.2f} ms "
-        f"({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
+        f"{max(best['matmul_gflop_per_s'], best['conv_gflop_per_s']):.0f} GFLOP/s), "
+        f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
         "where    " + "  ".join(f"{part['name']} {part['share']:.1%}" for part in content["parts"]),
         f"         (under the profiler, which makes a step {profiler['overhead']:.2f} times as long)",
         f"{'operator':18s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GFLOP/s':>8s} {'GB/s':>7s}",

@@ -11,7 +11,8 @@ from bench.timing import synchronize
 from ddpm.progress import Bar
 
 ROUNDS = 8
-# Working set of a copy that stays in a cache (an H200's L2 holds 60 MB, a server CPU's L3 32 MB), and of one that cannot.
+# Working sets of a copy that stays in a cache (an H200's L2 holds 60 MB, a server CPU's L3 32 MB), and of one that
+# cannot.
 CACHED_BYTES, LARGE_BYTES = 4 * 2**20, {"cpu": 256 * 2**20, "cuda": 2**30}
 MATRIX_SIDES = {"cpu": (768, 1536), "cuda": (4096, 8192)}
 # (batch, channels, side) of 3x3 convolutions, channels to channels, around those of a ContextUnet.

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 CHARACTER = 7.4  # pixels that a bold 12 px label needs per character, on average
 NARROW = 500  # below this width labels are short
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def number(value: float) -> str:
@@ -141,11 +143,8 @@ def memory(points: Sequence[tuple[float, float]], x_label: str, y_label: str, wi
     values = [(x, held / 2**20) for x, held in points]
     drawn = values
     if steps:
-        drawn = [values[0]] + [
-            corner
-            for (_, before), after in zip(values, values[1:], strict=False)
-            for corner in ((after[0], before), after)
-        ]
+        turns = [((after[0], before[1]), after) for before, after in pairwise(values)]
+        drawn = [values[0], *(corner for turn in turns for corner in turn)]
     peak = max(values, key=lambda value: value[1])
     plot = Plot(width, 240, (values[0][0], values[-1][0] or 1.0), (0, peak[1] * 1.18 or 1.0), x_label, y_label)
     base = plot.at_y(0)
@@ -172,14 +171,15 @@ def roofline(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any], width: in
     ys = [row["gflop_per_s"] for row in rows]
     x_bounds = (min(xs) / 2, max(max(xs) * 3, roof / copies[0] * 4))
     plot = Plot(width, 440, x_bounds, (min(ys) / 2.5, roof * 4), "flop per byte", "GFLOP/s", log=True, right=14)
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
+    texts: list[Box] = []
     top = plot.at_y(max(matrix, conv))
     for above, (rate, what) in enumerate(sorted(((matrix, "matrix product"), (conv, "convolution")))):
         plot.path([(rate / max(copies), rate), (x_bounds[1], rate)], "roof")
         text = f"{what} {rate:,.0f} GFLOP/s"
         y = top - 7 - 15 * above
         plot.text(width - plot.right - 2, y, text, "rooftext", "end")
-        taken.append((width - plot.right - len(text) * CHARACTER, y - 11, width - plot.right, y + 3))
+        texts.append((width - plot.right - len(text) * CHARACTER, y - 11, width - plot.right, y + 3))
     for rate, what in zip(copies, ("copy", "copy in cache"), strict=True):
         low = max(x_bounds[0], plot.y[0] / rate)
         plot.path([(low, low * rate), (max(matrix, conv) / rate, max(matrix, conv))], "roof")
@@ -199,7 +199,7 @@ def roofline(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any], width: in
         for k in range(12):
             part = (along + (reach - along) * k / 12) / reach
             px, py = x + (x2 - x) * part, y + (y2 - y) * part + shift - 4
-            taken.append((px - 7, py - 8, px + 7, py + 8))
+            texts.append((px - 7, py - 8, px + 7, py + 8))
     narrow = width < NARROW
     dots = []
     for row in sorted(rows, key=lambda row: -row["ms"]):
@@ -212,28 +212,34 @@ def roofline(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any], width: in
         )
         taken.append((x - radius, y - radius, x + radius, y + radius))
     for x, y, radius, row in dots[: 6 if narrow else 9]:
-        _label(plot, x, y, radius, label(row, narrow), taken)
+        if not _label(plot, x, y, radius, label(row, narrow), taken, texts):
+            _label(plot, x, y, radius, label(row, True), taken, texts)
     return plot.svg("Operators under the measured ceilings")
 
 
-def _label(
-    plot: Plot, x: float, y: float, radius: float, text: str, taken: list[tuple[float, float, float, float]]
-) -> None:
-    """Write the text near a dot where nothing else is, with a leader; leave it out if there is no such place."""
+def _label(plot: Plot, x: float, y: float, radius: float, text: str, dots: Sequence[Box], texts: list[Box]) -> bool:
+    """Write the text near a dot where nothing else is, with a leader that crosses no text; False if nowhere."""
     wide = len(text) * CHARACTER
     for distance in (4, 16, 30, 46, 64, 86, 110):
         for degrees in (0, 180, 35, -35, 145, -145, 70, -70, 110, -110, 90, -90):
             reach = radius + distance
-            px, py = x + reach * math.cos(math.radians(degrees)), y - reach * math.sin(math.radians(degrees))
+            dx, dy = math.cos(math.radians(degrees)), -math.sin(math.radians(degrees))
+            px, py = x + reach * dx, y + reach * dy
             left = px - wide if abs(degrees) > 90 else px - wide / 2 if abs(degrees) == 90 else px
             box = (left - 3, py - 9, left + wide + 3, py + 7)
-            inside = (
-                box[0] > plot.left and box[2] < plot.width and box[1] > plot.top and box[3] < plot.height - plot.bottom
-            )
-            clear = all(box[2] < a or box[0] > c or box[3] < b or box[1] > d for a, b, c, d in taken)
-            if inside and clear:
-                taken.append(box)
+            inside = plot.left < box[0] and box[2] < plot.width and plot.top < box[1] and box[3] < plot.at_y(plot.y[0])
+            clear = not any(_overlap(box, other) for other in (*dots, *texts))
+            along = ((x + dx * far, y + dy * far) for far in range(int(radius), int(reach), 4))
+            free = not any(_overlap((a, b, a, b), other) for a, b in along for other in texts)
+            if inside and clear and free:
+                texts.append(box)
                 if distance > 4:
-                    plot.add(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{px:.1f}" y2="{py:.1f}" class="leader"/>')
+                    end = py - 9 * dy if abs(degrees) == 90 else py
+                    plot.add(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{px:.1f}" y2="{end:.1f}" class="leader"/>')
                 plot.text(left, py + 4, text, "mark")
-                return
+                return True
+    return False
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[2] >= b[0] and a[0] <= b[2] and a[3] >= b[1] and a[1] <= b[3]

@@ -70,7 +70,10 @@ def make_sampler(
     seed: int,
     kind: Callable[..., Any],
 ) -> Sampler:
-    """Build an engine of this kind (a class of `ddpm.engines.ENGINES`) as `ddpm.sampling.sample` does, on the model's device, in float32."""
+    """Build an engine of this kind as `ddpm.sampling.sample` does, on the model's device, in float32.
+
+    kind: a class of `ddpm.engines.ENGINES`. context: float32 [batch, n_cfeat] or None.
+    """
     device = next(model.parameters()).device
     began = time.perf_counter()
     built = kind(model, schedule.timesteps, table, torch.float32)

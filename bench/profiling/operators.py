@@ -6,6 +6,7 @@ written once: what must move, whatever a cache keeps. Operators that are not her
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,14 @@ ITEM_BYTES = {
     "signed char": 1,
     "bool": 1,
 }
-ARITHMETIC = frozenset(
-    "add add_ sub sub_ rsub mul mul_ div div_ clamp clamp_ gelu relu relu_ sigmoid silu tanh sqrt log log_ cos sin neg "
-    "batch_norm group_norm layer_norm addcmul lerp pow exp __rshift__ __lshift__ bitwise_and bitwise_xor bitwise_or "
-    "bitwise_right_shift bitwise_left_shift __and__ __xor__ __or__ remainder floor_divide ne eq lt gt le ge where".split()
+ARITHMETIC = re.compile(
+    r"(add|sub|rsub|mul|div|clamp|gelu|relu|sigmoid|silu|tanh|sqrt|log|exp|pow|cos|sin|neg|addcmul|lerp|where|remainder|"
+    r"floor_divide|eq|ne|lt|le|gt|ge|(__|bitwise_)(and|or|xor|rshift|lshift|right_shift|left_shift)(__)?)_?"
 )
 # No bytes move: shapes only.
-FREE = frozenset(
-    "view reshape unsqueeze squeeze expand chunk split unbind select slice permute transpose t empty empty_like "
-    "detach detach_ alias as_strided flatten unflatten lift_fresh".split()
+FREE = re.compile(
+    r"view|reshape|unsqueeze|squeeze|expand|chunk|split|unbind|select|slice|permute|transpose|t|empty|empty_like|detach_?|"
+    r"alias|as_strided|flatten|unflatten|lift_fresh"
 )
 
 
@@ -92,7 +92,7 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     space, _, short = name.partition("::")
     if space != "aten":
         return None
-    if short in FREE:
+    if FREE.fullmatch(short):
         return Work(0, 0)
     item = next((ITEM_BYTES[kind] for kind in types if kind in ITEM_BYTES), None)
     tensors = [(shape, ITEM_BYTES[kind]) for shape, kind in zip(dims, types, strict=True) if kind in ITEM_BYTES]
@@ -121,7 +121,7 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
         read = outputs * item
     elif short in ("batch_norm", "group_norm", "layer_norm"):
         flops = outputs = math.prod(dims[0])
-    elif short in ARITHMETIC and tensors:
+    elif ARITHMETIC.fullmatch(short) and tensors:
         flops = outputs = _broadcast([shape for shape, _ in tensors])
     elif short in ("copy_", "clone", "contiguous") and tensors:
         flops, outputs = 0, math.prod(dims[0])

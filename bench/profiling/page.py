@@ -101,7 +101,8 @@ def _tiles(content: Mapping[str, Any]) -> str:
     larger = "arithmetic" if bound["binds"] == "arithmetic" else "memory traffic of the operators as they are"
     verdict = (
         f"The floor of a step is the larger of the two: {larger}, "
-        f"<b>{number(max(bound['arithmetic_ms'], bound['traffic_ms']))} ms, {bound['share']:.0%} of the measured step</b>. "
+        f"<b>{number(max(bound['arithmetic_ms'], bound['traffic_ms']))} ms, {bound['share']:.0%} of the measured "
+        "step</b>. "
         "The rates are the best that a convolution or matrix product, and a copy out of cache, reached in this run."
     )
     return f'<div class="tiles">{cells}</div><p class="verdict">{verdict}</p>'
@@ -179,8 +180,8 @@ def _modules(content: Mapping[str, Any]) -> str:
     if deepest == 0:
         return '<p class="note">This engine does not call the network module by module.</p>'
     note = (
-        "Every row splits the one above; widths are wall time per step under the profiler, with the dispatch inside each "
-        "module. What is blank below a bar is its own Python. Point at a bar for its time."
+        "Every row splits the one above; widths are wall time per step under the profiler, with the dispatch inside "
+        "each module. What is blank below a bar is its own Python. Point at a bar for its time."
     )
     return f'<div class="icicle" style="height:{(deepest + 1) * 32}px">{"".join(cells)}</div><p class="note">{note}</p>'
 
@@ -235,10 +236,10 @@ def _roofline(content: Mapping[str, Any]) -> str:
 
     best = content["ceilings"]
     note = (
-        f"One dot per operator and shape, area by time, numbers as in the table below. Best rates measured in the same run: "
-        f"matrix product {escape(best['matmul_at'])}, convolution {escape(best['conv_at'])}, copies of "
-        f"{escape(best['copy_at'])} and, in cache, {escape(best['cached_copy_at'])}. A dot above the copy line found its "
-        f"tensors in cache. Elementwise operators count one flop per output, so theirs is the slope, not the roof."
+        f"One dot per operator and shape, area by time, numbers as in the table below. Best rates measured in the same "
+        f"run: matrix product {escape(best['matmul_at'])}, convolution {escape(best['conv_at'])}, copies of "
+        f"{escape(best['copy_at'])} and, in cache, {escape(best['cached_copy_at'])}. A dot above the copy line found "
+        f"its tensors in cache. Elementwise operators count one flop per output, so theirs is the slope, not the roof."
     )
     chart = _both(lambda width: charts.roofline(rows, content["ceilings"], width, label))
     return chart + f'<p class="note">{note}</p>'
@@ -254,7 +255,7 @@ def _operators(content: Mapping[str, Any]) -> str:
             ("", number(row["ms"])),
             ("extra", "" if row["flops"] is None else number(row["flops"] / 1e9)),
             ("extra", "" if row["bytes"] is None else number(row["bytes"] / 1e6)),
-            ("", number(row["gflop_per_s"]) if row["flops"] else ""),
+            ("extra", number(row["gflop_per_s"]) if row["flops"] else ""),
             ("extra", "" if row["gb_per_s"] is None else number(row["gb_per_s"])),
             ("", "" if row["of_floor"] is None else f"{row['of_floor']:.0%}"),
         )
@@ -262,8 +263,8 @@ def _operators(content: Mapping[str, Any]) -> str:
         body.append(
             f'<tr><td class="n rank">{row["rank"]}</td><td class="name"><i class="{row["part"]}"></i>'
             f"{escape(row['name'])} <small>{escape(shape_text(row))}</small></td>"
-            f'<td><div class="share"><s><i style="width:{row["share"] / largest:.1%}"></i></s>{row["share"]:.1%}</div></td>'
-            f"{numbers}</tr>"
+            f'<td><div class="share"><s><i style="width:{row["share"] / largest:.1%}"></i></s>{row["share"]:.1%}</div>'
+            f"</td>{numbers}</tr>"
         )
     rest = sum(row["share"] for row in content["operators"][TABLE_ROWS:])
     heads = (
@@ -274,16 +275,16 @@ def _operators(content: Mapping[str, Any]) -> str:
         ("n", "ms"),
         ("n extra", "GFLOP"),
         ("n extra", "MB"),
-        ("n", "GFLOP/s"),
+        ("n extra", "GFLOP/s"),
         ("n extra", "GB/s"),
         ("n", "of floor"),
     )
     head = "".join(f'<th class="{kind}">{text}</th>' for kind, text in heads)
     note = (
-        f"Per step, by operator and shape: an operator with all that it calls inside, so nothing counts twice. {rest:.1%} of "
-        f"the step are in {max(0, len(content['operators']) - TABLE_ROWS)} more rows of profile.json. <b>of floor</b>: what "
-        "the best measured rates would need, over the time taken; above 100% the tensors came from cache. Operators that "
-        f"make up {content['profiler']['counted']:.0%} of the operators' time have counts."
+        "Per step, by operator and shape: an operator with all that it calls inside, so nothing counts twice. "
+        f"{rest:.1%} of the step are in {max(0, len(content['operators']) - TABLE_ROWS)} more rows of profile.json. "
+        "<b>of floor</b>: what the best measured rates would need, over the time taken; above 100% the tensors came "
+        f"from cache. Operators that make up {content['profiler']['counted']:.0%} of the operators' time have counts."
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     return f'<div class="scroll">{table}</div><p class="note">{note}</p>'
@@ -306,8 +307,8 @@ def _memory(content: Mapping[str, Any]) -> str:
     peak, weights = content["memory"]["peak_bytes"], content["memory"]["weights_bytes"]
     where = content["memory"]["step_peak_in"]
     note = (
-        f"{'Peak of the allocator' if gpu else 'Peak of the process, PyTorch included'}: {number(peak / 2**20)} MiB; the "
-        f"weights are {number(weights / 2**20)} MiB. "
+        f"{'Peak of the allocator' if gpu else 'Peak of the process, PyTorch included'}: {number(peak / 2**20)} MiB; "
+        f"the weights are {number(weights / 2**20)} MiB. "
     ) + (f"Within a step the peak is in <b>{escape(where)}</b>." if where else "")
     return f'{"".join(plots)}<p class="note">{note}</p>'
 
@@ -325,9 +326,10 @@ def _method(content: Mapping[str, Any]) -> str:
     )
     table = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in rows)
     text = (
-        "Latencies: whole trajectories without the profiler, from the end of one step's callback to the start of the next, "
-        "on CUDA between events on the device. Parts, modules and operators: a few steps under torch.profiler, with ranges "
-        "around every module, draw of noise and step; trace.json beside this page holds them for ui.perfetto.dev. Flops are "
-        "two per multiply-accumulate; bytes are every input read and the output written once, counted from shapes."
+        "Latencies: whole trajectories without the profiler, from the end of one step's callback to the start of the "
+        "next, on CUDA between events on the device. Parts, modules and operators: a few steps under torch.profiler, "
+        "with ranges around every module, draw of noise and step; trace.json, written beside this page, holds them for "
+        "Perfetto. Flops are two per multiply-accumulate; bytes are every input read and the output written once, "
+        "counted from shapes."
     )
     return f'<p class="note">{text}</p><dl>{table}</dl>'
