@@ -324,7 +324,7 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
     """(figures, trace) of a sampler: `latency`, then `breakdown` of a few profiled steps."""
     with evaluating(sampler.model):
         timed = latency(sampler, trajectories)
-        peak = torch.cuda.max_memory_allocated(sampler.device) if sampler.device.type == "cuda" else None
+        peak = peak_bytes(sampler.device)  # before the profiler adds its own
         trace, wall_ms = profiled(sampler)
     figures = breakdown(trace, wall_ms)
     operators = figures["operators"]
@@ -342,13 +342,15 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
         "step_peak_in": figures.pop("memory_peak_in"),
         "step_peak_bytes": max((held for _, held in figures["memory"]), default=None),
         "held_bytes": timed.pop("held_bytes"),
-        "peak_bytes": peak if peak is not None else peak_resident_bytes(),
+        "peak_bytes": peak,
         "weights_bytes": sum(p.numel() * p.element_size() for p in sampler.model.parameters()),
     }
     return {"latency": timed, **figures}, trace
 
 
-def peak_resident_bytes() -> int:
-    """The most that this process has ever had resident."""
+def peak_bytes(device: torch.device) -> int:
+    """The most so far: allocated on the GPU, or resident of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
