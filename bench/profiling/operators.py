@@ -90,14 +90,16 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     dims, types, concrete: the trace's "Input Dims", "Input type" and "Concrete Inputs", one entry per argument.
     """
     space, _, short = name.partition("::")
-    if space != "aten":
+    if space != "aten" or not dims:
         return None
     if FREE.fullmatch(short):
         return Work(0, 0)
     item = next((ITEM_BYTES[kind] for kind in types if kind in ITEM_BYTES), None)
     tensors = [(shape, ITEM_BYTES[kind]) for shape, kind in zip(dims, types, strict=True) if kind in ITEM_BYTES]
     read = sum(math.prod(shape) * size for shape, size in tensors)
-    if short == "conv2d":
+    # Compiled code calls `convolution`, whose seventh argument says whether it is transposed: that one is not counted.
+    forward = short == "conv2d" or (short == "convolution" and concrete[6] == "False")
+    if forward and all(text.startswith("[") for text in concrete[3:6]):  # padding may be "same"
         stride, padding, dilation = (_numbers(text) for text in concrete[3:6])
         flops, outputs = _convolution(dims[0], dims[1], stride, padding, dilation)
     elif short == "conv_transpose2d":

@@ -13,7 +13,7 @@ from bench.profiling.ranges import MODULE, OTHER, PARTS, STEP, part_of
 RANGE, OPERATOR = "user_annotation", "cpu_op"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 # A compiled region is not an operator: what it calls is, and the rest of it is code that the compiler made.
-COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph", "CompiledFunction", "torch/_inductor")
+COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph")
 COMPILED_CODE = "compiled code"
 
 

@@ -197,7 +197,8 @@ def test_flops_of_a_context_unet_equal_its_layers_count(tmp_path):
 @pytest.mark.parametrize(
     ("name", "dims", "concrete", "flops", "moved"),
     [
-        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "1"], 21600, 6008),
+        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "1"], 21600, 4440),
+        ("convolution", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2]", "[1]", "[1]", "True"], None, None),
         ("conv_transpose2d", [[1, 4, 5, 5], [4, 6, 2, 2], [6]], ["", "", "", "[2, 2]", "[0, 0]"], 4800, 3208),
         ("linear", [[7, 3], [5, 3], [5]], ["", "", ""], 210, 304),
         ("add", [[4, 1, 3], [2, 1], []], ["", "", "1"], 24, 152),
@@ -209,12 +210,15 @@ def test_work_by_hand(name, dims, concrete, flops, moved):
     """Counted by hand in float32; the convolution's output is 5x5, the transposed one's 10x10."""
     types = ["TensorList" if shape and isinstance(shape[0], list) else "float" if shape else "Scalar" for shape in dims]
     work = work_of(f"aten::{name}", dims, types, concrete)
-    assert (work.flops, work.bytes) == (flops, moved)
+    assert (work and work.flops, work and work.bytes) == (flops, moved)
 
 
 def test_an_unknown_operator_has_no_count():
     assert work_of("aten::mystery", [[2, 2]], ["float"], [""]) is None
     assert work_of("fused_ddpm::solver_step", [[2, 2]], ["float"], [""]) is None
+    same = ["", "", "", "[1, 1]", "same", "[1, 1]", "1"]
+    shapes = [[2, 3, 9, 9], [8, 3, 3, 3], [], [], [], [], []]
+    assert work_of("aten::conv2d", shapes, ["float", "float", *[""] * 5], same) is None
 
 
 def _event(category, name, begin, duration, **arguments):
