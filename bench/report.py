@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
+from bench.profile import by_operator
 
 README = ROOT / "README.md"
 STATIC = ROOT / "bench" / "results" / "static.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
 BEFORE_TUNING = ROOT / "bench" / "results" / "before_tuning.json"
+PROFILE = ROOT / "docs" / "profile" / "profile.json"
+PROFILE_ROWS = 6
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -85,7 +88,43 @@ def sprites_table() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"kernels": kernel_table, "sprites": sprites_table}
+def profile_table() -> str:
+    """`ddpm-bench profile`: the parts of a step, then its operators, in milliseconds and shares."""
+    record = json.loads(PROFILE.read_text())
+    recipe, step, bound, best = record["recipe"], record["latency"]["step_ms"], record["floor"], record["ceilings"]
+    rate = max(best["matmul_gflop_per_s"], best["conv_gflop_per_s"])
+    parts = {part["name"]: part for part in record["parts"]}
+    gaps = parts.pop("gaps")
+    named = ", ".join(f"{name} {part['share']:.1%}" for name, part in parts.items())
+    rows = []
+    for row in by_operator(record["operators"])[:PROFILE_ROWS]:
+        rates = ("" if not row[key] else f"{row[key] / row['ms'] / 1e6:.1f}" for key in ("flops", "bytes"))
+        cells = (row["name"], f"{row['calls']:.0f}", f"{row['ms']:.1f}", f"{row['share']:.1%}", *rates)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        (
+            f"`{record['command']}`, engine {recipe['engine']}, {record['machine']['threads']} threads of "
+            f"{record['machine']['processor']}: a step takes {step['p50']:.0f} ms (p50; p90 {step['p90']:.0f}, "
+            f"p99 {step['p99']:.0f}). Its {bound['flops'] / 1e9:.2f} GFLOP would take {bound['arithmetic_ms']:.0f} ms "
+            f"at the best rate measured ({rate:.0f} GFLOP/s), its {bound['bytes'] / 1e6:.0f} MB of traffic "
+            f"{bound['traffic_ms']:.0f} ms ({best['copy_gb_per_s']:.1f} GB/s).",
+            "",
+            f"By part: {named}; no operator running: {gaps['share']:.1%}. The profiler made a step "
+            f"{record['profiler']['overhead']:.2f} times as long.",
+            "",
+            "| operator | calls a step | ms | share | GFLOP/s | GB/s |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            f"| (no operator) | | {gaps['ms']:.1f} | {gaps['share']:.1%} | | |",
+        )
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "kernels": kernel_table,
+    "sprites": sprites_table,
+    "profile": profile_table,
+}
 
 
 def filled(text: str) -> str:
