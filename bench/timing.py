@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,6 +54,43 @@ def _wall(call: Call, sets: Sequence[tuple], device: torch.device) -> float:
         call(*arguments)
     synchronize(device)
     return (time.perf_counter() - began) * 1e6 / len(sets)
+
+
+class Time(NamedTuple):
+    """Microseconds of one call: on the device alone, and as a user's loop sees them."""
+
+    kernel: float
+    wall: float
+
+
+Timer = Callable[[], Time]
+
+
+def timer(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool = False) -> Timer:
+    """A function that runs the call once per set and returns its time.
+
+    On the CPU both times are the same. On CUDA the kernel time comes from graph replays where the call can be captured,
+    else from events around the loop, launch gaps included. Capturing warms the call up; otherwise that is the caller's.
+    """
+    if device.type != "cuda":
+        return lambda: Time(*[_wall(call, sets, device)] * 2)
+    if capturable:
+        replay = _prepare(call, sets, device)
+        return lambda: Time(replay(), _wall(call, sets, device))
+
+    def events() -> Time:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        synchronize(device)
+        began = time.perf_counter()
+        begin.record()
+        for arguments in sets:
+            call(*arguments)
+        end.record()
+        end.synchronize()
+        wall = (time.perf_counter() - began) * 1e6 / len(sets)
+        return Time(begin.elapsed_time(end) * 1e3 / len(sets), wall)
+
+    return events
 
 
 def interleaved(
