@@ -50,8 +50,11 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
 
 
 def environment(root: Path) -> dict[str, str]:
-    """This environment with the packages of `root` before all others."""
-    return os.environ | {"PYTHONPATH": str(root)}
+    """This environment with the packages of `root` before all others, and one thread.
+
+    Processor time of several threads counts those that spin while they wait for one that lost its processor.
+    """
+    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def run_child(root: Path, process: int, arguments: list[str]) -> store.Content:

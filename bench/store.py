@@ -1,7 +1,7 @@
 """Stored measurements: one JSON object per file, made and checked here.
 
-    format_version, kind, date (UTC), machine (`bench.machine.describe`: commit, dirty, versions, device), command, seed,
-    suite, quick, filter, processes, skipped {suite: reason}, product_flops_per_s, parity, failed, records
+    format_version, kind, date (UTC), machine (`bench.machine.describe`: commit, dirty, versions, device), command,
+    seed, suite, quick, filter, processes, skipped {suite: reason}, product_flops_per_s, parity, failed, records
 
 A record is one competitor of one workload in one process; `bench.measure` says what is in it.
 """
@@ -51,7 +51,7 @@ def load(path: Path) -> Content:
     for record in content["records"]:
         if not isinstance(record, dict) or not {"workload", "candidate", "process"} <= record.keys():
             raise BadInput(f"{path}: a record lacks workload, candidate or process, needs a whole file")
-        times = {"gates", "ratio_to_eager", "ratio_to_yardstick", "kernel_us"}
+        times = {"gate", "against", "kernel_us"}
         if "failed" not in record and record.get("parity") and not times <= record.keys():
             raise BadInput(f"{path}: the record of {row_of(record)} has no times, needs a whole file")
     return content
@@ -73,5 +73,3 @@ def rows(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     for record in records:
         grouped.setdefault(row_of(record), []).append(record)
     return grouped
-
-

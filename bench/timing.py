@@ -57,10 +57,14 @@ def _wall(call: Call, sets: Sequence[tuple], device: torch.device) -> float:
 
 
 class Time(NamedTuple):
-    """Microseconds of one call: on the device alone, and as a user's loop sees them."""
+    """Microseconds of one call: on the device alone, as a user's loop sees them, and of this process's processor time.
+
+    On the CPU the device time is the wall time.
+    """
 
     kernel: float
     wall: float
+    processor: float
 
 
 Timer = Callable[[], Time]
@@ -69,28 +73,33 @@ Timer = Callable[[], Time]
 def timer(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool = False) -> Timer:
     """A function that runs the call once per set and returns its time.
 
-    On the CPU both times are the same. On CUDA the kernel time comes from graph replays where the call can be captured,
+    On CUDA the kernel time comes from graph replays where the call can be captured,
     else from events around the loop, launch gaps included. Capturing warms the call up; otherwise that is the caller's.
     """
-    if device.type != "cuda":
-        return lambda: Time(*[_wall(call, sets, device)] * 2)
-    if capturable:
-        replay = _prepare(call, sets, device)
-        return lambda: Time(replay(), _wall(call, sets, device))
+    if device.type == "cuda":
+        replay = _prepare(call, sets, device) if capturable else lambda: _events(call, sets)
+    else:
+        replay = None
 
-    def events() -> Time:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        synchronize(device)
-        began = time.perf_counter()
-        begin.record()
-        for arguments in sets:
-            call(*arguments)
-        end.record()
-        end.synchronize()
-        wall = (time.perf_counter() - began) * 1e6 / len(sets)
-        return Time(begin.elapsed_time(end) * 1e3 / len(sets), wall)
+    def once() -> Time:
+        kernel = None if replay is None else replay()
+        before = time.process_time()
+        wall = _wall(call, sets, device)
+        processor = (time.process_time() - before) * 1e6 / len(sets)
+        return Time(wall if kernel is None else kernel, wall, processor)
 
-    return events
+    return once
+
+
+def _events(call: Call, sets: Sequence[tuple]) -> float:
+    """Microseconds per call on the CUDA device from the first launch to the last kernel's end."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for arguments in sets:
+        call(*arguments)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / len(sets)
 
 
 def interleaved(

@@ -5,6 +5,7 @@ cheaper than Philox in torch operators), and a slower operator shows in its own 
 """
 
 from functools import partial
+from math import log10
 
 import torch
 
@@ -18,7 +19,7 @@ QUICK_SIZES = (10**5,)
 
 
 def _flops(name: str, dtype: torch.dtype, elements: int) -> float:
-    """Floating-point operations of one call, from the operator's own cost; 0 for an operator not listed: not counted."""
+    """Floating-point operations of one call, from its cost; 0 where it is not listed here: not counted."""
     costs = {
         "q_sample": lambda: kernels.q_sample_cost(dtype, dtype),
         "q_sample_rows": lambda: kernels.rows_cost(torch.uint8, dtype),
@@ -45,7 +46,7 @@ def workloads(quick: bool) -> list[Workload]:
     names = [w.name for w in kernels.workloads(1, torch.float32, torch.device("cpu"))]
     types = {"fp32": torch.float32} if quick else TYPES
     return [
-        Workload(f"kernels/{name}/{label}/{size:.0e}".replace("e+0", "e"), "kernels", partial(_build, name, size, dtype))
+        Workload(f"kernels/{name}/{label}/1e{round(log10(size))}", "kernels", partial(_build, name, size, dtype))
         for name in names
         for label, dtype in types.items()
         for size in (QUICK_SIZES if quick else SIZES)

@@ -53,9 +53,7 @@ def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device
 
     expected = cache(lambda: make("eager", torch.float32)())
     candidates = {
-        name: Candidate(
-            partial(make, name, dtype), lambda call: engine_error(call(), expected(), dtype), PARITY[dtype]
-        )
+        name: Candidate(partial(make, name, dtype), lambda call: engine_error(call(), expected(), dtype), PARITY[dtype])
         for name in competitors(device)
     }
     calls = 1 if guidance == 1.0 else 2
