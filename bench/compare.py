@@ -40,7 +40,8 @@ def compare_refs(
     sides.refuse_dirty()
     selected(suite, quick, pattern)
     options = ["--quick"] if quick else []
-    with sides.checkouts(*commits.values(), suite, quick, pattern) as roots:
+    with sides.checkouts(*commits.values(), suite, quick, pattern) as found_there:
+        roots = found_there.roots
         arguments = ["--suite", suite, "--filter", pattern, *options]
         contents = sides.measure_sides(roots, processes, arguments, "compare", FIRST_ROUND)
         found = verdicts.judge(*contents.values(), thresholds)
@@ -50,6 +51,7 @@ def compare_refs(
             arguments = ["--suite", suite, "--filter", f"^({'|'.join(names)})$", *options]
             again = sides.measure_sides(roots, processes, arguments, "confirm", SECOND_ROUND)
             found = verdicts.confirmed(found, verdicts.judge(*again.values(), thresholds))
+    found += [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found_there.gone]
     for side, content in contents.items():
         content["machine"] |= {"commit": commits[side], "dirty": False}
     return contents["base"], contents["head"], found

@@ -9,7 +9,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -24,6 +24,8 @@ SEED = 0
 EAGER, YARDSTICK = "eager", "yardstick"
 LEAST_ROUNDS = 3
 COPY_MOST = 256 * 2**20
+# Samples of 0.4 ms spread by 22-31% between rounds on a busy two-core Xeon, samples of 10 ms by 5-10%.
+SAMPLE_US = 4000
 
 
 def yardstick(device: torch.device) -> Call:
@@ -105,6 +107,16 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool) -> Timer:
+    """A timer that repeats the sets until a sample lasts SAMPLE_US on the CPU, warmed up."""
+    once = timer(call, sets, device, capturable)
+    once()
+    if device.type != "cpu":
+        return once
+    repeats = math.ceil(SAMPLE_US / max(once().wall * len(sets), 1))
+    return timer(call, list(sets) * repeats, device) if repeats > 1 else once
+
+
 def _rounds(timers: Mapping[str, Timer], rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
     """Samples of every timer, in rounds of all of them in a seeded random order; stops when the seconds are over."""
     samples = {name: {kind: [] for kind in Time._fields} for name in timers}
@@ -164,12 +176,10 @@ def _timed(
 ) -> list[dict[str, Any]]:
     half = int(min(max(bench.cost.bytes, 2), COPY_MOST) // 2)
     buffers = [tuple(torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)) for _ in bench.sets]
-    timers = {name: timer(call, bench.sets, device, bench.capturable) for name, (call, _) in prepared.items()}
-    timers["copy"] = timer(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
-    timers[YARDSTICK] = timer(yardstick(device), [()], device)
+    timers = {name: _sampler(call, bench.sets, device, bench.capturable) for name, (call, _) in prepared.items()}
+    timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
+    timers[YARDSTICK] = _sampler(yardstick(device), [()], device, capturable=False)
     memory = {name: peak_memory(lambda call=call: call(*bench.sets[0]), device) for name, (call, _) in prepared.items()}
-    for name in ("copy", YARDSTICK):
-        timers[name]()
     samples = _rounds(timers, rounds, seconds)
     copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
     return [

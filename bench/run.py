@@ -20,9 +20,9 @@ from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import write_json
 from ddpm.progress import Bar
 
-ROUNDS, QUICK_ROUNDS = 30, 15
-# Per workload; the largest CPU workloads then do three rounds.
-SECONDS, QUICK_SECONDS = 30.0, 3.0
+ROUNDS, QUICK_ROUNDS = 60, 60
+# Per workload, whichever ends first; the largest CPU workloads then do three rounds.
+SECONDS, QUICK_SECONDS = 30.0, 1.0
 
 
 def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: bool = False) -> store.Content:

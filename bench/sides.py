@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
@@ -61,39 +62,64 @@ def _unpack(commit: str, folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-def _lists(root: Path, suite: str, quick: bool, pattern: str) -> str | None:
-    """Why a side's selection cannot be listed; None if it can."""
-    code = "import sys\nfrom bench.registry import selected\nselected(sys.argv[1], bool(sys.argv[2]), sys.argv[3])"
-    command = [sys.executable, "-c", code, suite, "1" if quick else "", pattern]
+LIST = """import sys
+from bench.registry import selected
+for workload in selected(sys.argv[1], bool(sys.argv[2]), sys.argv[3])[0]:
+    print(workload.name)
+"""
+
+
+def _names(root: Path, suite: str, quick: bool, pattern: str) -> list[str]:
+    """The workloads that a side's benchmarks select. Raises WorkFailed with the reason if they cannot be listed."""
+    command = [sys.executable, "-c", LIST, suite, "1" if quick else "", pattern]
     done = subprocess.run(  # noqa: S603
         command, cwd=root, env=environment(root), capture_output=True, text=True, check=False
     )
-    return (done.stderr.strip().splitlines() or ["?"])[-1] if done.returncode else None
+    if done.returncode:
+        raise WorkFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return done.stdout.splitlines()
+
+
+@dataclass(frozen=True)
+class Checkouts:
+    """roots: {"base": folder, "head": folder}. gone: workloads that base knows and head does not."""
+
+    roots: dict[str, Path]
+    gone: list[str]
 
 
 @contextmanager
-def checkouts(base: str, head: str, suite: str, quick: bool, pattern: str) -> Iterator[dict[str, Path]]:
-    """{"base": folder, "head": folder} of two commits under this runner; the folders are removed afterwards."""
+def checkouts(base: str, head: str, suite: str, quick: bool, pattern: str) -> Iterator[Checkouts]:
+    """Two commits under this runner; the folders are removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
         roots = {"base": Path(folder) / "base", "head": Path(folder) / "head"}
+        known, names = [], {}
         for (side, root), commit in zip(roots.items(), (base, head), strict=True):
             _unpack(commit, root)
             own = root / "bench"
+            if side == "base":
+                known = _own_names(root, suite, quick, pattern)
             if own.exists():
                 own.rename(root / "bench.own")
             shutil.copytree(ROOT / "bench", own, ignore=shutil.ignore_patterns("results", "__pycache__"))
-            reason = _lists(root, suite, quick, pattern)
-            if reason is None:
-                continue
-            if side == "head" or not (root / "bench.own").exists():
-                raise WorkFailed(f"{side} cannot be measured: {reason}")
-            print(f"note: base runs its own benchmarks, head's need what it lacks ({reason})", file=sys.stderr)
-            shutil.rmtree(own)
-            (root / "bench.own").rename(own)
-            reason = _lists(root, suite, quick, pattern)
-            if reason is not None:
-                raise WorkFailed(f"base cannot be measured: {reason}")
-        yield roots
+            try:
+                names[side] = _names(root, suite, quick, pattern)
+            except WorkFailed as error:
+                if side == "head" or not known:
+                    raise WorkFailed(f"{side} cannot be measured: {error}") from error
+                print(f"note: base runs its own benchmarks, head's need what it lacks ({error})", file=sys.stderr)
+                shutil.rmtree(own)
+                (root / "bench.own").rename(own)
+        yield Checkouts(roots, [name for name in known if name not in names["head"]])
+
+
+def _own_names(root: Path, suite: str, quick: bool, pattern: str) -> list[str]:
+    """What base's own benchmarks would run: what is not in head's any more has disappeared."""
+    try:
+        return _names(root, suite, quick, pattern)
+    except WorkFailed as error:
+        print(f"note: base has no such benchmarks of its own ({error})", file=sys.stderr)
+        return []
 
 
 def measure_sides(

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from scipy.stats import mannwhitneyu
-
 from bench import store
 from ddpm.errors import BadInput
 
@@ -28,8 +26,9 @@ BROKEN = ("failed", "parity lost", "missing")
 class Verdict:
     """One row of a comparison.
 
-    status: same, slower, faster, unconfirmed (slower in the first round of processes only), new, failed, parity lost or
-    missing. base_us, head_us: median times, for reading. ratio: head / base of the gating times, which are relative to `against`. detail: why.
+    status: same, slower, faster, unconfirmed (slower in the first round of processes only), new, failed, parity lost,
+    missing. base_us, head_us: median times, for reading. ratio: head / base of the gating times, each relative to
+    `against` in its own process. detail: why.
     """
 
     row: str
@@ -95,6 +94,8 @@ def _judge(
         return broken if any(store.is_good(record) for record in base) else replace(broken, status="new")
     before, after = [[record["gate"] for record in records] for records in (base, head)]
     ratio = median(after) / median(before)
+    from scipy.stats import mannwhitneyu  # half a second that the measuring processes need not spend
+
     p = float(mannwhitneyu(before, after).pvalue)
     status = "same"
     if p < P_VALUE and ratio > 1 + threshold:
