@@ -4,12 +4,12 @@ import json
 import re
 
 import pytest
-from prove_compare import commit, git
 
 from bench import compare, sides
 from bench.cli import main
 from bench.verdicts import Thresholds, confirmed, exit_code, judge
 from ddpm.errors import BadInput, WorkFailed
+from tests.bench.prove_compare import commit, git
 
 ROWS = {f"kernels/{name}/fp32/1e5": 1.0 + k for k, name in enumerate("abcdefgh")}
 SLOW = "kernels/c/fp32/1e5"

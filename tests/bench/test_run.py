@@ -24,7 +24,7 @@ def test_a_good_workload_has_every_column(small_registry):
     eager, double = measure(workload, CPU, rounds=4, seconds=10, ceiling=1e9)
     assert (eager["candidate"], double["candidate"]) == ("eager", "double")
     assert eager["speed_up"] is None
-    assert 0.2 < double["speed_up"] < 1  # it does the work three times
+    assert 0.05 < double["speed_up"] < 1  # it does the work three times
     for record in (eager, double):
         assert record["parity"]
         # calls=2: times are per unit; images per call.
