@@ -48,7 +48,7 @@ def gpu(
 
 @app.command("report")
 def write_report() -> None:
-    """Regenerate the figures in README.md from the stored records."""
+    """Regenerate the figures in README.md and docs/ from the stored records."""
     report.write()
 
 
