@@ -117,12 +117,18 @@ def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable
     return timer(call, list(sets) * repeats, device) if repeats > 1 else once
 
 
-def _rounds(timers: Mapping[str, Timer], rounds: int, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Samples of every timer, in rounds of all of them in a seeded random order; stops when the seconds are over."""
+def _rounds(
+    timers: Mapping[str, Timer], rounds: int, seconds: float, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every timer, in rounds of all of them in a seeded random order; stops when the seconds are over.
+
+    On the CPU they are seconds of processor time, so that a busy machine takes longer and not fewer samples.
+    """
+    clock = time.process_time if device.type == "cpu" else time.monotonic
     samples = {name: {kind: [] for kind in Time._fields} for name in timers}
-    order, began = random.Random(SEED), time.monotonic()  # noqa: S311 (no secret)
+    order, began = random.Random(SEED), clock()  # noqa: S311 (no secret)
     for done in range(rounds):
-        if done >= LEAST_ROUNDS and time.monotonic() - began > seconds:
+        if done >= LEAST_ROUNDS and clock() - began > seconds:
             break
         for name in order.sample(list(timers), len(timers)):
             for kind, value in timers[name]()._asdict().items():
@@ -135,7 +141,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per competitor, the eager reference first. Nothing that goes wrong inside a workload is raised.
 
-    rounds: at most; it ends after `seconds` if at least three rounds are done. ceiling: FLOP/s of `matrix_ceiling`.
+    rounds: at most; it ends after `seconds` (of `_rounds`) if three rounds are done. ceiling: FLOP/s of `matrix_ceiling`.
     A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
     """
     head = {"workload": workload.name, "suite": workload.suite}
@@ -180,7 +186,7 @@ def _timed(
     timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
     timers[YARDSTICK] = _sampler(yardstick(device), [()], device, capturable=False)
     memory = {name: peak_memory(lambda call=call: call(*bench.sets[0]), device) for name, (call, _) in prepared.items()}
-    samples = _rounds(timers, rounds, seconds)
+    samples = _rounds(timers, rounds, seconds, device)
     copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
     return [
         head

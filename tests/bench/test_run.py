@@ -1,12 +1,15 @@
 """`ddpm-bench run`: parity before speed, nothing that goes wrong stays silent, what is stored can be read again."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from bench import store
 from bench.cli import main
+from bench.machine import ROOT
 from bench.measure import measure, peak_memory
 from bench.registry import SUITES, load, selected
 from ddpm.errors import BadInput
@@ -109,7 +112,6 @@ def test_an_unwritable_out_is_said_before_anything_is_measured(small_registry, t
 
 
 def test_a_broken_import_of_our_own_is_no_missing_package(small_registry, monkeypatch):
-    import sys
 
     def broken(quick):
         raise ModuleNotFoundError("No module named 'ddpm.gone'", name="ddpm.gone")
@@ -159,3 +161,25 @@ def test_stored_json_is_plain(small_registry, tmp_path):
     out = tmp_path / "r.json"
     main(["run", "--suite", "step", "--rounds", "1", "--out", str(out)])
     json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_pytest_bench_measures_the_same_registry(tmp_path):
+    result = tmp_path / "pytest.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "noise_mse/", "-p", "no:cacheprovider"]
+    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-json={result}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    names = {line["name"].partition("[")[2] for line in json.loads(result.read_text())["benchmarks"]}
+    assert names == {"kernels/noise_mse/fp32/1e5 eager]", "kernels/noise_mse/fp32/1e5 operator]"}
+
+
+def test_several_processes_are_merged_into_one_file(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    arguments = ["--suite", "kernels", "--quick", "--filter", "group_norm", "--rounds", "1", "--processes", "2"]
+    assert main(["run", *arguments, "--out", str(out)]) == 0
+    content = store.load(out)
+    assert content["processes"] == 2
+    assert [(record["process"], record["candidate"]) for record in content["records"]] == [
+        (process, name) for process in range(2) for name in ("eager", "operator")
+    ]
+    assert content["machine"]["threads"] == 1
