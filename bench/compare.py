@@ -69,7 +69,7 @@ def compare(
     markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="write a table for a pull request")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="F.json", help="write the verdicts")] = None,
 ) -> int:
-    """Exit 0 if nothing is slower, 1 for a regression, 3 if something did not run, 2 for bad input."""
+    """Is HEAD slower than BASE? Exit 0: no; 1: yes, a confirmed regression; 3: something did not run; 2: bad input."""
     thresholds = Thresholds(threshold, threshold_for or [])
     outputs = [path for path in (markdown, json_file) if path is not None]
     for path in outputs:

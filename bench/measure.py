@@ -141,7 +141,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per competitor, the eager reference first. Nothing that goes wrong inside a workload is raised.
 
-    rounds: at most; it ends after `seconds` (of `_rounds`) if three rounds are done. ceiling: FLOP/s of `matrix_ceiling`.
+    rounds: at most; it ends after `seconds` (see `_rounds`) if three are done. ceiling: FLOP/s of `matrix_ceiling`.
     A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
     """
     head = {"workload": workload.name, "suite": workload.suite}
