@@ -1,5 +1,6 @@
 """Sampling: one function for every engine."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from ddpm.noise import Noise, PhiloxNoise
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from kernels import philox
+
+logger = logging.getLogger("ddpm")
 
 Callback = Callable[[int, Tensor], None]
 
@@ -31,6 +34,11 @@ def sample_shape(model: nn.Module) -> tuple[int, ...]:
 def chunk_size(shape: tuple[int, ...]) -> int:
     """Samples per chunk when nobody says."""
     return max(1, CHUNK_PIXELS // math.prod(shape[1:]))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; for CPU tensors PyTorch has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -90,10 +98,12 @@ def sample(
         seed: 0 <= seed < 2^63. first_sample: global index of the first sample, >= 0.
         engine: how to execute the steps, see `ddpm.engines`; `auto` chooses and logs what it chose.
         dtype: what the network computes in. The state is float32, or float64 for float64.
-        batch_size: samples per chunk, default by image size; results do not depend on it.
+        batch_size: samples per chunk, default by image size; results do not depend on it. A chunk that runs out of
+            memory starts again with half as many, which a note says.
         noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox.
         callback: callback(step, x0) after every step of every chunk: step counts 0..S-1, x0 [chunk, *shape] is
-            the current estimate of the result, overwritten by later steps.
+            the current estimate of the result, overwritten by later steps. It costs a second state in memory and,
+            in the graph engine, replays of single steps.
 
     Returns: float32 [n, *shape] on the model's device, not clamped.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
@@ -122,13 +132,21 @@ def sample(
 
     with evaluating(model):
         run = choose(engine, device, dtype)(model, schedule.timesteps, table, dtype)
-        chunks = []
-        for start in range(0, n, batch_size):
-            rows = slice(start, min(start + batch_size, n))
-            samples = torch.arange(first_sample + rows.start, first_sample + rows.stop, device=device)
-            x = draw(samples, 0, philox.Stream.INITIAL, shape).to(state_dtype)
-            if tuple(x.shape) != (samples.shape[0], *shape):
-                raise ValueError(f"noise: returned {list(x.shape)}, needs {[samples.shape[0], *shape]}")
-            c = None if contexts is None else contexts[rows]
-            chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
+        chunks, start = [], 0
+        while start < n:
+            stop = min(start + batch_size, n)
+            samples = torch.arange(first_sample + start, first_sample + stop, device=device)
+            c = None if contexts is None else contexts[start:stop]
+            try:
+                x = draw(samples, 0, philox.Stream.INITIAL, shape).to(state_dtype)
+                if tuple(x.shape) != (stop - start, *shape):
+                    raise ValueError(f"noise: returned {list(x.shape)}, needs {[stop - start, *shape]}")
+                chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
+            except (MemoryError, RuntimeError) as error:
+                if stop - start == 1 or not _out_of_memory(error):
+                    raise
+                batch_size = (stop - start) // 2
+                logger.info("out of memory with %d samples at a time: going on with %d", stop - start, batch_size)
+                continue
+            start = stop
     return torch.cat(chunks)

@@ -72,6 +72,7 @@ def draw(
     batch_size = batch_size or chunk_size(shape)
     steps = len(table)
     estimates: list[list[Tensor]] = [[] for _ in range(steps)]
+    chunk: list[Tensor] = []
     done = 0
     total = steps * -(-count // batch_size)
     images = torch.zeros(0, *shape)
@@ -80,9 +81,15 @@ def draw(
         def callback(step: int, x0: Tensor) -> None:
             nonlocal done
             done += 1
-            bar.update(done)
-            if keep:
-                estimates[step].append(x0.cpu().clone())
+            bar.update(min(done, total))
+            if not keep:
+                return
+            if step == 0:  # of the next chunk, or again of one that ran out of memory
+                chunk.clear()
+            chunk.append(x0.cpu().clone())
+            if step == steps - 1:
+                for parts, estimate in zip(estimates, chunk, strict=True):
+                    parts.append(estimate)
 
         if count:
             images = sample(

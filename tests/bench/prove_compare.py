@@ -102,7 +102,7 @@ def plant(root, branch, planted):
 
 
 @contextmanager
-def busy(workers=2):
+def busy(workers=1):
     """So many processes that each keep a core busy half of the time, in bursts of up to a second."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     load = [
@@ -174,7 +174,7 @@ def main():
     asked = parser.parse_args()
     import torch
 
-    record = {"machine": describe(torch.device("cpu")), "processes": 6, "workers": 2, "comparisons": []}
+    record = {"machine": describe(torch.device("cpu")), "processes": 6, "workers": 1, "comparisons": []}
     if asked.out.exists():
         record = read_json(asked.out)
     with tempfile.TemporaryDirectory() as folder:
