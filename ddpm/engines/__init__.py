@@ -34,7 +34,7 @@ def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
         return "Triton, which is not installed"
     if name == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         return "a C++ compiler (g++ or clang++), there is none on the PATH"
-    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if dtype == torch.float16 and device.type == "cpu" and not has_float16():
         return "a CPU with AVX512-FP16 for float16"
     return None
 
@@ -56,6 +56,11 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
         logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
     return ENGINES[name]
+
+
+def has_float16() -> bool:
+    """Whether oneDNN computes float16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def has_bfloat16() -> bool:

@@ -19,6 +19,10 @@ from kernels.solver_step import guide, reference
 
 logger = logging.getLogger("ddpm")
 
+# Graphs per function in one process, an error beyond: each network, type, solver with or without noise, memory of x0,
+# clip and guidance has its own, and PyTorch's eight are soon used up.
+VARIANTS = 256
+
 
 @torch.compile(fullgraph=True)
 def _update(
@@ -77,7 +81,8 @@ class CompileEngine(FusedEngine):
     ) -> Tensor:
         """As `EagerEngine`."""
         before, began = _seconds_compiling(), time.perf_counter()
-        x = super().__call__(x, samples, context, guidance, noise, callback)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            x = super().__call__(x, samples, context, guidance, noise, callback)
         compiling = _seconds_compiling() - before
         if compiling > 0:
             logger.info("engine compile: %.1f s of %.1f s were compiling", compiling, time.perf_counter() - began)

@@ -1,0 +1,281 @@
+"""Every engine that this machine can run makes eager's pictures; asking for one that it cannot is one clear error."""
+
+import logging
+
+import pytest
+import torch
+
+from ddpm import ContextUnet, NoiseSchedule, PointMLP, engines, sample
+from ddpm.noise import PhiloxNoise
+
+SCHEDULE = NoiseSchedule.make("cosine", 40)
+CPU = torch.device("cpu")
+# v-prediction with a network of order 1 keeps trajectories of order 1, as trained weights do.
+WAYS = {
+    "ddpm": {"solver": "ddpm"},
+    "ddim": {"solver": "ddim", "steps": 8, "clip": 1.0},
+    "ddim, eta": {"solver": "ddim", "steps": 8, "eta": 0.5},
+    "dpmpp_2m": {"solver": "dpmpp_2m", "steps": 8},
+    "ddpm guided": {"solver": "ddpm", "guidance": 2.0},
+    "dpmpp_2m guided": {"solver": "dpmpp_2m", "steps": 8, "guidance": 2.0},
+}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def unet(**shape):
+    torch.manual_seed(0)
+    model = ContextUnet(**({"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16} | shape))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(torch.randn(16, *model.sample_shape), torch.rand(16), torch.rand(16, model.n_cfeat))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return unet()
+
+
+def draw(model, n=3, **options):
+    context = torch.eye(5)[torch.arange(n) % 5] if getattr(model, "n_cfeat", 0) == 5 else None
+    return sample(model, SCHEDULE, n, **({"prediction": "v", "context": context, "seed": 3} | options))
+
+
+def distance(actual, expected):
+    """The design's parity measure."""
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def here(name):
+    """Compiling takes its time: those tests are long ones."""
+    lack = engines.missing(name, CPU)
+    skip = pytest.mark.skipif(lack is not None, reason=f"needs {lack}")
+    return pytest.param(name, marks=[skip, pytest.mark.long] if name == "compile" else skip)
+
+
+ENGINES = [here(name) for name in engines.ENGINES if name != "eager"]
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_picture(model, engine, way):
+    expected, exact = draw(model, engine="eager", **way), draw(model, engine="eager", dtype=torch.float64, **way)
+    actual = draw(model, engine=engine, **way)
+    assert distance(actual, expected) < 1e-4
+    assert distance(actual, exact) <= 4 * distance(expected, exact) + 1e-6
+
+
+@pytest.mark.parametrize("shape", [{"height": 28, "in_channels": 1, "n_cfeat": 0}, {"height": 64}, {"height": 32}])
+def test_the_same_picture_at_other_heights(shape):
+    model = unet(**shape)
+    assert distance(draw(model, 2, engine="fused"), draw(model, 2, engine="eager")) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_neither_batch_size_nor_split_matters(model, engine):
+    whole = draw(model, 5, engine=engine)
+    assert distance(draw(model, 5, engine=engine, batch_size=2), whole) < 1e-5
+    context = torch.eye(5)[torch.arange(5)]
+    assert distance(draw(model, 2, engine=engine, context=context[3:], first_sample=3), whole[3:]) < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_float64_agrees_to_its_own_rounding(model, engine):
+    if engine == "graph":
+        pytest.skip("the graph engine's state is float32")
+    way = WAYS["ddpm guided"] | {"dtype": torch.float64}
+    assert distance(draw(model, engine=engine, **way), draw(model, engine="eager", **way)) < 1e-7  # float32 output
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_noise_is_taken(model, engine):
+    if engine == "graph":
+        pytest.skip("the graph engine draws its own noise")
+    calls = []
+
+    def noise(samples, step, stream, shape):
+        calls.append((step, stream))
+        generator = torch.Generator().manual_seed(int(step))
+        return torch.randn(len(samples), *shape, generator=generator)
+
+    expected = draw(model, engine="eager", noise=noise)
+    asked = calls.copy()
+    calls.clear()
+    assert distance(draw(model, engine=engine, noise=noise), expected) < 1e-4
+    assert calls == asked
+
+
+@pytest.mark.parametrize("way", ["ddpm", "dpmpp_2m guided", "ddim"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_previews_are_eager_s(model, engine, way):
+    previews = {}
+    for name in ("eager", engine):
+        seen = previews[name] = []
+        draw(
+            model,
+            engine=name,
+            callback=lambda step, x0, seen=seen: seen.append((step, x0.clone())),
+            **WAYS[way],
+        )
+    for (step, x0), (expected_step, expected) in zip(previews[engine], previews["eager"], strict=True):
+        assert step == expected_step
+        assert distance(x0, expected) < 1e-4
+
+
+def test_noise_drawn_ahead_is_the_same_noise():
+    noise, samples = PhiloxNoise(9), torch.tensor([0, 7, 1 << 40])
+    steps = torch.tensor([500, 3]).repeat_interleave(3)
+    both = noise(samples.repeat(2), steps, 1, (3, 5, 7))
+    assert torch.equal(both, torch.cat((noise(samples, 500, 1, (3, 5, 7)), noise(samples, 3, 1, (3, 5, 7)))))
+
+
+@pytest.mark.parametrize("engine", [here("fused"), here("compile")])
+def test_any_network_runs(engine):
+    torch.manual_seed(1)
+    points = PointMLP(2, n_feat=16, n_cfeat=5).eval()
+    for way in ("ddpm", "dpmpp_2m guided"):
+        expected = draw(points, engine="eager", **WAYS[way])
+        assert distance(draw(points, engine=engine, **WAYS[way]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("engine", [here("compile")])
+def test_steps_seeds_and_batches_do_not_compile_again(engine):
+    model = unet(n_feat=16)
+    counters = torch._dynamo.utils.counters["stats"]
+    draw(model, 1, engine=engine, steps=3)
+    draw(model, 4, engine=engine, steps=3)
+    before = counters["unique_graphs"]
+    for n, options in ((2, {"seed": 8}), (1, {"steps": 7}), (6, {"steps": 9}), (3, {"first_sample": 1 << 40})):
+        draw(model, n, engine=engine, **options)
+    assert counters["unique_graphs"] == before
+
+
+@pytest.mark.long
+def test_the_time_that_compiling_took_is_said(model, caplog):
+    if engines.missing("compile", CPU):
+        pytest.skip(engines.missing("compile", CPU))
+    torch._dynamo.reset()
+    with caplog.at_level(logging.INFO, logger="ddpm"):
+        draw(model, engine="compile", steps=2)
+    assert any("were compiling" in message for message in caplog.messages)
+
+
+def test_running_out_of_memory_halves_the_chunk(model, caplog):
+    class Greedy(torch.nn.Module):
+        sample_shape = (3, 16, 16)
+        rows = ()
+
+        def forward(self, x, t, c=None):
+            self.rows += (len(x),)
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return model(x, t, c)
+
+    expected = draw(model, 7, engine="eager", context=None)
+    greedy = Greedy().eval()
+    with caplog.at_level(logging.INFO, logger="ddpm"):
+        actual = draw(greedy, 7, engine="fused", context=None)
+    assert distance(actual, expected) < 1e-5
+    assert greedy.rows[:2] == (7, 3)
+    assert any("out of memory with 7 samples at a time: going on with 3" in message for message in caplog.messages)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(model):
+    def forward(x, t, c=None):
+        raise RuntimeError("broken")
+
+    broken = torch.nn.Module()
+    broken.sample_shape, broken.forward = (3, 16, 16), forward
+    with pytest.raises(RuntimeError, match="broken"):
+        draw(broken, 4, engine="fused")
+
+
+def test_one_sample_without_room_is_an_error():
+    class Full(torch.nn.Module):
+        sample_shape = (2,)
+
+        def forward(self, x, t, c=None):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(Full(), 4)
+
+
+def test_modes_and_weights_are_left_alone(model):
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    draw(model, engine="fused", steps=3)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.eval()
+
+
+def test_auto_says_what_it_chose_and_why(model, caplog):
+    with caplog.at_level(logging.INFO, logger="ddpm"):
+        draw(model, steps=2)
+    assert any(message.startswith("engine auto: fused on cpu (") for message in caplog.messages)
+
+
+def test_an_unknown_engine_is_refused(model):
+    with pytest.raises(ValueError, match="engine: got 'warp', needs one of auto, eager, fused, compile, graph"):
+        draw(model, engine="warp")
+
+
+def test_graph_needs_cuda(model):
+    with pytest.raises(RuntimeError, match="engine: 'graph' in float32 needs a CUDA device, the model is on cpu"):
+        draw(model, engine="graph")
+
+
+def test_compile_needs_a_compiler(model, monkeypatch):
+    monkeypatch.setattr(engines.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"engine: 'compile' in float32 needs a C\+\+ compiler"):
+        draw(model, engine="compile")
+
+
+def test_float16_needs_a_cpu_that_has_it(model, monkeypatch):
+    monkeypatch.setattr(engines, "has_float16", lambda: False)
+    for engine in ("eager", "fused", "auto"):
+        with pytest.raises(RuntimeError, match="needs a CPU with AVX512-FP16 for float16"):
+            draw(model, engine=engine, dtype=torch.float16)
+
+
+def test_bfloat16_says_when_it_is_emulated(model, monkeypatch, caplog):
+    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+    with caplog.at_level(logging.INFO, logger="ddpm"):
+        images = draw(model, engine="fused", steps=3, dtype=torch.bfloat16)
+    assert images.dtype == torch.float32
+    assert any("bfloat16 is emulated on this CPU" in message for message in caplog.messages)
+
+
+@needs_cuda
+def test_a_graph_serves_other_seeds_tables_and_weights():
+    model = unet().cuda()
+    for options in ({}, {"seed": 4}, {"solver": "ddim", "steps": 7}, {"solver": "dpmpp_2m", "guidance": 2.0}):
+        expected = draw(model.cpu(), engine="eager", **options)
+        actual = draw(model.cuda(), engine="graph", **options)
+        assert distance(actual.cpu(), expected) < 1e-3
+    first = draw(model, engine="graph")
+    kept = first.clone()
+    with torch.no_grad():
+        model.out[3].weight.mul_(0.5)
+    second = draw(model, engine="graph")
+    assert torch.equal(first, kept)
+    assert distance(second, draw(model, engine="eager")) < 1e-3
+    assert distance(second, first) > 1e-3
+
+
+@needs_cuda
+def test_a_graph_s_memory_comes_back():
+    import gc
+
+    model = unet().cuda()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    draw(model, engine="graph")
+    from ddpm import inference
+
+    inference._forms.pop(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 1 << 22
