@@ -23,6 +23,8 @@ from ddpm.progress import Bar
 ROUNDS, QUICK_ROUNDS = 60, 60
 # Per workload, whichever ends first; the largest CPU workloads then do three rounds.
 SECONDS, QUICK_SECONDS = 30.0, 2.0
+# glibc's allocator: give nothing back to the system. Other allocators ignore it.
+KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
 def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: bool = False) -> store.Content:
@@ -52,9 +54,11 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
 def environment(root: Path) -> dict[str, str]:
     """This environment with the packages of `root` before all others, and one thread.
 
-    Processor time of several threads counts those that spin while they wait for one that lost its processor.
+    Processor time of several threads counts those that spin while they wait for one that lost its processor. KEPT
+    memory stays with the process, for which the page faults of operators with large temporaries do not vary: the gating
+    ratio of q_sample spread by 6% over six processes instead of 38%, that of solver_step by 5% instead of 28%.
     """
-    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return os.environ | KEPT | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def run_child(root: Path, process: int, arguments: list[str]) -> store.Content:

@@ -131,15 +131,15 @@ def compare(root, head, *options, pattern=FILTER, processes=6):
     return done.returncode, content, time.monotonic() - began, done.stdout + done.stderr
 
 
-def same(root):
+def same(root, workers=1):
     """One A/A comparison on the busy machine: base against another commit of the same files."""
-    with busy():
+    with busy(workers):
         return compare(root, "same")
 
 
-def slower(root, operator):
+def slower(root, operator, workers=1):
     """One comparison with 10% planted into one operator, on the busy machine."""
-    with busy():
+    with busy(workers):
         return compare(root, f"slower_{operator}")
 
 
@@ -171,10 +171,11 @@ def main():
     parser.add_argument("kind", choices=("same", "slower"))
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes that keep the machine busy")
     asked = parser.parse_args()
     import torch
 
-    record = {"machine": describe(torch.device("cpu")), "processes": 6, "workers": 1, "comparisons": []}
+    record = {"machine": describe(torch.device("cpu")), "processes": 6, "workers": asked.workers, "comparisons": []}
     if asked.out.exists():
         record = read_json(asked.out)
     with tempfile.TemporaryDirectory() as folder:
@@ -184,7 +185,7 @@ def main():
         for _ in range(asked.times):
             turn = sum(line["kind"] == "slower" for line in record["comparisons"])
             operator = None if asked.kind == "same" else OPERATORS[turn % len(OPERATORS)]
-            done = same(root) if operator is None else slower(root, operator)
+            done = same(root, asked.workers) if operator is None else slower(root, operator, asked.workers)
             record["comparisons"].append(line_of(asked.kind, operator, done))
             write_json(asked.out, record)
             print(record["comparisons"][-1], flush=True)
