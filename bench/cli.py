@@ -11,6 +11,7 @@ import typer
 from bench import report
 from bench.compare import compare
 from bench.history import history
+from bench.peers import peers
 from bench.run import run
 from bench.static import static
 from ddpm import command_line
@@ -20,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(run)
 app.command()(compare)
 app.command()(history)
+app.command()(peers)
 app.command()(static)
 
 
