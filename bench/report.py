@@ -174,6 +174,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "kernels": (README, kernel_table),
     "sprites": (README, sprites_table),
     "bench": (README, bench_table),
+    "peers": (README, peers_table),
     "compare": (CI, proof_table),
 }
 
