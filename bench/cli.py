@@ -11,6 +11,7 @@ import typer
 from bench import report
 from bench.compare import compare
 from bench.history import history
+from bench.peers import peers
 from bench.profile import profile
 from bench.run import run
 from bench.static import static
@@ -21,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(run)
 app.command()(compare)
 app.command()(history)
+app.command()(peers)
 app.command()(static)
 app.command()(profile)
 

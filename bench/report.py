@@ -13,7 +13,7 @@ from typing import Any
 from bench import store
 from bench.machine import ROOT
 from bench.profile import by_operator
-from bench.show import RUN_HEADINGS, run_cells
+from bench.show import RUN_HEADINGS, microseconds, run_cells
 from ddpm.files import read_json, write_text
 
 README = ROOT / "README.md"
@@ -22,6 +22,7 @@ STATIC = ROOT / "bench" / "results" / "static.json"
 # The machine whose records the documents show; others have a folder of their own beside it.
 MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
 RUN = MACHINE / "run.json"
+PEERS = MACHINE / "peers.json"
 PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
@@ -146,6 +147,26 @@ def bench_table() -> str:
     return f"{recipe}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
 
 
+def peers_table() -> str:
+    """The stored `ddpm-bench peers`: time per step, and times eager. Raises ValueError if a row has no parity."""
+    content = store.load(PEERS)
+    bad = [store.row_of(record) for record in content["records"] if not store.is_good(record)]
+    if bad:
+        raise ValueError(f"{PEERS.name}: no figures for {', '.join(bad)}; needs a run without failures")
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for record in content["records"]:
+        _, solver, *_, batch = record["workload"].split("/")
+        ratio = "" if record["speed_up"] is None else f" ({record['speed_up']:.2f}x)"
+        cells.setdefault((solver, record["candidate"]), {})[batch] = f"{microseconds(record['kernel_us'])}{ratio}"
+    batches = list(dict.fromkeys(batch for row in cells.values() for batch in row))
+    rows = [[*key, *(row.get(batch, "") for batch in batches)] for key, row in cells.items()]
+    headings = ("solver and steps", "a step (times eager)", *(batch.replace("batch", "batch ") for batch in batches))
+    machine = content["machine"]
+    notes = "".join(f" {reason}." for reason in content["skipped"].values())
+    recipe = f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"{recipe}.{notes}\n\n{_markdown(headings, rows, 2)}"
+
+
 def proof_table() -> str:
     """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
     record = read_json(PROOF)
@@ -189,6 +210,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "sprites": (README, sprites_table),
     "bench": (README, bench_table),
     "profile": (README, profile_table),
+    "peers": (README, peers_table),
     "compare": (CI, proof_table),
 }
 

@@ -1,0 +1,316 @@
+"""diffusers' DDPMScheduler and DDIMScheduler on the fused operator: the same constructor, configuration and calls.
+
+    scheduler = FusedDDIMScheduler.from_config(pipeline.scheduler.config)
+
+Grids, alphas_cumprod, `add_noise`, configuration and files are diffusers' own, inherited. What differs is `step`: a row
+of a table, computed once, that `kernels.solver_step` runs in one kernel and without a synchronisation, and the noise:
+that of the noise contract instead of torch.randn, so a seed gives the same noise on every device and for every batch
+size. diffusers counts t from 0; its t is our t - 1, and the noise of its step t is drawn at our step t + 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.engines.fused import AHEAD
+from ddpm.solvers import StepTable, _ddim_rows, _ddpm_rows
+from kernels import philox, solver_step
+from kernels.solver_step import reference
+
+try:
+    from diffusers import DDIMScheduler, DDPMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+    from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+
+    class _NoDiffusers:
+        """Stands in for diffusers' classes where it is not installed, so that this module can be imported."""
+
+        def __init__(self, *_: object, **__: object) -> None:
+            raise ImportError(f"{type(self).__name__} is a scheduler for diffusers, needs it: pip install diffusers")
+
+        @classmethod
+        def from_config(cls, *_: object, **__: object) -> None:
+            cls()
+
+        from_pretrained = from_config
+
+    DDIMScheduler = DDPMScheduler = _NoDiffusers
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+# The names with "_log" are the same standard deviation by a detour; fixed_large_log is NaN in diffusers.
+VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """What steps of one batch size read on its device: rows [S, 8], row numbers, global sample indices [n]."""
+
+    key: tuple[Any, ...]
+    rows: Tensor
+    indices: tuple[Tensor, ...]
+    samples: Tensor
+
+
+class _Fused:
+    """What both schedulers share. The class that follows it in the bases is diffusers'."""
+
+    def _check(self) -> None:
+        """Refuse, when the scheduler is made, what no row of numbers can do."""
+        config = self.config
+        if config.thresholding:
+            raise ValueError("thresholding: got True, needs False (a quantile per image is no row of a table)")
+        if config.prediction_type not in PREDICTIONS:
+            raise ValueError(f"prediction_type: got {config.prediction_type!r}, needs one of {', '.join(PREDICTIONS)}")
+        variance = config.get("variance_type", "fixed_small")
+        if isinstance(self, DDPMScheduler) and variance not in VARIANCES:
+            raise ValueError(f"variance_type: got {variance!r}, needs one of {', '.join(VARIANCES)}")
+        if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+            raise ValueError("rescale_betas_zero_snr: got True, needs prediction_type v_prediction or sample with it")
+        # add_noise of diffusers moves alphas_cumprod to its argument's device; these stay.
+        self._alpha_bars: list[float] = self.alphas_cumprod.tolist()
+        self._begin(None, 0)
+
+    def _begin(self, seed: int | None, first_sample: int) -> None:
+        """Forget tables and noise: the timesteps are new."""
+        if seed is not None:
+            philox.check_seed(seed)
+        if not philox.is_integer(first_sample) or first_sample < 0:
+            raise ValueError(f"first_sample: got {first_sample!r}, needs an integer >= 0")
+        self._asked_seed, self._first_sample = seed, first_sample
+        self._seed: Tensor | None = None
+        self._last = -1
+        self._grid: list[int] = self.timesteps.tolist()
+        self._positions = {t: i for i, t in enumerate(self._grid)}
+        self._tables: dict[float, StepTable] = {}
+        self._resident: _Resident | None = None
+        self._drawn: tuple[int, torch.Size, tuple[Tensor, ...]] | None = None
+
+    def _index(self, timestep: int | Tensor) -> int:
+        """The row of a timestep. A view of `timesteps`, as loops over it give, is located without reading the device.
+
+        Any other CUDA tensor is read, which waits for the device.
+        """
+        own = self.timesteps
+        if isinstance(timestep, Tensor) and timestep.is_cuda and timestep.dtype == own.dtype and timestep.ndim == 0:
+            offset = timestep.data_ptr() - own.data_ptr()
+            index = offset // own.element_size()
+            if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and 0 <= index < len(own):
+                return index
+        index = self._positions.get(int(timestep))
+        if index is None:
+            raise ValueError(f"timestep: got {int(timestep)}, needs one of scheduler.timesteps (see set_timesteps)")
+        return index
+
+    def _table(self, eta: float) -> StepTable:
+        """The rows of this grid."""
+        if eta not in self._tables:
+            past = max(self._grid)
+            if past >= len(self._alpha_bars):
+                raise ValueError(f"timesteps: got {past}, needs t < {len(self._alpha_bars)} (see steps_offset)")
+            rows = [row for t, previous in zip(self._grid, self._previous(), strict=True)
+                    for row in self._rows(t, previous, eta)]  # fmt: skip
+            coefficients = torch.tensor(rows, dtype=torch.float64)
+            clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
+            self._tables[eta] = StepTable(torch.tensor(self._grid) + 1, coefficients, clip)
+        return self._tables[eta]
+
+    def _seed_for(self, index: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """The seed of this step's trajectory, int64 []: the one asked for, or 63 bits drawn when a trajectory begins.
+
+        It begins when the row does not grow, so two runs over the same timesteps have different noise, as with randn.
+        """
+        if self._seed is None or index <= self._last or self._seed.device != device:
+            if self._asked_seed is not None:
+                seed = torch.full((), self._asked_seed, dtype=torch.int64, device=device)
+            else:
+                source = "cpu" if generator is None else generator.device
+                seed = torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=source).to(device)
+            self._seed, self._drawn = seed, None
+        self._last = index
+        return self._seed
+
+    def _noise(self, index: int, seed: Tensor, samples: Tensor, sample: Tensor) -> Tensor:
+        """The noise of a row on the CPU, drawn for several rows at once: a single small draw is all overhead."""
+        start, shape, drawn = self._drawn or (0, None, ())
+        if shape != sample.shape or not start <= index < start + len(drawn):
+            rows = max(1, AHEAD // sample.numel())
+            steps = torch.tensor(self._grid[index : index + rows]) + 1
+            n = len(samples)
+            drawn = philox.normal(
+                seed,
+                samples.repeat(len(steps)),
+                steps.repeat_interleave(n),
+                philox.Stream.SAMPLING,
+                tuple(sample.shape[1:]),
+                dtype=torch.promote_types(sample.dtype, torch.float32),
+            ).split(n)
+            start = index
+            self._drawn = (start, sample.shape, drawn)
+        return drawn[index - start]
+
+    def _step(
+        self, m: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None, eta: float
+    ) -> tuple[Tensor, Tensor]:
+        """(x_new, x0) of one row, out of place; both have the type of `sample`."""
+        if m.shape != sample.shape:
+            raise ValueError(f"model_output: got {list(m.shape)}, needs the shape of sample {list(sample.shape)}")
+        if isinstance(generator, list):
+            if len(generator) != 1:
+                raise ValueError("generator: got a list, needs one generator (noise is already drawn per sample)")
+            generator = generator[0]
+        index, table = self._index(timestep), self._table(eta)
+        n, device = sample.shape[0], sample.device
+        if self._resident is None or self._resident.key != (n, device, eta):
+            self._resident = _Resident(
+                (n, device, eta),
+                table.rows(device) if sample.is_cuda else table.coefficients,
+                torch.arange(len(table), device=device).split(1),
+                torch.arange(self._first_sample, self._first_sample + n, device=device),
+            )
+        here = self._resident
+        noisy = bool(table.coefficients[index, 6])
+        seed = self._seed_for(index, generator, device) if noisy else torch.zeros((), dtype=torch.int64, device=device)
+        if sample.is_cuda:
+            x_new, x0 = sample.clone(), torch.zeros_like(sample)
+            solver_step(x_new, m, here.rows, here.indices[index], seed, here.samples, x0_prev=x0, clip=table.clip)
+            return x_new, x0
+        kind = torch.promote_types(sample.dtype, torch.float32)
+        z = self._noise(index, seed, here.samples, sample) if noisy else None
+        row = here.rows[index].tolist()
+        x_new, x0 = reference(sample.to(kind), m.to(kind), row[:7], z, None, table.clip)
+        return x_new.to(sample.dtype), x0.to(sample.dtype)
+
+
+def _checked(construct: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that checks afterwards. It keeps the signature, from which diffusers reads what to save."""
+
+    @wraps(construct)
+    def checked(self: Any, *arguments: object, **options: object) -> None:
+        construct(self, *arguments, **options)
+        self._check()
+
+    return checked
+
+
+class FusedDDPMScheduler(_Fused, DDPMScheduler):
+    """diffusers' DDPMScheduler on the fused operator.
+
+    Constructor, `config`, `from_config`, `from_pretrained`, `save_pretrained`, `add_noise`: diffusers'. A ValueError
+    refuses thresholding, learned variances, and zero terminal SNR with noise prediction.
+    """
+
+    __init__ = _checked(DDPMScheduler.__init__)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> None:
+        """As diffusers'; seed and first_sample choose the noise of the noise contract.
+
+        seed: 0 <= seed < 2^63 for all runs over these timesteps, or None: each run draws one from `step`'s generator
+        (without one, from PyTorch's default generator). first_sample: global index of the batch's first row.
+        """
+        if timesteps is None and not (philox.is_integer(num_inference_steps) and num_inference_steps >= 1):
+            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, needs an integer >= 1")
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self._begin(seed, first_sample)
+
+    def _previous(self) -> list[int]:
+        """The timestep after each one; -1 is clean data."""
+        return [*self._grid[1:], -1]
+
+    def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
+        s = self._alpha_bars[previous] if previous >= 0 else 1.0
+        prediction, variance = PREDICTIONS[self.config.prediction_type], VARIANCES[self.config.variance_type]
+        rows = _ddpm_rows([self._alpha_bars[t], s], prediction, variance)
+        if t == 0:
+            rows[0][6] = 0.0  # diffusers adds no noise here, and with fixed_large at the end of every other grid
+        return rows
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> "DDPMSchedulerOutput | tuple[Tensor, Tensor]":
+        """x at the next timestep (`prev_sample`) and the estimate of clean data (`pred_original_sample`).
+
+        Args:
+            model_output: floating [n, ...]. timestep: one of `timesteps`. sample: x at it, [n, ...]; stays as it is.
+            generator: where a run's seed comes from if `set_timesteps` was given none; never the noise itself.
+
+        Raises ValueError for another shape, a timestep that is not of the grid, or several generators.
+        """
+        x_new, x0 = self._step(model_output, timestep, sample, generator, 0.0)
+        return DDPMSchedulerOutput(prev_sample=x_new, pred_original_sample=x0) if return_dict else (x_new, x0)
+
+
+class FusedDDIMScheduler(_Fused, DDIMScheduler):
+    """diffusers' DDIMScheduler on the fused operator; see `FusedDDPMScheduler`.
+
+    As in diffusers a step goes from t to t - T // S, whatever the next timestep of the grid is.
+    """
+
+    __init__ = _checked(DDIMScheduler.__init__)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: str | torch.device | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> None:
+        """As `FusedDDPMScheduler.set_timesteps`; the seed matters where eta > 0."""
+        if not (philox.is_integer(num_inference_steps) and num_inference_steps >= 1):
+            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, needs an integer >= 1")
+        super().set_timesteps(num_inference_steps, device)
+        self._begin(seed, first_sample)
+
+    def _previous(self) -> list[int]:
+        if self.num_inference_steps is None:
+            raise ValueError("num_inference_steps: got None, needs a call of set_timesteps first")
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        return [t - stride for t in self._grid]
+
+    def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
+        s = self._alpha_bars[previous] if previous >= 0 else float(self.final_alpha_cumprod)
+        return _ddim_rows([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> "DDIMSchedulerOutput | tuple[Tensor, Tensor]":
+        """As `FusedDDPMScheduler.step`. eta: 0..1, 0 is deterministic.
+
+        Raises ValueError also for `use_clipped_model_output` with clip_sample, and for `variance_noise`.
+        """
+        if use_clipped_model_output and self.config.clip_sample:
+            raise ValueError("use_clipped_model_output: got True, needs False, or clip_sample=False")
+        if variance_noise is not None:
+            raise ValueError("variance_noise: got a tensor, needs None (the noise comes from the seed)")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta: got {eta}, needs 0 <= eta <= 1")
+        x_new, x0 = self._step(model_output, timestep, sample, generator, float(eta))
+        return DDIMSchedulerOutput(prev_sample=x_new, pred_original_sample=x0) if return_dict else (x_new, x0)
