@@ -22,8 +22,8 @@ from ddpm.progress import Bar
 from ddpm.training import Trainer, TrainOptions
 from ddpm.training_engines import make_trainer
 
-# A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding only;
-# config.json keeps the one that the run began with.
+# A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
+# only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
 
 

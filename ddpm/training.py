@@ -167,9 +167,7 @@ class Trainer:
         world: World,
     ) -> None:
         if options.engine != self.engine:
-            raise ValueError(
-                f"engine: {type(self).__name__} is {self.engine!r}, the options ask for {options.engine!r}"
-            )
+            raise ValueError(f"engine: got {options.engine!r}, {type(self).__name__} needs {self.engine!r}")
         if options.batch_size % world.size:
             raise BadInput(f"--batch-size: got {options.batch_size}, needs a multiple of the {world.size} ranks")
         if options.batch_size // world.size == 1 and dataset.is_images:

@@ -15,6 +15,7 @@ import logging
 import time
 import types
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +138,10 @@ class CompileTrainer(Trainer):
             self.data = (values, None if dataset.labels is None else dataset.labels.to(device))
         elif world.is_main:
             logger.info(
-                "engine %s: %.1f GB of data do not fit on %s, left on the host", self.engine, size / 1e9, device
+                "engine %s: the data (%.1f GB) stay on the host, too many for %s", self.engine, size / 1e9, device
             )
+
+        self._order_there = lru_cache(maxsize=2)(lambda epoch: self._order(epoch).to(self.data[0].device))
 
     def _placed(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, memory_format=torch.channels_last)
@@ -151,12 +154,12 @@ class CompileTrainer(Trainer):
         return self.world.wrap(compiled(own, self.compiler), self.device)
 
     def rows(self, index: int) -> Tensor:
-        """This rank's rows of the data set in a step, int64 [n], where the data is; reads nothing back from a device."""
+        """This rank's rows of the data set in a step, int64 [n], on the device of `data`."""
         first, end = self.span(index)
         count, pieces = len(self.dataset), []
         while first < end:
             epoch, position = divmod(first, count)
-            pieces.append(self._order(epoch)[position : position + end - first])
+            pieces.append(self._order_there(epoch)[position : position + end - first])
             first += len(pieces[-1])
         return torch.cat(pieces)
 
@@ -164,7 +167,7 @@ class CompileTrainer(Trainer):
         """What the objective takes in a step: (values, labels, rows, samples), on the device."""
         samples, rows = torch.arange(*self.span(index), device=self.device), self.rows(index)
         if self.resident:
-            return *self.data, rows.to(self.device), samples
+            return *self.data, rows, samples
         values, labels = (None if tensor is None else tensor[rows].to(self.device) for tensor in self.data)
         if values.ndim == 4:
             values = values.contiguous(memory_format=torch.channels_last)
