@@ -52,6 +52,13 @@ def run(trainer: Trainer, steps: int, warm: int = 1) -> torch.Tensor:
     return trainer.losses[:steps].cpu()
 
 
+def assert_same_bits(one: Trainer, other: Trainer) -> None:
+    a, b = one.state(), other.state()
+    assert a.keys() == b.keys()
+    # Losses of steps to come are NaN.
+    assert [name for name in a if not torch.equal(a[name].nan_to_num(nan=-1), b[name].nan_to_num(nan=-1))] == []
+
+
 # --- the same numbers -------------------------------------------------------------------------------------------
 
 
@@ -119,8 +126,9 @@ def test_every_loss_is_that_of_eager(make, points, prediction, loss, min_snr, re
 
 
 def test_more_trainers_than_torch_compile_keeps_of_one_function(make, points):
-    for batch_size in range(2, 12):
-        assert run(make(points, "compile", batch_size=batch_size), 2).isfinite().all()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for batch_size in range(2, 6):
+            assert run(make(points, "compile", batch_size=batch_size), 2).isfinite().all()
 
 
 @pytest.mark.long
@@ -132,7 +140,7 @@ def test_generated_code_trains_as_eager_and_resumes_bit_for_bit(make, tiny_data,
     run(first, 9)
     second.load_state({name: tensor.contiguous().clone() for name, tensor in first.state().items()})
     run(second, 20, warm=10)
-    assert all(torch.equal(tensor, second.state()[name]) for name, tensor in whole.state().items())
+    assert_same_bits(whole, second)
 
 
 def test_resuming_keeps_every_bit(make, tiny_data):
@@ -142,7 +150,7 @@ def test_resuming_keeps_every_bit(make, tiny_data):
     # Files are contiguous, the parameters are channels_last.
     second.load_state({name: tensor.contiguous().clone() for name, tensor in first.state().items()})
     run(second, 6, warm=4)
-    assert all(torch.equal(tensor, second.state()[name]) for name, tensor in whole.state().items())
+    assert_same_bits(whole, second)
 
 
 # --- the captured step ------------------------------------------------------------------------------------------
@@ -226,7 +234,7 @@ def test_engines_lose_as_eager_on_cuda(make, tiny_data, monkeypatch, engine):
     resumed = make(tiny_data, engine, device)
     resumed.load_state({name: tensor.cpu().contiguous() for name, tensor in again.state().items()})
     run(resumed, 20, warm=11)
-    assert all(torch.equal(tensor, resumed.state()[name]) for name, tensor in trainer.state().items())
+    assert_same_bits(trainer, resumed)
 
 
 # --- what is said -----------------------------------------------------------------------------------------------
