@@ -103,6 +103,11 @@ def compiled(objective: Objective, compiler: str) -> Objective:
     return objective
 
 
+def _dense(values: Tensor) -> Tensor:
+    """Images channels_last, points contiguous: x_t has the layout of its data."""
+    return values.contiguous(memory_format=torch.channels_last if values.ndim == 4 else torch.contiguous_format)
+
+
 def has_room(size: int, device: torch.device) -> bool:
     """Whether a data set of so many bytes may live on the device: at most half of what is free on CUDA."""
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
@@ -132,9 +137,7 @@ class CompileTrainer(Trainer):
         size = sum(tensor.nbytes for tensor in self.data if tensor is not None)
         self.resident = has_room(size, device)
         if self.resident:
-            values = dataset.values.to(device)
-            if values.ndim == 4:
-                values = values.contiguous(memory_format=torch.channels_last)
+            values = _dense(dataset.values.to(device))
             self.data = (values, None if dataset.labels is None else dataset.labels.to(device))
         elif world.is_main:
             logger.info(
@@ -169,9 +172,7 @@ class CompileTrainer(Trainer):
         if self.resident:
             return *self.data, rows, samples
         values, labels = (None if tensor is None else tensor[rows].to(self.device) for tensor in self.data)
-        if values.ndim == 4:
-            values = values.contiguous(memory_format=torch.channels_last)
-        return values, labels, torch.arange(len(rows), device=self.device), samples
+        return _dense(values), labels, torch.arange(len(rows), device=self.device), samples
 
     def objective(self, index: int) -> Tensor:
         """As in `Trainer`."""
