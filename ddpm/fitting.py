@@ -20,9 +20,11 @@ from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import locked, read_tensors, write_tensors, write_text
 from ddpm.progress import Bar
 from ddpm.training import Trainer, TrainOptions
+from ddpm.training_engines import make_trainer
 
-# A resumed run may find the same data elsewhere: the digest decides, not the path.
-MAY_DIFFER = {"data", "labels"}
+# A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
+# only; config.json keeps the one that the run began with.
+MAY_DIFFER = {"data", "labels", "engine"}
 
 
 class Interrupted(Exception):
@@ -63,6 +65,7 @@ def resumed_options(folder: Path, asked: dict[str, object]) -> TrainOptions:
     stored = runs.read_config(folder).get("training")
     if not isinstance(stored, dict):
         raise BadInput(f"{folder / runs.CONFIG}: no training options: an imported run cannot be resumed")
+    stored = {"engine": "eager"} | stored  # runs from before there were others
     known = {field.name for field in fields(TrainOptions)}
     if set(stored) != known:
         odd = ", ".join(sorted(set(stored) ^ known))
@@ -188,7 +191,7 @@ def train(
     """
     dataset: Dataset = options.load_data()
     schedule = options.make_schedule()
-    trainer = Trainer(options.make_network(dataset), dataset, schedule, options, device, world)
+    trainer = make_trainer(options.make_network(dataset), dataset, schedule, options, device, world)
     with ExitStack() as held:
         continued = False
         if world.is_main:

@@ -24,6 +24,7 @@ from kernels.q_sample import pixels_to_unit
 
 LOSSES = ("mse", "l1", "huber")
 PRECISIONS = ("fp32", "bf16")
+ENGINES = ("eager", "compile", "graph")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class TrainOptions:
     n_feat: width of the network. prediction: eps, v or x0. loss: mse, l1 or huber. min_snr: gamma, 0 = off.
     epochs; batch_size over all ranks; lr of Adam, falling linearly per epoch; ema_decay; context_dropout: probability
     of losing the condition; clip_grad: norm, 0 = off; precision: fp32 or bf16 (autocast); flip: mirror half of the
-    images; seed. Raises BadInput for values out of range.
+    images; seed; engine: how steps are executed, see `ddpm.training_engines`, which changes results by rounding only.
+    Raises BadInput for values out of range.
     """
 
     data: str = "digits"
@@ -58,6 +60,7 @@ class TrainOptions:
     precision: str = "fp32"
     flip: bool = False
     seed: int = 0
+    engine: str = "eager"
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -75,7 +78,8 @@ class TrainOptions:
                 raise BadInput(f"--{name.replace('_', '-')}: got {value}, needs {bounds}")
         if not 0 < self.lr < math.inf:
             raise BadInput(f"--lr: got {self.lr}, needs a finite rate > 0")
-        for name, known in (("loss", LOSSES), ("precision", PRECISIONS), ("prediction", PREDICTIONS)):
+        choices = {"loss": LOSSES, "precision": PRECISIONS, "prediction": PREDICTIONS, "engine": ENGINES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise BadInput(f"--{name}: got {getattr(self, name)!r}, needs one of {', '.join(known)}")
 
@@ -127,8 +131,8 @@ class Ema:
         self.tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
     @torch.no_grad()
-    def update(self, network: nn.Module, k: int) -> None:
-        decay = min(self.decay, (1 + k) / (10 + k))
+    def update(self, network: nn.Module, k: int | Tensor) -> None:
+        """k: an integer, or a scalar tensor on the network's device, which is then not read on the host."""
         averages, values = [], []
         for name, tensor in network.state_dict().items():
             if tensor.is_floating_point():
@@ -136,11 +140,22 @@ class Ema:
                 values.append(tensor)
             else:
                 self.tensors[name].copy_(tensor)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+        if isinstance(k, Tensor):
+            share = 1 - ((1 + k) / (10 + k)).clamp(max=self.decay)
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(averages, steps)
+        else:
+            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + k) / (10 + k)))
 
 
 class Trainer:
-    """A network in training: `step()` until `done`. Its whole state is `state()`."""
+    """A network in training: `step()` until `done`. Its whole state is `state()`.
+
+    This is the eager engine, the reference for the others; `ddpm.training_engines.make_trainer` makes any of them.
+    """
+
+    engine = "eager"
 
     def __init__(
         self,
@@ -151,6 +166,8 @@ class Trainer:
         device: torch.device,
         world: World,
     ) -> None:
+        if options.engine != self.engine:
+            raise ValueError(f"engine: got {options.engine!r}, {type(self).__name__} needs {self.engine!r}")
         if options.batch_size % world.size:
             raise BadInput(f"--batch-size: got {options.batch_size}, needs a multiple of the {world.size} ranks")
         if options.batch_size // world.size == 1 and dataset.is_images:
@@ -160,9 +177,8 @@ class Trainer:
             )
         self.options, self.dataset, self.world = options, dataset, world
         self.device, self.schedule = device, schedule
-        self.network = network.to(device).train()
-        self.parallel = world.wrap(self.network, device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=options.lr)
+        self.network = self._placed(network).train()
+        self.optimizer = self._adam()
         self.ema = Ema(self.network, options.ema_decay)
         self.alpha_bars = schedule.alpha_bars.to(device, torch.float32)
         self.weights = None
@@ -173,6 +189,17 @@ class Trainer:
         self.total = math.ceil(options.epochs * len(dataset) / options.batch_size)
         self.losses = torch.full((self.total,), math.nan, device=device)
         self._order = lru_cache(maxsize=2)(lambda epoch: philox.epoch_order(options.seed, epoch, len(dataset)))
+        self.parallel = self._wrapped()
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        return network.to(self.device)
+
+    def _adam(self) -> torch.optim.Adam:
+        return torch.optim.Adam(self.network.parameters(), lr=self.options.lr)
+
+    def _wrapped(self) -> nn.Module:
+        """What a step calls for its forward pass, over all ranks."""
+        return self.world.wrap(self.network, self.device)
 
     @property
     def done(self) -> bool:
@@ -196,11 +223,15 @@ class Trainer:
             rows[here] = self._order(epoch)[positions[here]]
         return rows
 
-    def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's (samples int64 [n], x0 [n, ...], context [n, K] or None) of a step, on the device."""
+    def span(self, index: int) -> tuple[int, int]:
+        """This rank's global training samples of a step: first, last + 1."""
         size = self.options.batch_size // self.world.size
         first = index * self.options.batch_size + self.world.rank * size
-        samples = torch.arange(first, first + size)
+        return first, first + size
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's (samples int64 [n], x0 [n, ...], context [n, K] or None) of a step, on the device."""
+        samples = torch.arange(*self.span(index))
         rows = self.items(samples)
         x0 = self.dataset.values[rows]
         if self.options.flip:
@@ -223,17 +254,25 @@ class Trainer:
         per_sample = per_sample_loss(self.options.loss, output.float(), target)
         return per_sample.mean() if self.weights is None else (per_sample * self.weights[t]).mean()
 
-    def step(self) -> None:
-        """One optimiser step on the next batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.index)
-        loss = self.loss(*self.batch(self.index))
+    def objective(self, index: int) -> Tensor:
+        """The loss of a step's batch, a scalar with gradient."""
+        return self.loss(*self.batch(index))
+
+    def optimise(self, loss: Tensor, k: int | Tensor) -> None:
+        """Backward, clipping, Adam and the moving average of step k."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.options.clip_grad:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_grad)
         self.optimizer.step()
-        self.ema.update(self.network, self.index)
+        self.ema.update(self.network, k)
+
+    def step(self) -> None:
+        """One optimiser step on the next batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.index)
+        loss = self.objective(self.index)
+        self.optimise(loss, self.index)
         self.losses[self.index] = self.world.mean(loss.detach())
         self.index += 1
 
@@ -262,8 +301,9 @@ class Trainer:
             keys = ("step", "exp_avg", "exp_avg_sq")
             moments = {key: state[f"adam.{name}.{key}"] for key in keys if f"adam.{name}.{key}" in state}
             if moments:
-                step = moments.pop("step")
-                moved = {key: tensor.to(self.device) for key, tensor in moments.items()}
+                step = moments.pop("step").to(parameter.device if self.optimizer.defaults["fused"] else "cpu")
+                # In the parameters' memory layout, which files do not keep and fused Adam takes for granted.
+                moved = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in moments.items()}
                 self.optimizer.state[parameter] = {"step": step, **moved}
         self.losses.copy_(state["losses"])
         self.index = int(state["step"])

@@ -50,6 +50,7 @@ def train(
     precision: Annotated[str, typer.Option(help="fp32 or bf16 (autocast)")] = DEFAULT.precision,
     flip: Annotated[bool, typer.Option("--flip", help="mirror half of the images")] = DEFAULT.flip,
     seed: Annotated[int, typer.Option(help="of weights, noise, order: 0 <= seed < 2^63")] = DEFAULT.seed,
+    engine: Annotated[str, typer.Option(help="eager, compile (warms up first) or graph (CUDA)")] = DEFAULT.engine,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     save_every: Annotated[float, typer.Option(help="seconds between checkpoints")] = 60.0,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in --out")] = False,
