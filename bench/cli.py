@@ -11,6 +11,7 @@ import typer
 from bench import report
 from bench.compare import compare
 from bench.history import history
+from bench.ladder.command import ladder
 from bench.run import run
 from bench.static import static
 from ddpm import command_line
@@ -18,6 +19,7 @@ from ddpm.command_line import FAILED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
+app.command()(ladder)
 app.command()(compare)
 app.command()(history)
 app.command()(static)
