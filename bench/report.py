@@ -10,10 +10,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import store
+from bench import goals, store
+from bench.interval import median_interval
+from bench.ladder import show as ladder
 from bench.machine import ROOT
 from bench.show import RUN_HEADINGS, run_cells
-from ddpm.files import read_json, write_text
+from ddpm.files import read_json, replacing, write_text
 
 README = ROOT / "README.md"
 CI = ROOT / "docs" / "ci.md"
@@ -21,6 +23,10 @@ STATIC = ROOT / "bench" / "results" / "static.json"
 # The machine whose records the documents show; others have a folder of their own beside it.
 MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
 RUN = MACHINE / "run.json"
+STEP = MACHINE / "step.json"
+STEP_BF16 = MACHINE / "step_bf16.json"
+LADDER = MACHINE / "ladder.json"
+LADDER_PLOT = ROOT / "docs" / "ladder.png"
 PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
@@ -111,6 +117,29 @@ def bench_table() -> str:
     return f"{recipe}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
 
 
+def goals_table() -> str:
+    """The stored runs of suite `step` beside what the step must reach."""
+    contents = [store.load(path) for path in (STEP, STEP_BF16)]
+    lines = []
+    for content in contents:
+        machine, processes = content["machine"], content["processes"]
+        lines.append(
+            f"- `{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch"
+            f" {machine['torch']}: medians of {processes} processes, with intervals that hold the median with"
+            f" {median_interval([0.0] * processes).coverage:.0%}"
+        )
+    cells = goals.goal_cells([record for content in contents for record in content["records"]])
+    return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])
+
+
+def ladder_table() -> str:
+    """The stored `ddpm-bench ladder`: the table, what each rung adds, and its notes."""
+    content = store.load(LADDER)
+    rows = [[*row.cells(), content["rungs"][row.name]] for row in ladder.rows_of(content)]
+    table = _markdown((*ladder.HEADINGS, "what it adds"), rows, 1)
+    return "\n".join([f"{ladder.recipe(content)}:", "", table, "", *(f"- {line}" for line in ladder.notes(content))])
+
+
 def proof_table() -> str:
     """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
     record = read_json(PROOF)
@@ -153,6 +182,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "kernels": (README, kernel_table),
     "sprites": (README, sprites_table),
     "bench": (README, bench_table),
+    "goals": (README, goals_table),
+    "ladder": (README, ladder_table),
     "compare": (CI, proof_table),
 }
 
@@ -173,6 +204,8 @@ def filled(text: str, path: Path = README) -> str:
 
 
 def write() -> None:
-    """Fill the blocks of every file in place."""
+    """Fill the blocks of every file in place, and draw the ladder."""
     for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
         write_text(path, filled(path.read_text(encoding="utf-8"), path))
+    with replacing(LADDER_PLOT) as partial:
+        ladder.plot(store.load(LADDER), partial)
