@@ -12,9 +12,10 @@ from rich.table import Table
 from bench import store
 from bench.interval import Interval, median_interval
 from bench.ladder.rungs import EAGER
+from bench.show import microseconds
 
 HEADINGS = ("rung", "ms per step", "x eager", "to eager", "to float64", "PSNR")
-WIDTH = 130
+WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,12 @@ def recipe(content: store.Content) -> str:
     """What was measured, in one sentence."""
     machine, sampling = content["machine"], content["sampling"]
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    count = content["processes"]
     return (
-        f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']}, guidance"
-        f" {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']}; median of"
-        f" {content['processes']} processes per rung (interval: {_coverage(content):.0%} of its median)"
+        f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']},"
+        f" guidance {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']}; per rung the median of {count} fresh"
+        f" processes, in brackets what holds it with {median_interval([0.0] * count).coverage:.0%}"
     )
-
-
-def _coverage(content: store.Content) -> float:
-    return median_interval([0.0] * content["processes"]).coverage
 
 
 def notes(content: store.Content) -> list[str]:
@@ -131,7 +129,7 @@ def plot(content: store.Content, path: Path) -> None:
         color = "0.6" if row.ratio is None else "tab:blue"
         times.barh(place, middle.median, xerr=bar, color=color, height=0.65, error_kw={"ecolor": "0.2", "capsize": 3})
         ratio = "" if row.ratio is None else f"   {row.ratio.median:.2f}x"
-        times.text(middle.high, place, f"  {middle.median:.0f} ms{ratio}", va="center", fontsize=9)
+        times.text(middle.high, place, f"  {microseconds(middle.median * 1e3)}{ratio}", va="center", fontsize=9)
     times.set_yticks(list(places), [row.name for row in rows])
     times.invert_yaxis()
     times.margins(x=0.28)
