@@ -69,8 +69,8 @@ def recipe(content: store.Content) -> str:
     count = content["processes"]
     return (
         f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']},"
-        f" guidance {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']}; per rung the median of {count} fresh"
-        f" processes, in brackets what holds it with {median_interval([0.0] * count).coverage:.0%}"
+        f" guidance {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']};"
+        f" per rung the median of {count} fresh processes, in brackets what holds it with {median_interval([0.0] * count).coverage:.0%}"
     )
 
 
