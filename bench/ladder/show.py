@@ -67,10 +67,11 @@ def recipe(content: store.Content) -> str:
     machine, sampling = content["machine"], content["sampling"]
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     count = content["processes"]
+    coverage = median_interval([0.0] * count).coverage
     return (
         f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']},"
         f" guidance {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']};"
-        f" per rung the median of {count} fresh processes, in brackets what holds it with {median_interval([0.0] * count).coverage:.0%}"
+        f" per rung the median of {count} fresh processes, in brackets what holds it with {coverage:.0%}"
     )
 
 
