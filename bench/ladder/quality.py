@@ -45,7 +45,8 @@ def judge(names: list[str], job: Job, quiet: bool = False) -> dict[str, dict[str
 
         def whole(name: str, position: int, state: torch.dtype = torch.float32) -> Tensor:
             def callback(step: int, _: Tensor) -> None:
-                bar.update(position * steps + step + 1, name)
+                label = name if state == torch.float32 else f"{name} in float64"
+                bar.update(position * steps + step + 1, label)
 
             return job.call(RUNGS[name], job.table, state=state, callback=callback)()
 
