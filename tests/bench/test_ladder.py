@@ -226,7 +226,7 @@ def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypa
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, arguments, words):
-    assert main(["ladder", str(run), *arguments, "--out", str(tmp_path / "l.json")]) == 2
+    assert main(["ladder", str(run), "--steps", "6", *arguments, "--out", str(tmp_path / "l.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
