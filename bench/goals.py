@@ -35,7 +35,7 @@ def _shown(found: Interval | None, key: str) -> str:
         return "not measured"
     if key == "speed_up":
         return found.text()
-    return f"{found.median:.0%} ({found.low:.0%} to {found.high:.0%})"
+    return f"{found.median:.0%} ({found.low:.0%} to {found.high:.0%})" if found.coverage else f"{found.median:.0%}"
 
 
 def _goal(value: float | None, key: str) -> str:

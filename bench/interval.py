@@ -18,8 +18,17 @@ class Interval:
     coverage: float
 
     def text(self, digits: int = 2) -> str:
-        """ "1.43 (1.40 to 1.46)"."""
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        """ "1.43 (1.40 to 1.46)", or of a single value "1.43"."""
+        middle = f"{self.median:.{digits}f}"
+        return f"{middle} ({self.low:.{digits}f} to {self.high:.{digits}f})" if self.coverage else middle
+
+
+def measured_by(processes: int) -> str:
+    """ "medians of 5 fresh processes, in brackets what holds them with 94%", or "one process"."""
+    if processes == 1:
+        return "one process"
+    coverage = median_interval([0.0] * processes).coverage
+    return f"medians of {processes} fresh processes, in brackets what holds them with {coverage:.0%}"
 
 
 def median_interval(values: Sequence[float]) -> Interval:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import goals, store
-from bench.interval import median_interval
+from bench.interval import measured_by
 from bench.ladder import show as ladder
 from bench.machine import ROOT
 from bench.show import RUN_HEADINGS, run_cells
@@ -122,11 +122,10 @@ def goals_table() -> str:
     contents = [store.load(path) for path in (STEP, STEP_BF16)]
     lines = []
     for content in contents:
-        machine, processes = content["machine"], content["processes"]
+        machine = content["machine"]
         lines.append(
             f"- `{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch"
-            f" {machine['torch']}: medians of {processes} processes, with intervals that hold the median with"
-            f" {median_interval([0.0] * processes).coverage:.0%}"
+            f" {machine['torch']}: {measured_by(content['processes'])}"
         )
     cells = goals.goal_cells([record for content in contents for record in content["records"]])
     return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import store
-from bench.interval import Interval, median_interval
+from bench.interval import Interval, measured_by, median_interval
 from bench.ladder.rungs import EAGER
 from bench.show import microseconds
 
@@ -66,12 +66,10 @@ def recipe(content: store.Content) -> str:
     """What was measured, in one sentence."""
     machine, sampling = content["machine"], content["sampling"]
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    count = content["processes"]
-    coverage = median_interval([0.0] * count).coverage
     return (
         f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']},"
         f" guidance {sampling['guidance']:g}; {device}, {machine['threads']} threads, torch {machine['torch']};"
-        f" per rung the median of {count} fresh processes, in brackets what holds it with {coverage:.0%}"
+        f" {measured_by(content['processes'])}"
     )
 
 
