@@ -11,6 +11,7 @@ import typer
 from bench import report
 from bench.compare import compare
 from bench.history import history
+from bench.ladder.command import ladder
 from bench.peers import peers
 from bench.profile import profile
 from bench.run import run
@@ -20,6 +21,7 @@ from ddpm.command_line import FAILED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
+app.command()(ladder)
 app.command()(compare)
 app.command()(history)
 app.command()(peers)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -50,6 +51,26 @@ def matrix_ceiling(device: torch.device, rounds: int = 5) -> float:
         product()
         best = max(best, *(2 * side**3 / (product().kernel * 1e-6) for _ in range(rounds)))
     return best
+
+
+def convolution_ceiling(device: torch.device, rounds: int = 5) -> float:
+    """FLOP/s of the convolution that a ContextUnet mostly consists of: 3x3, 64 to 64, of [32, 64, 16, 16] in float32.
+
+    channels_last; on the CPU with the weights in oneDNN's own layout, the fastest that PyTorch has. Written out here:
+    no change of the packages can move it.
+    """
+    x = torch.ones((32, 64, 16, 16), device=device).contiguous(memory_format=torch.channels_last)
+    weight = torch.ones((64, 64, 3, 3), device=device).contiguous(memory_format=torch.channels_last)
+    call = partial(F.conv2d, x, weight, padding=1)
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, None)
+        call = partial(
+            torch.ops.mkldnn._convolution_pointwise, x, packed, None, [1, 1], [1, 1], [1, 1], 1, "none", [], ""
+        )
+    with torch.no_grad():
+        once = _sampler(call, [()], device, capturable=False)
+        seconds = min(once().kernel for _ in range(rounds)) * 1e-6
+    return 2 * 9 * 64 * 64 * 32 * 16 * 16 / seconds
 
 
 @contextmanager

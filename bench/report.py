@@ -10,7 +10,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import store
+from bench import goals, store
+from bench.interval import measured_by
+from bench.ladder import show as ladder
 from bench.machine import ROOT
 from bench.profile import by_operator
 from bench.show import RUN_HEADINGS, microseconds, run_cells
@@ -23,6 +25,10 @@ STATIC = ROOT / "bench" / "results" / "static.json"
 MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
 RUN = MACHINE / "run.json"
 PEERS = MACHINE / "peers.json"
+STEP = MACHINE / "step.json"
+STEP_BF16 = MACHINE / "step_bf16.json"
+LADDER = MACHINE / "ladder.json"
+LADDER_PLOT = ROOT / "docs" / "ladder.png"
 PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
@@ -167,6 +173,28 @@ def peers_table() -> str:
     return f"{recipe}.{notes}\n\n{_markdown(headings, rows, 2)}"
 
 
+def goals_table() -> str:
+    """The stored runs of suite `step` beside what the step must reach."""
+    contents = [store.load(path) for path in (STEP, STEP_BF16)]
+    lines = []
+    for content in contents:
+        machine = content["machine"]
+        lines.append(
+            f"- `{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch"
+            f" {machine['torch']}: {measured_by(content['processes'])}"
+        )
+    cells = goals.goal_cells([record for content in contents for record in content["records"]])
+    return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])
+
+
+def ladder_table() -> str:
+    """The stored `ddpm-bench ladder`: the table, what each rung adds, and its notes."""
+    content = store.load(LADDER)
+    rows = [[*row.cells(), content["rungs"][row.name]] for row in ladder.rows_of(content)]
+    table = _markdown((*ladder.HEADINGS, "what it adds"), rows, 1)
+    return "\n".join([f"{ladder.recipe(content)}:", "", table, "", *(f"- {line}" for line in ladder.notes(content))])
+
+
 def proof_table() -> str:
     """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
     record = read_json(PROOF)
@@ -211,6 +239,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "bench": (README, bench_table),
     "profile": (README, profile_table),
     "peers": (README, peers_table),
+    "goals": (README, goals_table),
     "compare": (CI, proof_table),
 }
 
@@ -231,6 +260,6 @@ def filled(text: str, path: Path = README) -> str:
 
 
 def write() -> None:
-    """Fill the blocks of every file in place."""
+    """Fill the blocks of every file in place, and draw the ladder."""
     for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
         write_text(path, filled(path.read_text(encoding="utf-8"), path))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from bench import store
 from bench.machine import ROOT, describe
-from bench.measure import matrix_ceiling, measure
+from bench.measure import convolution_ceiling, matrix_ceiling, measure
 from bench.registry import selected
 from bench.show import run_table
 from ddpm.command_line import FAILED
@@ -37,7 +38,7 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
     records: list[dict[str, Any]] = []
     with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
         for done, workload in enumerate(workloads, start=1):
-            records += measure(workload, device, most, seconds, ceiling)
+            records += _beside_convolutions(lambda w=workload: measure(w, device, most, seconds, ceiling), device)
             bar.update(done, workload.name)
     return store.content_of(
         [{"process": 0} | record for record in records],
@@ -51,26 +52,43 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
     )
 
 
-def environment(root: Path) -> dict[str, str]:
-    """This environment with the packages of `root` before all others, and one thread.
+def _beside_convolutions(measured: Callable[[], list[dict[str, Any]]], device: torch.device) -> list[dict[str, Any]]:
+    """Records with their share of the convolution rate, the best seen just before and after them."""
+    before = convolution_ceiling(device)
+    records = measured()
+    rate = max(before, convolution_ceiling(device))
+    return [
+        record | {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
+        if store.is_good(record)
+        else record
+        for record in records
+    ]
 
-    Processor time of several threads counts those that spin while they wait for one that lost its processor. KEPT
-    memory stays with the process, for which the page faults of operators with large temporaries do not vary: the gating
-    ratio of q_sample spread by 6% over six processes instead of 38%, that of solver_step by 5% instead of 28%.
+
+def environment(root: Path, threads: int = 1) -> dict[str, str]:
+    """This environment with the packages of `root` before all others, and so many threads.
+
+    One, because processor time of several threads counts those that spin while they wait for one that lost its
+    processor; wall times, as the figures of `step` and the ladder are, may take more. With one, memory stays with the
+    process, for which the page faults of operators with large temporaries do not vary: the gating ratio of q_sample
+    spread by 6% over six processes instead of 38%, that of solver_step by 5% instead of 28%.
     """
-    return os.environ | KEPT | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    count = str(threads)
+    kept = KEPT if threads == 1 else {}
+    return os.environ | kept | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
-def run_child(root: Path, process: int, arguments: list[str]) -> store.Content:
-    """`ddpm-bench run` of the checkout `root` in a process of its own; its records are numbered `process`.
+def run_child(root: Path, process: int, arguments: list[str], command: str = "run", threads: int = 1) -> store.Content:
+    """`ddpm-bench run` (or another command with --quiet and --out) of the checkout `root` in a process of its own.
 
-    Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never silent.
+    Its records are numbered `process`. Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a
+    crashed process is never silent.
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
         out = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "bench", "run", *arguments, "--quiet", "--out", str(out)]
+        line = [sys.executable, "-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
         done = subprocess.run(  # noqa: S603
-            command, cwd=root, env=environment(root), capture_output=True, text=True, check=False
+            line, cwd=root, env=environment(root, threads), capture_output=True, text=True, check=False
         )
         if not out.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -97,12 +115,14 @@ def run(
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads whose name matches")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds per workload, however long they take")] = None,
     processes: Annotated[int, typer.Option(min=1, help="repeat in so many fresh processes (for `compare`: 6)")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="of each process [PyTorch's; 1 with --processes]")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
 ) -> int:
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
     if not out.parent.is_dir() or out.is_dir():
         raise BadInput(f"--out: {out} cannot be written, needs a file in a folder that exists")
     if processes == 1:
+        torch.set_num_threads(threads or torch.get_num_threads())
         content = run_here(suite, quick, pattern, rounds, quiet)
     else:
         selected(suite, quick, pattern)
@@ -111,7 +131,7 @@ def run(
         contents = []
         with Bar("bench", processes, "processes/s", quiet=quiet) as bar:
             for process in range(processes):
-                contents.append(run_child(ROOT, process, arguments))
+                contents.append(run_child(ROOT, process, arguments, threads=threads or 1))
                 bar.update(process + 1)
         content = merged(contents)
     write_json(out, content)

@@ -23,7 +23,8 @@ from bench.suites.networks import (
 from bench.timing import Call
 from ddpm import NoiseSchedule, make_table
 from ddpm.engines import ENGINES
-from ddpm.sampling import philox_noise, sample_shape
+from ddpm.noise import PhiloxNoise
+from ddpm.sampling import sample_shape
 from kernels import philox
 from kernels.backend import Cost
 
@@ -37,13 +38,13 @@ QUICK_BATCHES = (1, 32)
 def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:
     model = network(device)
     table = make_table(NoiseSchedule.make("linear", TIMESTEPS), "ddpm", STEPS)
-    draw = philox_noise(SEED, device, torch.float32)
+    draw = PhiloxNoise(SEED, torch.float32)
     samples = torch.arange(batch, device=device)
     context = contexts(batch, device)
     x = draw(samples, 0, philox.Stream.INITIAL, sample_shape(model))
 
     def make(engine: str, kind: torch.dtype) -> Call:
-        built = ENGINES[engine](network(device).to(kind), TIMESTEPS, table, kind)
+        built = ENGINES[engine](network(device), TIMESTEPS, table, kind)
 
         def call() -> torch.Tensor:
             with torch.no_grad():

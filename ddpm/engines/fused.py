@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ddpm.inference import inference_form
+from ddpm.inference import Form, inference_form
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.solvers import StepTable
 from kernels import philox, solver_step
@@ -25,11 +25,13 @@ class FusedEngine:
     """Runs the table on the inference form. Arguments as `EagerEngine`.
 
     On CUDA the update is the operator `solver_step` with its own noise. On the CPU, and with another noise than Philox,
-    it is the operator's reference.
+    it is the operator's reference. `form` is what to run instead of the network's own inference form.
     """
 
-    def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
-        self.form, self.table = inference_form(model, dtype), table
+    def __init__(
+        self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype, form: Form | None = None
+    ) -> None:
+        self.form, self.table = inference_form(model, dtype) if form is None else form, table
         self.steps = table.timesteps.tolist()
         self.noisy = (table.coefficients[:, 6] != 0).tolist()
         self.memory = bool((table.coefficients[:, 5] != 0).any())

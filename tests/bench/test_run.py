@@ -12,6 +12,7 @@ from bench.cli import main
 from bench.machine import ROOT
 from bench.measure import measure, peak_memory
 from bench.registry import SUITES, load, selected
+from bench.run import environment
 from ddpm.errors import BadInput
 from kernels.backend import Cost
 
@@ -80,6 +81,8 @@ def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys):
     assert content["processes"] == 1
     assert {"commit", "dirty", "torch", "processor", "device"} <= content["machine"].keys()
     assert content["command"].startswith("ddpm-bench ")
+    for record in content["records"]:
+        assert record["share_of_convolution"] == record["flops_per_s"] / record["convolution_flops_per_s"]
     assert content["skipped"]["kernels"] == "suite kernels: needs the package 'nobody_has_it', which is not installed"
     assert set(content["skipped"]) == set(SUITES) - {"step"}
     assert "note: suite kernels: needs the package" in capsys.readouterr().err
@@ -103,6 +106,18 @@ def test_bad_input_is_one_line_and_writes_nothing(small_registry, tmp_path, caps
     assert error.count("\n") == 1
     assert words in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_those_asked_for(small_registry, tmp_path, capsys):
+    before = torch.get_num_threads()
+    try:
+        arguments = ["run", "--suite", "step", "--filter", "good", "--rounds", "1", "--quiet"]
+        assert main([*arguments, "--threads", "1", "--out", str(tmp_path / "r.json")]) == 0
+    finally:
+        torch.set_num_threads(before)
+    assert store.load(tmp_path / "r.json")["machine"]["threads"] == 1
+    assert environment(ROOT, 3)["OMP_NUM_THREADS"] == "3"
+    assert environment(ROOT)["OMP_NUM_THREADS"] == "1"
 
 
 def test_an_unwritable_out_is_said_before_anything_is_measured(small_registry, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""`ddpm-bench ladder`: one rung per optimisation, milliseconds per step and quality beside each other."""

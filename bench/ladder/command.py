@@ -1,0 +1,150 @@
+"""`ddpm-bench ladder RUN`: judge every rung's pictures here, then time each in fresh processes beside eager."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench import store
+from bench.ladder import quality
+from bench.ladder.rungs import EAGER, RUNGS, TIMED_STEPS, Job, workload
+from bench.ladder.show import plot, print_ladder
+from bench.machine import ROOT, describe
+from bench.measure import matrix_ceiling, measure
+from bench.memory import BATCH, sampling_memory
+from bench.run import merged, run_child
+from ddpm import load_run, make_table
+from ddpm.command_line import FAILED
+from ddpm.engines import has_bfloat16
+from ddpm.errors import BadInput, WorkFailed
+from ddpm.files import replacing, write_json
+from ddpm.networks import ContextUnet
+from ddpm.progress import Bar
+
+ROUNDS = 5
+MEMORY_ENGINES = ("eager", "fused")
+
+
+def _job(folder: Path, batch: int, guidance: float, steps: int) -> Job:
+    """Raises BadInput for what is no run of a ContextUnet, or guidance without classes."""
+    run = load_run(folder)
+    if not isinstance(run.model, ContextUnet):
+        kind = run.config["model"]["kind"]
+        raise BadInput(f"{folder}: is a run of a {kind}, needs a context_unet (nothing else has an inference form)")
+    if not math.isfinite(guidance):
+        raise BadInput(f"--guidance: got {guidance}, needs a finite number")
+    if guidance != 1.0 and not run.model.n_cfeat:
+        raise BadInput(f"--guidance: got {guidance:g} for a run without classes, needs 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run.model.to(device)
+    return Job(run, make_table(run.schedule, **(run.sampling | {"steps": steps})), batch, guidance, device)
+
+
+def _timed_here(name: str, job: Job, rounds: int) -> store.Content:
+    """One rung and eager in this process, interleaved, parity first."""
+    if name not in RUNGS or name == EAGER:
+        raise BadInput(f"--rung: got {name!r}, needs one of {', '.join(rung for rung in RUNGS if rung != EAGER)}")
+    lack = RUNGS[name].missing(job.device)
+    if lack is not None:
+        raise BadInput(f"--rung: {name} needs {lack}")
+    ceiling = matrix_ceiling(job.device)
+    records = measure(workload(name, job), job.device, rounds, math.inf, ceiling)
+    return store.content_of(
+        [{"process": 0} | record for record in records],
+        describe(job.device),
+        {},
+        suite="ladder",
+        quick=False,
+        filter=name,
+        processes=1,
+        product_flops_per_s=ceiling,
+    )
+
+
+def _timed(names: list[str], processes: int, arguments: list[str], threads: int, quiet: bool) -> store.Content:
+    """Fresh processes, one rung each; the rungs take turns, so that a busy hour does not fall on one of them."""
+    contents = []
+    with Bar("time", processes * len(names), "processes/s", quiet=quiet) as bar:
+        for process in range(processes):
+            for name in names:
+                contents.append(run_child(ROOT, process, [*arguments, "--rung", name], "ladder", threads))
+                bar.update(len(contents), name)
+    return merged(contents) | {"processes": processes, "filter": ""}
+
+
+def _memory(folder: Path, threads: int, quiet: bool) -> dict[str, Any]:
+    """Peak memory of sampling per engine."""
+    engines = {}
+    with Bar("memory", len(MEMORY_ENGINES), "processes/s", quiet=quiet) as bar:
+        for done, engine in enumerate(MEMORY_ENGINES, start=1):
+            engines[engine] = sampling_memory(folder, engine, threads)
+            bar.update(done, engine)
+    return {"batch": BATCH, "engines": engines}
+
+
+def ladder(
+    run: Annotated[Path, typer.Argument(help="run folder of a ContextUnet")],
+    out: Annotated[Path, typer.Option(metavar="F.json", help="where the record goes")],
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 32,
+    guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 2.0,
+    steps: Annotated[int, typer.Option(help="1..T, of the run's solver")] = 50,
+    processes: Annotated[int, typer.Option(min=1, help="fresh processes per rung")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="per process")] = ROUNDS,
+    data: Annotated[Path | None, typer.Option(help="the training data: also evaluate fp32 and bf16")] = None,
+    labels: Annotated[Path | None, typer.Option(help="its labels")] = None,
+    n: Annotated[int, typer.Option(min=2, help="samples per evaluation")] = 200,
+    picture: Annotated[Path | None, typer.Option("--plot", metavar="F.png", help="also draw it")] = None,
+    rung: Annotated[str | None, typer.Option(help="time this rung alone, in this process")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
+) -> int:
+    """One optimisation at a time: ms per step beside quality. Exit 1 if a rung crashed or lost parity."""
+    for option, path in (("--out", out), ("--plot", picture)):
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise BadInput(f"{option}: {path} cannot be written, needs a file in a folder that exists")
+    job = _job(run, batch, guidance, steps)
+    if rung is not None:
+        content = _timed_here(rung, job, rounds)
+        write_json(out, content)
+        return 0 if content["parity"] and not content["failed"] else FAILED
+    dataset = None if data is None else quality.training_data(job, data, labels)
+    lacks = {name: found.missing(job.device) for name, found in RUNGS.items()}
+    names = [name for name, lack in lacks.items() if lack is None]
+    threads = torch.get_num_threads()
+
+    judged = quality.judge(names, job, quiet)
+    evaluation = {}
+    if dataset is not None:
+        total = sum(name in names for name, _ in quality.JUDGED.values()) * -(-n // batch) * steps
+        with Bar("evaluate", total, "steps/s", quiet=quiet) as bar:
+            evaluation = quality.evaluated(names, job, dataset, n, bar.update)
+    sound = [name for name in names if judged[name]["parity"]]
+    if sound == [EAGER]:
+        raise WorkFailed("every rung lost parity with eager over the whole trajectory, there is nothing to time")
+    # Children run in the checkout's root.
+    arguments = [str(run.resolve()), "--batch", str(batch), "--guidance", str(guidance)]
+    arguments += ["--steps", str(steps), "--rounds", str(rounds)]
+    content = _timed([name for name in sound if name != EAGER], processes, arguments, threads, quiet)
+    content |= {
+        "sampling": job.run.sampling | {"steps": steps, "guidance": guidance, "batch": batch},
+        "timed_steps": min(TIMED_STEPS, steps),
+        "bfloat16_in_hardware": has_bfloat16() if job.device.type == "cpu" else True,
+        "rungs": {name: found.adds for name, found in RUNGS.items()},
+        "left_out": {name: lack for name, lack in lacks.items() if lack is not None},
+        "quality": judged,
+        "evaluation": evaluation,
+        "memory": _memory(run, threads, quiet) if job.device.type == "cpu" else None,
+    }
+    content["parity"] = content["parity"] and len(sound) == len(names)
+    write_json(out, content)
+    if picture is not None:
+        with replacing(picture) as partial:
+            plot(content, partial)
+    for name, lack in content["left_out"].items():
+        print(f"note: rung {name} is left out, needs {lack}", file=sys.stderr)
+    if not quiet:
+        print_ladder(content)
+        print(f"wrote {out}")
+    return 0 if content["parity"] and not content["failed"] else FAILED

@@ -1,0 +1,294 @@
+"""`ddpm-bench ladder`: every rung is what it says, quality gates speed, and errors are one line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import store
+from bench.cli import main
+from bench.ladder import command, quality
+from bench.ladder.rungs import EAGER, RUNGS, Job, Rung, workload
+from bench.ladder.show import HEADINGS, notes, plot, rows_of
+from bench.machine import ROOT
+from bench.measure import convolution_ceiling, measure
+from bench.memory import sampling_memory
+from ddpm import ContextUnet, NoiseSchedule, load_run, make_table, sample
+from ddpm.engines import EagerEngine, FusedEngine
+from ddpm.inference import InferenceUnet
+from ddpm.networks import PointMLP
+from ddpm.runs import make_config, start_run
+
+CPU = torch.device("cpu")
+CLASSES = ("a", "b", "c")
+FAST = ("folded", "tables", "shared", "channels_last")
+
+
+def _write(folder, network, classes=()):
+    folder.mkdir()
+    schedule = NoiseSchedule.make("linear", 20, 1e-4, 0.35)
+    start_run(folder, make_config(network, schedule, "eps", classes=classes, sampling={"clip": 1.0}), network)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a small network with random weights and statistics: folding must have something to fold."""
+    torch.manual_seed(0)
+    network = ContextUnet(1, 8, len(CLASSES), 16)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return _write(tmp_path_factory.mktemp("ladder") / "run", network.eval(), CLASSES)
+
+
+@pytest.fixture
+def job(run):
+    opened = load_run(run)
+    return Job(opened, make_table(opened.schedule, **(opened.sampling | {"steps": 6})), 3, 2.0, CPU)
+
+
+@pytest.fixture
+def few_rungs(monkeypatch):
+    """Without the compiled rungs, which take a minute; `bf16` is then the fused engine in bfloat16."""
+    fast = {name: RUNGS[name] for name in (EAGER, *FAST)} | {"bf16": Rung("bfloat16", "fused", torch.bfloat16)}
+    fast["graph"] = RUNGS["graph"]
+    for module in ("bench.ladder.command", "bench.ladder.quality", "bench.ladder.rungs"):
+        monkeypatch.setattr(f"{module}.RUNGS", fast)
+    return fast
+
+
+def in_this_process(monkeypatch, run, rungs):
+    """Three rungs, and children replaced by measuring here: a process takes three seconds to start."""
+    del rungs["tables"], rungs["shared"]
+
+    def child(root, process, arguments, name, threads):
+        assert (root, name) == (ROOT, "ladder")
+        assert arguments[0] == str(run)
+        rung = arguments[arguments.index("--rung") + 1]
+        content = command._timed_here(rung, command._job(run, 3, 2.0, 6), rounds=3)
+        for record in content["records"]:
+            record["process"] = process
+        return content
+
+    monkeypatch.setattr(command, "run_child", child)
+    monkeypatch.setattr(command, "matrix_ceiling", lambda device: 1e9)
+    monkeypatch.setattr(command, "sampling_memory", lambda *_: {"before": 2**20, "peak": 3 * 2**20})
+
+
+def test_every_rung_samples_what_sample_does(job, few_rungs):
+    context = torch.eye(3)[torch.arange(3)]
+    expected = sample(
+        job.run.model,
+        job.run.schedule,
+        3,
+        context=context,
+        guidance=2.0,
+        engine="eager",
+        **job.run.sampling | {"steps": 6},
+    )
+    assert torch.equal(job.call(RUNGS[EAGER], job.table)(), expected)
+    for name in FAST:
+        assert quality.distance(job.call(RUNGS[name], job.table)(), expected) <= 1e-4
+
+
+def test_each_rung_adds_one_thing(job):
+    forms = {}
+    for name in FAST[1:]:
+        engine = (RUNGS[name].build or FusedEngine)(job.run.model, 20, job.table, torch.float32)
+        assert isinstance(engine.form, InferenceUnet)
+        forms[name] = (engine.form.shared, engine.form.channels_last)
+    assert forms == {"tables": (False, False), "shared": (True, False), "channels_last": (True, True)}
+    folded = RUNGS["folded"].build(job.run.model, 20, job.table, torch.float32)
+    kinds = {type(module) for module in folded.model.modules()}
+    assert torch.nn.BatchNorm2d not in kinds
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in job.run.model.modules())
+
+
+def test_the_cost_is_that_of_the_timed_steps(job):
+    guided, plain = job.cost, replace(job, guidance=1.0).cost
+    assert guided.flops == 2 * plain.flops
+    assert replace(job, batch=6).cost.flops == 2 * guided.flops
+    weights = 4 * sum(p.numel() for p in job.run.model.parameters())
+    assert guided.bytes == 5 * (weights + 8 * 3 * 256)
+
+
+def test_quality_is_measured_against_eager_and_float64(job, few_rungs):
+    found = quality.judge([EAGER, *FAST, "bf16"], job, quiet=True)
+    assert found[EAGER]["to_eager"] == 0
+    assert found[EAGER]["psnr_db"] is None
+    assert 0 < found[EAGER]["to_float64"] < 1e-4
+    for name in FAST:
+        assert found[name]["parity"]
+        assert found[name]["tolerance"] == pytest.approx(min(1e-4, 4 * found[EAGER]["to_float64"] + 1e-6))
+        assert found[name]["psnr_db"] > 80
+    assert 1e-4 < found["bf16"]["to_eager"] < 1
+    assert 10 < found["bf16"]["psnr_db"] < 70
+    assert found["bf16"]["tolerance"] is None
+
+
+def test_psnr_of_a_known_error():
+    x = torch.zeros(1, 1, 2, 2)
+    assert quality.psnr(x + 0.02, x) == pytest.approx(40.0, abs=1e-4)  # 20 log10(2 / 0.02)
+    assert quality.psnr(x + 5, x + 1) is None  # the same picture once clamped
+
+
+def test_one_rung_is_timed_beside_eager_in_its_process(job):
+    records = measure(workload("shared", job), CPU, rounds=3, seconds=60, ceiling=1e9)
+    assert [record["candidate"] for record in records] == [EAGER, "shared"]
+    assert records[1]["parity"]
+    assert records[1]["speed_up"] > 0
+    assert len(records[1]["samples_us"]["shared"]["wall"]) == 3
+
+
+def test_a_ladder_is_stored_shown_and_drawn(run, few_rungs, monkeypatch, tmp_path, capsys):
+    in_this_process(monkeypatch, run, few_rungs)
+    out, picture = tmp_path / "l.json", tmp_path / "l.png"
+    arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "2", "--plot", str(picture)]
+    assert main([*arguments, "--out", str(out)]) == 0
+    content = store.load(out)
+    assert content["processes"] == 2
+    assert list(content["left_out"]) == ["graph"]
+    rows = rows_of(content)
+    assert [row.name for row in rows] == [EAGER, "folded", "channels_last", "bf16"]
+    assert all(row.ratio.median > 0 for row in rows[1:])
+    assert rows[0].ratio is None
+    # Eager was measured by every process of every rung.
+    assert sum(record["candidate"] == EAGER for record in content["records"]) == 2 * 3
+    captured = capsys.readouterr()
+    assert "note: rung graph is left out, needs a CUDA device, the model is on cpu" in captured.err
+    assert "eager 3 MiB (2 of them sampling)" in " ".join(captured.out.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert all(len(row.cells()) == len(HEADINGS) for row in rows)
+
+
+def test_a_rung_without_parity_has_no_ratio_and_the_ladder_fails(run, few_rungs, monkeypatch, tmp_path, capsys):
+    in_this_process(monkeypatch, run, few_rungs)
+
+    def slightly_wrong(model, timesteps, table, dtype):
+        built = EagerEngine(model, timesteps, table, dtype)
+        return lambda x, *rest: built(x, *rest) + 1e-3
+
+    few_rungs["folded"] = Rung("an error", "eager", build=slightly_wrong)
+    out = tmp_path / "l.json"
+    arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "1", "--out", str(out)]
+    assert main(arguments) == 1
+    content = store.load(out)
+    assert content["parity"] is False
+    assert not [record for record in content["records"] if record["candidate"] == "folded"]
+    folded = next(row for row in rows_of(content) if row.name == "folded")
+    assert folded.milliseconds is None
+    assert "parity lost" in folded.wrong
+    assert "parity lost" in capsys.readouterr().out
+    plot(content, tmp_path / "l.png")  # a rung without a time is drawn as such
+
+
+def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypatch, tmp_path):
+    in_this_process(monkeypatch, run, few_rungs)
+    whole = command.run_child
+
+    def child(root, process, arguments, name, threads):
+        content = whole(root, process, arguments, name, threads)
+        if process == 1 and "channels_last" in arguments:
+            content["records"] = [
+                {
+                    "process": 1,
+                    "workload": "ladder/channels_last",
+                    "candidate": "channels_last",
+                    "failed": "RuntimeError: planted",
+                }
+            ]
+        return content
+
+    monkeypatch.setattr(command, "run_child", child)
+    out = tmp_path / "l.json"
+    arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "2", "--quiet", "--out", str(out)]
+    assert main(arguments) == 1
+    crashed = next(row for row in rows_of(store.load(out)) if row.name == "channels_last")
+    assert crashed.ratio is None
+    assert crashed.wrong == "failed: RuntimeError: planted"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], "batch"),
+        (["--steps", "0"], "steps: got 0, needs an integer in 1..20"),
+        (["--guidance", "nan"], "--guidance: got nan"),
+        (["--rung", "turbo"], "--rung: got 'turbo', needs one of folded, "),
+        (["--rung", "eager"], "--rung: got 'eager'"),
+        (["--rung", "graph"], "--rung: graph needs a CUDA device"),
+        (["--plot", "no/such/folder.png"], "--plot: no/such/folder.png cannot be written"),
+        (["--data", "x.npy"], "an imported run knows no training data"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(run, tmp_path, capsys, arguments, words):
+    assert main(["ladder", str(run), "--steps", "6", *arguments, "--out", str(tmp_path / "l.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_of_this_network_is_refused(run, tmp_path, capsys):
+    points = _write(tmp_path / "points", PointMLP(2, 16))
+    plain = _write(tmp_path / "plain", ContextUnet(1, 8, 0, 16).eval())
+    for folder, out, words in (
+        (tmp_path / "nothing", "l.json", "nothing"),
+        (points, "l.json", "is a run of a point_mlp, needs a context_unet"),
+        (plain, "l.json", "--guidance: got 2 for a run without classes, needs 1"),
+        (run, "no/l.json", "--out: "),
+    ):
+        assert main(["ladder", str(folder), "--out", str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+
+
+def test_notes_say_what_the_table_does_not():
+    content = {
+        "bfloat16_in_hardware": False,
+        "evaluation": {
+            "fp32": {"n": 9, "frechet": 1.0, "accuracy": 0.5},
+            "bf16": {"n": 9, "frechet": 2.0, "accuracy": None},
+        },
+        "memory": None,
+        "left_out": {"graph": "a CUDA device"},
+    }
+    text = "\n".join(notes(content))
+    assert "emulated" in text
+    assert "9 samples each: fp32: Frechet distance 1.00, 50.0% read as the class asked for; bf16: Frechet" in text
+    assert "Rung `graph` is left out: it needs a CUDA device." in text
+
+
+def test_the_convolution_rate_is_below_what_the_processor_can_do():
+    rate = convolution_ceiling(CPU, rounds=2)
+    # Two 512-bit FMA units at 5 GHz and 256 cores are 82 TFLOP/s; anything above a tenth of a GFLOP/s ran.
+    assert 1e8 < rate < 1e14
+
+
+@pytest.mark.long
+def test_sampling_a_large_batch_holds_less_than_eager(tmp_path):
+    """The figure of the goals: peak memory at batch 256, in fresh processes, network of 64 features."""
+    torch.manual_seed(0)
+    run = _write(tmp_path / "run", ContextUnet(3, 64, 5, 16).eval(), ("a", "b", "c", "d", "e"))
+    threads = torch.get_num_threads()
+    for guidance in (1.0, 2.0):
+        eager, fused = (sampling_memory(run, engine, threads, guidance) for engine in ("eager", "fused"))
+        assert fused["peak"] < eager["peak"]
+        assert fused["peak"] - fused["before"] < eager["peak"] - eager["before"]
+
+
+@pytest.mark.long
+def test_the_whole_ladder_in_processes_of_its_own(run, tmp_path):
+    out = tmp_path / "l.json"
+    arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "1", "--rounds", "2"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    content = store.load(out)
+    assert [row.name for row in rows_of(content)] == [name for name in RUNGS if name not in content["left_out"]]
+    assert all(row.milliseconds is not None for row in rows_of(content))
+    assert content["memory"]["engines"]["eager"]["peak"] > 0
