@@ -148,7 +148,8 @@ def _context_gates(b: Builder, model: ContextUnet, context: str, guidance: str) 
     copies = b.op("Reshape", b.op("Add", guided, b.constant(1, np.int64)), b.integers(1))
     given = _embed(b, model, "context", context)
     nothing = _embed(b, model, "context", b.op("Mul", context, b.constant(0.0, np.float32)))
-    both = [b.op("Concat", *(b.op("Unsqueeze", gate, zero) for gate in pair), axis=0) for pair in zip(given, nothing)]
+    pairs = zip(given, nothing, strict=True)
+    both = [b.op("Concat", *(b.op("Unsqueeze", gate, zero) for gate in pair), axis=0) for pair in pairs]
     return [b.op("Slice", gate, zero, copies, zero) for gate in both]
 
 
@@ -166,7 +167,7 @@ def sampler(
     noise: `philox` draws in the graph; `input` takes x_T [batch, C, H, W] and noise [steps, batch, C, H, W] in place of
     seed and first_sample; `none` draws x_T alone, for tables without noise.
 
-    The weights lie in the Scan's body: onnxruntime plans no blocked (NCHWc) convolutions for weights of the outer graph.
+    The weights lie in the Scan's body: onnxruntime blocks no convolution (NCHWc) whose weights are in the outer graph.
     """
     shape, drawn = model.sample_shape, noise != "input"
     images = ("batch", *shape)
@@ -174,7 +175,7 @@ def sampler(
     if drawn:
         seed, first_sample = b.input("seed", INT64, []), b.input("first_sample", INT64, [], 0)
     else:
-        x_T, z_given = b.input("x_T", FLOAT, images), b.input("noise", FLOAT, ("steps", *images))
+        start, z_given = b.input("x_T", FLOAT, images), b.input("noise", FLOAT, ("steps", *images))
     if model.n_cfeat:
         context, guidance = b.input("context", FLOAT, ["batch", model.n_cfeat]), b.input("guidance", FLOAT, [], 1.0)
         batch = b.op("Shape", context, start=0, end=1)
@@ -183,7 +184,7 @@ def sampler(
     rows, clip = _table_inputs(b, table)
     if drawn:
         shared = counters(b, seed, first_sample, b.op("Squeeze", batch))
-        x_T = normals(b, shared, b.constant(0, np.uint64), Stream.INITIAL, shape)
+        start = normals(b, shared, b.constant(0, np.uint64), Stream.INITIAL, shape)
     times = [b.op("Unsqueeze", gate, b.integers(1)) for gate in _embed(b, model, "time", _times(b, rows, timesteps))]
     contexts = _context_gates(b, model, context, guidance) if model.n_cfeat else []
 
@@ -209,10 +210,8 @@ def sampler(
     body.output(x_new, "x_new", FLOAT, images)
     body.output(x0, "x0", FLOAT, images)
 
-    memory = b.op("Mul", x_T, b.constant(0.0, np.float32))
-    final, _ = b.many(
-        "Scan", x_T, memory, *scanned, outputs=2, body=body.graph("step"), num_scan_inputs=len(scanned)
-    )
+    memory = b.op("Mul", start, b.constant(0.0, np.float32))
+    final, _ = b.many("Scan", start, memory, *scanned, outputs=2, body=body.graph("step"), num_scan_inputs=len(scanned))
     b.output(final, "images", FLOAT, images)
     return model_of(b, "sampler", metadata)
 

@@ -3,8 +3,8 @@
 - BatchNorm is folded into its convolution, in the weights' own precision, before any cast.
 - The encoder, up0 and every skip see neither time nor context: they are computed once for all halves of guidance.
 - A convolution over cat(a, b) is a sum of two convolutions, so a skip's share is not repeated either.
-- ConvTranspose of kernel = stride is a 1x1 convolution and a pixel shuffle, which runtimes run and quantise as any other
-  convolution; up0, whose input is one pixel, is a matrix product.
+- ConvTranspose of kernel = stride is a 1x1 convolution and a pixel shuffle, which runtimes run and quantise as any
+  other convolution; up0, whose input is one pixel, is a matrix product.
 
 Time and context enter as gates, one per gated level: up <- context * up + time.
 """

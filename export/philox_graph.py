@@ -38,7 +38,8 @@ def counters(b: Builder, seed: str, first_sample: str, batch: str) -> Counters:
     zero, one = b.constant(0, np.int64), b.constant(1, np.int64)
     samples = b.op("Add", b.op("Range", zero, batch, one), first_sample)
     samples = b.op("Unsqueeze", b.op("Cast", samples, to=UINT64), b.integers(1))
-    high = b.op("BitShift", b.op("BitShift", samples, half, direction="RIGHT"), b.constant(8, np.uint64), direction="LEFT")
+    above = b.op("BitShift", samples, half, direction="RIGHT")
+    high = b.op("BitShift", above, b.constant(8, np.uint64), direction="LEFT")
     return Counters(tuple(keys), b.op("BitwiseAnd", samples, mask), high, samples)
 
 

@@ -146,9 +146,9 @@ _WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 def words(seed: int, samples: np.ndarray, step: int, stream: int, blocks: int) -> np.ndarray:
     """Philox4x32-10 words of samples int64 [n]: uint64 [n, blocks, 4], each below 2^32."""
     samples = np.asarray(samples, np.uint64)[:, None]
-    zero = np.zeros((len(samples), blocks), np.uint64)
     high = samples >> _HALF << np.uint64(8) | np.uint64(stream)
-    c0, c1, c2, c3 = zero + np.arange(blocks, dtype=np.uint64), zero + np.uint64(step), zero + (samples & _MASK), zero + high
+    counter = (np.arange(blocks, dtype=np.uint64)[None], np.uint64(step), samples & _MASK, high)
+    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
     k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
@@ -208,8 +208,9 @@ def draw(
 
     Raises UsageError for values that onnxruntime would take silently, RunError if the model fails.
     """
-    if context is not None and not (context.shape == (len(samples), metadata["n_cfeat"]) and np.isfinite(context).all()):
-        raise UsageError(f"context: needs finite values [{len(samples)}, {metadata['n_cfeat']}], got {list(context.shape)}")
+    needed = (len(samples), metadata["n_cfeat"])
+    if context is not None and not (context.shape == needed and np.isfinite(context).all()):
+        raise UsageError(f"context: got {list(context.shape)}, needs finite values {list(needed)}")
     shape = (metadata["channels"], metadata["height"], metadata["width"])
     feeds: dict[str, np.ndarray] = {}
     if table is not None:
@@ -233,7 +234,7 @@ def draw(
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
         raise RunError(f"the model failed ({_first_line(error)})") from error
     if not np.isfinite(images).all():
-        raise RunError("the samples have NaN or infinite values: try less guidance, or export again with another solver")
+        raise RunError("the samples have NaN or infinite values: try less guidance or another solver")
     return images
 
 
@@ -338,7 +339,8 @@ def read_table(path: Path | None, noise: str) -> np.ndarray | None:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not a readable .npy ({_first_line(error)})") from error
-    if table.ndim != 2 or table.shape[1] != 8 or not len(table) or table.dtype.kind != "f" or not np.isfinite(table).all():
+    floats = table.dtype.kind == "f" and np.isfinite(table).all()
+    if not floats or table.ndim != 2 or table.shape[1] != 8 or not len(table):
         raise UsageError(f"{path}: got {table.dtype} {list(table.shape)}, needs finite floats [steps, 8]")
     if noise == "none" and (table[:, 6] != 0).any():
         raise UsageError(f"{path}: has noise (column 6), but the model was exported with --noise none")
