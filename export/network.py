@@ -125,3 +125,17 @@ class GatedNetwork(nn.Module):
 def embeddings(model: ContextUnet, kind: str) -> list[EmbedFC]:
     """The embedding of each gated level; kind is `time` or `context`."""
     return [getattr(model, f"{kind}embed{level}") for level in range(1, GATED_LEVELS + 1)]
+
+
+class Denoiser(nn.Module):
+    """The folded network with its embeddings: forward(x, t[, context]) -> m, as the ContextUnet's own forward."""
+
+    def __init__(self, model: ContextUnet) -> None:
+        super().__init__()
+        self.network = GatedNetwork(model)
+        self.time = nn.ModuleList(copy.deepcopy(embeddings(model, "time")))
+        self.context = nn.ModuleList(copy.deepcopy(embeddings(model, "context")) if model.n_cfeat else [])
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        contexts = [embed(context)[None] for embed in self.context]
+        return self.network(x, *(embed(t) for embed in self.time), *contexts)
