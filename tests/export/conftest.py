@@ -61,9 +61,15 @@ def export(capfd) -> Callable[..., Answer]:
     return call
 
 
+@pytest.fixture
+def make_run() -> Callable[..., Path]:
+    """make_run(folder, network, classes, **sampling): see `random_run`."""
+    return random_run
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory) -> Path:
-    """Three classes, two channels' worth of nothing special: 3x16x16, n_feat 8, ddpm, T = 12, clip 1."""
+    """Three classes: 3x16x16, n_feat 8, ddpm, T = 12, clip 1."""
     torch.manual_seed(0)
     network = ContextUnet(3, 8, 3, 16)
     return random_run(tmp_path_factory.mktemp("runs") / "tiny", network, ("a", "b", "c"), clip=1.0)
