@@ -9,11 +9,13 @@ import torch
 import typer
 
 from bench import report
+from bench.profile import profile
 from bench.static import static
 from ddpm.command_line import FAILED, run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(static)
+app.command()(profile)
 
 
 @app.command()

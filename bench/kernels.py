@@ -4,7 +4,9 @@ The eager sequence is what people write, `torch.randn_like` and elementwise oper
 parity is checked against the operator's own reference, on the same device, and a row without parity has no ratio.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,9 @@ from kernels.solver_step import reference as solver_reference
 TIMESTEPS = 500
 SEED = 7
 ROW = (3, 16, 16)
-# Relative to max(1, |reference|): rounding of the type plus the noise contract's 1e-5.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of every parity check and kernel test, relative to max(1, |reference|): rounding of the type plus the noise contract's
+# 1e-5. float64 is of references only.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CHUNK_ROWS = 4096
 SETS_MOST = 64
 
@@ -70,6 +73,29 @@ def _rows(n: int) -> Iterator[slice]:
 
 def _noise(samples: Tensor, step: int, stream: int) -> Tensor:
     return philox.normal(SEED, samples, step, stream, ROW, device=samples.device, dtype=torch.float64)
+
+
+def data_set_rows(device: torch.device) -> int:
+    """Images of a data set of twice the L2 cache, so that gathered rows come from memory; 1 on the CPU.
+
+    Fewer where they would take more than a quarter of the free memory.
+    """
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return int(min(wanted, free // 4) // math.prod(ROW)) + 1
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32 on CUDA: with TF32 the eager sequence would compute something else, faster."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
@@ -148,14 +174,18 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
 
     def q_error(a: tuple) -> float:
         x_t, noise = q_sample(*a)
-        pairs = []
-        for r in _rows(n):
-            z = _noise(samples[r], 0, Stream.TRAINING_NOISE)
-            pairs += [(noise[r], z), (x_t[r], q_sample_reference(a[0][r].double(), a[1][r], alpha_bars.double(), z))]
-        return _worst(iter(pairs))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for r in _rows(n):
+                z = _noise(samples[r], 0, Stream.TRAINING_NOISE)
+                yield noise[r], z
+                yield x_t[r], q_sample_reference(a[0][r].double(), a[1][r], alpha_bars.double(), z)
+
+        return _worst(pairs())
 
     generator = torch.Generator(device).manual_seed(SEED)
-    data = torch.randint(0, 256, (n, *ROW), generator=generator, dtype=torch.uint8, device=device)
+    images = max(n, data_set_rows(device))
+    data = torch.randint(0, 256, (images, *ROW), generator=generator, dtype=torch.uint8, device=device)
 
     def rows_eager(rows: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.randint(1, TIMESTEPS + 1, (n,), device=device)
@@ -163,15 +193,15 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
 
     def rows_error(a: tuple) -> float:
         x_t, t, _ = q_sample_rows(data, a[0], alpha_bars, seed, samples, dtype=dtype)
-        parts = (
-            rows_reference(data, a[0][r], alpha_bars.double(), seed, samples[r], False, torch.float64) for r in _rows(n)
-        )
-        pairs = [
-            pair
-            for r, (x, expected_t, _) in zip(_rows(n), parts, strict=True)
-            for pair in ((x_t[r], x), (t[r], expected_t))
-        ]
-        return _worst(iter(pairs))
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            for r in _rows(n):
+                double = alpha_bars.double()
+                x, expected_t, _ = rows_reference(data, a[0][r], double, seed, samples[r], False, torch.float64)
+                yield x_t[r], x
+                yield t[r], expected_t
+
+        return _worst(pairs())
 
     def loss_error(a: tuple) -> float:
         parts = [
@@ -225,7 +255,7 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
         workload(
             "q_sample_rows",
             rows_cost(torch.uint8, dtype).bytes,
-            lambda k: (torch.randperm(n, generator=torch.Generator(device).manual_seed(k), device=device),),
+            lambda k: (torch.randperm(images, generator=torch.Generator(device).manual_seed(k), device=device)[:n],),
             lambda rows: q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype),
             rows_eager,
             rows_error,
@@ -265,14 +295,16 @@ def sets_for(workload: Workload, device: torch.device) -> int:
     return int(min(SETS_MOST, max(4, 2 * cache // workload.bytes + 1)))
 
 
+@full_precision()
 def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One record: parity first; without it there is no ratio."""
+    """One record: parity first; without it there is no ratio. TF32 is off meanwhile."""
     sets = [workload.make(k) for k in range(sets_for(workload, device))]
     error = workload.error(sets[0])
     parity = error <= TOLERANCE[workload.dtype]
     record = {
         "kernel": workload.name,
         "dtype": str(workload.dtype).removeprefix("torch."),
+        "tf32": False,
         "elements": workload.elements,
         "bytes": workload.bytes,
         "error": error,

@@ -7,32 +7,63 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.machine import ROOT
+from bench.profile import by_operator
 
 README = ROOT / "README.md"
 STATIC = ROOT / "bench" / "results" / "static.json"
 SPRITES = ROOT / "docs" / "sprites.json"
+# Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
+BEFORE_TUNING = ROOT / "bench" / "results" / "before_tuning.json"
+PROFILE = ROOT / "docs" / "profile" / "profile.json"
+PROFILE_ROWS = 6
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
-# Instructions per element on sm_90 before tuning, by the same count; what changed is told at backend.ITEM_ELEMENTS.
-BEFORE_TUNING = {"q_sample bf16": 45.7, "solver_step fp32": 45.7}
+# One row per operator and variant that matters; `make static` prints all.
+KERNELS = (
+    "bare fp32",
+    "bare bf16",
+    "q_sample fp32",
+    "q_sample bf16",
+    "q_sample uint8 to bf16",
+    "q_sample fp32 ragged",
+    "q_sample fp32 channels_last",
+    "q_sample_rows uint8 to bf16",
+    "q_sample_rows uint8, flip, noise",
+    "noise_mse bf16",
+    "noise_mse bf16 backward",
+    "noise_mse fp32 channels_last",
+    "solver_step fp32",
+    "solver_step fp32 full",
+    "solver_step bf16",
+    "solver_step fp32 channels_last",
+    "group_norm_relu bf16",
+    "bottleneck bf16",
+)
+
+
+def _on_arch(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a file on one architecture, by kernel."""
+    records = json.loads(path.read_text(encoding="utf-8"))["records"]
+    return {record["kernel"]: record for record in records if record["arch"] == KERNEL_ARCH}
 
 
 def kernel_table() -> str:
-    """Instructions per element, spills and what binds, of every kernel on one architecture."""
-    records = [r for r in json.loads(STATIC.read_text())["records"] if r["arch"] == KERNEL_ARCH]
+    """Instructions per element, spills and what binds, of the main kernels on one architecture."""
+    records, tuning = _on_arch(STATIC), _on_arch(BEFORE_TUNING)
     lines = [
         f"| kernel ({KERNEL_ARCH}) | SASS instructions per element | before tuning | x bare | registers | spills "
         f"| bytes per element | binds on an {KERNEL_CARD} |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for record in records:
-        before = BEFORE_TUNING.get(record["kernel"])
+    for record in map(records.__getitem__, KERNELS):
+        before = tuning.get(record["kernel"])
         ratio = "" if record.get("ratio") is None else f"{record['ratio']:.2f}"
         cells = (
             record["kernel"],
             f"{record['instructions_per_element']:.1f}",
-            "" if before is None else f"{before}",
+            "" if before is None else f"{before['instructions_per_element']:.1f}",
             ratio,
             str(record["registers"]),
             str(record["spill_store_bytes"] + record["spill_load_bytes"]),
@@ -57,7 +88,43 @@ def sprites_table() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"kernels": kernel_table, "sprites": sprites_table}
+def profile_table() -> str:
+    """`ddpm-bench profile`: the parts of a step, then its operators, in milliseconds and shares."""
+    record = json.loads(PROFILE.read_text())
+    recipe, step, bound, best = record["recipe"], record["latency"]["step_ms"], record["floor"], record["ceilings"]
+    rate = max(best["matmul_gflop_per_s"], best["conv_gflop_per_s"])
+    parts = {part["name"]: part for part in record["parts"]}
+    gaps = parts.pop("gaps")
+    named = ", ".join(f"{name} {part['share']:.1%}" for name, part in parts.items())
+    rows = []
+    for row in by_operator(record["operators"])[:PROFILE_ROWS]:
+        rates = ("" if not row[key] else f"{row[key] / row['ms'] / 1e6:.1f}" for key in ("flops", "bytes"))
+        cells = (row["name"], f"{row['calls']:.0f}", f"{row['ms']:.1f}", f"{row['share']:.1%}", *rates)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        (
+            f"`{record['command']}`, engine {recipe['engine']}, {record['machine']['threads']} threads of "
+            f"{record['machine']['processor']}: a step takes {step['p50']:.0f} ms (p50; p90 {step['p90']:.0f}, "
+            f"p99 {step['p99']:.0f}). Its {bound['flops'] / 1e9:.2f} GFLOP would take {bound['arithmetic_ms']:.0f} ms "
+            f"at the best rate measured ({rate:.0f} GFLOP/s), its {bound['bytes'] / 1e6:.0f} MB of traffic "
+            f"{bound['traffic_ms']:.0f} ms ({best['copy_gb_per_s']:.1f} GB/s).",
+            "",
+            f"By part: {named}; no operator running: {gaps['share']:.1%}. The profiler made a step "
+            f"{record['profiler']['overhead']:.2f} times as long.",
+            "",
+            "| operator | calls a step | ms | share | GFLOP/s | GB/s |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            f"| (no operator) | | {gaps['ms']:.1f} | {gaps['share']:.1%} | | |",
+        )
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "kernels": kernel_table,
+    "sprites": sprites_table,
+    "profile": profile_table,
+}
 
 
 def filled(text: str) -> str:

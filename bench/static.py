@@ -20,13 +20,17 @@ BASELINE = Path(__file__).parent / "results" / "static.json"
 WIDTH = 120
 
 
+UNITS = {"issue": "i", "alu": "a", "fma": "f", "special": "s"}
+
+
 def _card(prediction: dict[str, Any]) -> Text:
-    """ "1.23  2.50" with the larger, binding one in bold; plain text marks it with a star as well."""
+    """ "1.23a  2.50*": the slowest unit of the SM and its letter, the bytes; what binds in bold and with a star."""
+    unit = max(UNITS, key=lambda name: prediction[f"{name}_us"])
     text = Text()
-    for kind in ("issue", "bytes"):
+    for kind, letter in ((unit, UNITS[unit]), ("bytes", "")):
         binds = prediction["binds"] == kind
-        text.append(f"{prediction[f'{kind}_us']:>5.2f}{'*' if binds else ' '}", style="bold" if binds else "dim")
-        text.append(" " if kind == "issue" else "")
+        mark = f"{letter}{'*' if binds else ' '}"
+        text.append(f"{prediction[f'{kind}_us']:>5.2f}{mark}", style="bold" if binds else "dim")
     return text
 
 
@@ -37,7 +41,7 @@ def table(arch: str, records: list[dict[str, Any]]) -> Table:
     for heading in ("regs", "spill", "stack", "smem", "SASS", "/elem", "×bare", "ld/st", "B/el"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for card in records[0]["cards"]:
-        grid.add_column(f"   {card}\nissue  bytes", no_wrap=True)
+        grid.add_column(f"   {card}\n   SM  bytes", no_wrap=True)
     operator = None
     for record in records:
         name, _, variant = record["kernel"].partition(" ")
@@ -70,7 +74,8 @@ def show(records: Iterable[dict[str, Any]], console: Console) -> None:
     console.print(
         "SASS: instructions per thread; /elem: of them per element; ×bare: against Philox + Box-Muller + a store, "
         "- without noise. ld/st: bits of the widest load and store. B/el: bytes of memory traffic per element. Cards: "
-        "predicted µs per million elements by instruction issue and by memory bandwidth, the larger (*) binds. "
+        "predicted µs per million elements by the SM (its slowest unit: i issue, a integer ALU, f fp32 and IMAD, "
+        "s special functions) and by memory bandwidth, the larger (*) binds. "
         "Nothing here was timed.",
         style="dim",
     )

@@ -1,6 +1,5 @@
 """Sampling: one function for every engine."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines import choose
+from ddpm.noise import Noise, PhiloxNoise
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from kernels import philox
 
-Noise = Callable[[Tensor, int, int, tuple[int, ...]], Tensor]
 Callback = Callable[[int, Tensor], None]
 
 # Rows per chunk when `batch_size` is None: untuned, 256 keeps a 64-wide 16x16 network's activations below 1 GiB.
@@ -118,13 +117,11 @@ def sample(
     contexts = _contexts(context, n, device)
     if batch_size is None:
         batch_size = chunk_size(shape)
-    if anchor.numel() and anchor.dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)
     state_dtype = torch.promote_types(dtype, torch.float32)
-    draw = noise or philox_noise(seed, device, state_dtype)
+    draw = noise or PhiloxNoise(seed, state_dtype)
 
     with evaluating(model):
-        run = choose(engine, device)(model, schedule.timesteps, table, dtype)
+        run = choose(engine, device, dtype)(model, schedule.timesteps, table, dtype)
         chunks = []
         for start in range(0, n, batch_size):
             rows = slice(start, min(start + batch_size, n))
@@ -135,12 +132,3 @@ def sample(
             c = None if contexts is None else contexts[rows]
             chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
     return torch.cat(chunks)
-
-
-def philox_noise(seed: int | Tensor, device: torch.device, dtype: torch.dtype) -> Noise:
-    """The default noise: noise(samples, step, stream, shape) by the noise contract."""
-
-    def draw(samples: Tensor, step: int, stream: int, shape: tuple[int, ...]) -> Tensor:
-        return philox.normal(seed, samples, step, stream, shape, device=device, dtype=dtype)
-
-    return draw

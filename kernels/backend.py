@@ -24,8 +24,8 @@ except ImportError:
     triton = libdevice = None
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-    def jit(function):
-        return function
+    def jit(function=None, do_not_specialize=()):
+        return function or (lambda decorated: decorated)
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -36,6 +36,12 @@ ITEMS_LIMIT = (1 << 31) - (1 << 16)  # the last program's item numbers still fit
 VECTOR_BYTES = 16
 WORDS = 4
 WARP = 32
+SECTOR_LANES = 8  # neighbours that a chunk should have at least; untuned
+INTERLEAVED_CHANNELS = 4  # whose normals a thread holds at once: 32 of them in bf16
+PADDED_RUNS = 1 << 28
+# Which integers of a launch change with the batch, or say nothing that the constants do not: a batch never met compiles
+# no new kernel for them. Pointers stay specialised, and numel, on which the vectors of gathered rows depend.
+COUNTS = ("total", "per_row", "magic", "shift")
 
 
 def runs_triton(tensor: Tensor) -> bool:
@@ -82,13 +88,18 @@ def vector(tensor: Tensor | None) -> Tensor | None:
 class Items:
     """How [n, numel] elements are dealt out to threads.
 
-    A run is `run` neighbours, one vector access. An item, the work of one thread, is `repeat` runs that are `lanes`
-    runs apart, so that the threads of a warp touch neighbours; `lanes` items make a chunk, `per_row` chunks a sample.
-    What a thread needs of its row (t, sample index) it finds once per item.
+    A run is `run` neighbours, the normals of whole Philox calls. An item, the work of one thread, is `repeat` runs, so
+    that what a thread needs of its row (t, sample index) is found once per item:
 
-    The kernel finds the row of chunk q as q * magic >> shift, an exact division for q < 2^31 (Granlund & Montgomery
-    1994, theorem 4.2 with N = 31). even: whether chunks fill rows without a rest, so that they follow each other in
-    memory too.
+    - layout "even", contiguous rows of whole runs: runs that are `lanes` runs apart, so that the threads of a warp
+      touch neighbours, each run one vector access. `lanes` items make a chunk, `per_row` chunks a sample; chunks fill
+      rows without a rest, so they follow each other in memory too.
+    - "ragged", a last run that is cut short: the same, with masks and without vectors.
+    - "interleaved", channels_last with few channels: the same `run` pixels of every channel. They are one piece of
+      memory, `repeat` = C vectors, into which the thread weaves the channels' normals (see philox.tl_item_normals).
+    - "strided", channels_last otherwise: like ragged, each element found by a division.
+
+    The kernel finds the row of chunk q as q * magic >> shift, see `division`.
     """
 
     run: int
@@ -96,29 +107,56 @@ class Items:
     repeat: int
     per_row: int
     total: int
-    even: bool
+    layout: str
     magic: int
     shift: int
 
     @classmethod
-    def of(cls, n: int, numel: int, run: int, contiguous: bool = True) -> "Items":
-        """run: neighbours that are wanted together, see `vector_run`; fewer are taken if they do not divide numel."""
-        run = run if numel % run == 0 else WORDS
-        whole = numel % run == 0
-        runs = -(-numel // run)
-        repeat = math.gcd(runs, ITEM_ELEMENTS // run) if whole else 1
-        lanes = math.gcd(runs // repeat, WARP) if whole else 1
-        per_row = runs // (lanes * repeat)
-        total = n * per_row * lanes
+    def of(cls, n: int, shape: tuple[int, int, int], run: int) -> "Items":
+        """shape: (numel, H*W, C) of `geometry`; run: neighbours that are wanted together, see `vector_run`."""
+        numel, area, channels = shape
         if numel >= 1 << 31:
             raise ValueError(f"got samples of {numel} elements, needs fewer than 2^31 each")
+        run = run if numel % run == 0 else WORDS  # fewer are taken if they do not divide numel
+        if channels == 1:
+            layout = "even" if numel % run == 0 else "ragged"
+        else:
+            layout = "interleaved" if channels <= INTERLEAVED_CHANNELS and area % run == 0 else "strided"
+        interleaved = layout == "interleaved"
+        runs = -(-(area if interleaved else numel) // run)
+        step, lanes = _chunks(runs, 1 if interleaved else ITEM_ELEMENTS // run, whole=numel % run == 0)
+        per_row = -(-runs // (lanes * step))
+        total = n * per_row * lanes
+        repeat = channels if interleaved else step
         if total >= ITEMS_LIMIT:
             raise ValueError(
                 f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {run * repeat} elements"
             )
-        bits = math.ceil(math.log2(per_row)) if per_row > 1 else 0
-        magic = -(-(1 << (31 + bits)) // max(per_row, 1))
-        return cls(run, lanes, repeat, per_row, total, contiguous and whole, magic, 31 + bits)
+        return cls(run, lanes, repeat, per_row, total, layout, *division(per_row))
+
+
+def division(by: int) -> tuple[int, int]:
+    """(magic, shift) such that q // by == q * magic >> shift for 0 <= q < 2^31, with magic < 2^32.
+
+    (Granlund & Montgomery 1994, theorem 4.2 with N = 31.)
+    """
+    bits = math.ceil(math.log2(by)) if by > 1 else 0
+    return -(-(1 << (31 + bits)) // max(by, 1)), 31 + bits
+
+
+def _chunks(runs: int, most: int, whole: bool) -> tuple[int, int]:
+    """(runs per thread, threads per chunk). Where the last run is masked anyway, up to an eighth may be left over."""
+    if whole:
+        step = math.gcd(runs, most)
+        rest = runs // step
+        lanes = math.gcd(rest, WARP)
+        # Threads that are not neighbours share no sector: 28x28 has 49 = 7 * 7 chunks of four runs.
+        few = lanes < SECTOR_LANES
+        return step, max(lane for lane in range(1, WARP + 1) if rest % lane == 0) if few and rest else lanes
+    if runs > PADDED_RUNS:  # so that element numbers of the padding fit int32 too
+        return 1, 1
+    chunks = [(step, lanes) for step in range(1, most + 1) for lanes in range(1, WARP + 1)]
+    return max((s, n) for s, n in chunks if -(-runs // (s * n)) * s * n * 8 <= runs * 9)
 
 
 def vector_run(*stored: Tensor | None) -> int:
@@ -133,48 +171,56 @@ def vector_run(*stored: Tensor | None) -> int:
 
 
 @jit
-def place(total, per_row, magic, shift, BLOCK: tl.constexpr, LANES: tl.constexpr, REPEAT: tl.constexpr):
+def place(
+    total,
+    per_row,
+    magic,
+    shift,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
     """Of this program's items [BLOCK]: (which exist, row, first run within the row, first run of all, int64)."""
     q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, lane = q // LANES, q % LANES
     row = ((chunk.to(tl.uint32).to(tl.uint64) * magic.to(tl.uint32)) >> shift).to(tl.uint32)
-    first = (chunk - row.to(tl.int32) * per_row) * (LANES * REPEAT) + lane
-    return q < total, row, first, chunk.to(tl.int64) * (LANES * REPEAT) + lane
+    RUNS: tl.constexpr = LANES if LAYOUT == "interleaved" else LANES * REPEAT
+    first = (chunk - row.to(tl.int32) * per_row) * RUNS + lane
+    return q < total, row, first, chunk.to(tl.int64) * RUNS + lane
 
 
 @jit
-def access(
-    spot,
-    j,
-    shape,
-    LANES: tl.constexpr,
-    RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """Of the j-th runs of the items at `spot` = place(...): (run [B] in the row, offsets int64 [B, RUN], mask).
+def within(spot, j, shape, LANES: tl.constexpr, REPEAT: tl.constexpr, RUN: tl.constexpr, LAYOUT: tl.constexpr):
+    """Of the j-th vectors of the items at `spot` = place(...): (places in their row's memory, mask), both [B, RUN].
 
-    shape: (numel, H*W, C). PLANES: whether a run never crosses channels, which saves a division per element.
+    shape: (numel, H*W, C).
     """
-    live, row, first, start = spot
+    live, _, first, _ = spot
     numel, HW, C = shape
-    run = first + j * LANES
     lane = tl.arange(0, RUN)[None, :]
-    element = run[:, None] * RUN + lane
-    mask = live[:, None] & (element < numel)
-    if EVEN:
-        offsets = (start + j * LANES)[:, None] * RUN + lane
-        mask = live[:, None]
-    elif CHANNELS_LAST and PLANES:
-        channel = run * RUN // HW
-        offsets = (row.to(tl.int64) * numel + (run * RUN - channel * HW) * C + channel)[:, None] + lane * C
-        mask = live[:, None]
-    elif CHANNELS_LAST:
-        offsets = row.to(tl.int64)[:, None] * numel + (element % HW) * C + element // HW
+    mask = live[:, None]
+    if LAYOUT == "interleaved":
+        offsets = first[:, None] * (RUN * REPEAT) + (j * RUN + lane)
     else:
-        offsets = row.to(tl.int64)[:, None] * numel + element
-    return run, offsets, mask
+        element = (first + j * LANES)[:, None] * RUN + lane
+        offsets = element
+        if LAYOUT != "even":
+            mask = mask & (element < numel)
+        if LAYOUT == "strided":
+            offsets = (element % HW) * C + element // HW
+    return offsets, mask
+
+
+@jit
+def access(spot, j, shape, LANES: tl.constexpr, REPEAT: tl.constexpr, RUN: tl.constexpr, LAYOUT: tl.constexpr):
+    """(offsets int64 [B, RUN] from the tensor's start, mask) of the same vectors."""
+    offsets, mask = within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+    if LAYOUT == "even":
+        offsets = (spot[3] + j * LANES)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    else:
+        offsets = spot[1].to(tl.int64)[:, None] * shape[0] + offsets
+    return offsets, mask
 
 
 def layout_of(tensor: Tensor) -> tuple[Tensor, bool]:
@@ -248,6 +294,8 @@ NUM_WARPS = 4  # untuned
 #                   solver_step not multiplied out, Philox unrolled by Triton
 #   39.2 and 39.8   16 elements (32 and 40 registers)
 #   37.2 and 37.8   24 elements (48 registers: fewer warps per SM, and longer to compile)
+# q_sample fp32 on 3x16x16 channels_last: 76.4 with elements C apart, 41.8 interleaved; on 1x5x7: 85.8 with one run per
+# thread, 63.5 with three.
 ITEM_ELEMENTS = 16
 
 
@@ -269,8 +317,7 @@ def launch_items(
         LANES=items.lanes,
         REPEAT=items.repeat,
         RUN=items.run,
-        EVEN=items.even,
-        PLANES=shape[1] % items.run == 0,
+        LAYOUT=items.layout,
         num_warps=NUM_WARPS,
         **constants,
     )

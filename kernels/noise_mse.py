@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_normals
+from kernels.philox import Stream, tl_item_normals
 from kernels.q_sample import FLOATS
 
 
@@ -21,7 +21,7 @@ def reference(pred: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tens
     return (per_sample if weight is None else per_sample * weight).mean()
 
 
-@jit
+@jit(do_not_specialize=backend.COUNTS)
 def noise_mse_kernel(
     pred,
     seed,
@@ -42,17 +42,15 @@ def noise_mse_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PLANES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     """Forward: out [programs] float32 gets each program's sum. Backward: out like pred gets the gradient."""
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
-    live, row = spot[0], spot[1]
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    live, row, shape = spot[0], spot[1], (numel, HW, C)
     sample = tl.load(samples + row, mask=live, other=0)
-    key = tl.load(seed)
+    key, zero = tl.load(seed), tl.full((), 0, tl.int32)
     factor = tl.full((BLOCK,), 1.0, tl.float32)
     if WEIGHTED:
         factor = tl.load(weight + row, mask=live, other=0).to(tl.float32)
@@ -61,12 +59,12 @@ def noise_mse_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     predicted = ()
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         predicted = predicted + (tl.load(pred + offsets, mask=mask),)
     squares = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
-        z = tl_normals(key, tl.full((), 0, tl.int32), sample, STREAM, run, RUN)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        z = tl_item_normals(key, zero, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         error = predicted[j].to(tl.float32) - z
         if BACKWARD:
             tl.store(out + offsets, (error * factor[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -81,9 +79,9 @@ def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, g
     original = pred
     pred, channels_last = backend.layout_of(pred)
     samples, weight = map(backend.vector, (samples, weight))
-    numel, area, channels = backend.geometry(pred, channels_last)
+    shape = backend.geometry(pred, channels_last)
     n = pred.shape[0]
-    items = Items.of(n, numel, backend.vector_run(pred), not channels_last)
+    items = Items.of(n, shape, backend.vector_run(pred))
     if grad is None:
         out = torch.empty(backend.programs(items), dtype=torch.float32, device=pred.device)
     else:
@@ -92,10 +90,9 @@ def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, g
         noise_mse_kernel,
         items,
         (pred, seed, samples, weight, grad, out),
-        (numel, area, channels),
-        (1.0 if grad is None else 2.0) / max(n * numel, 1),
+        shape,
+        (1.0 if grad is None else 2.0) / max(pred.numel(), 1),
         STREAM=int(Stream.TRAINING_NOISE),
-        CHANNELS_LAST=channels_last,
         WEIGHTED=weight is not None,
         BACKWARD=grad is not None,
     )

@@ -66,11 +66,11 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_counter(step: int | Tensor, stream: int) -> None:
-    """Raise unless step is an integer in [0, 2^32), or a one-element int64 tensor, and stream is one in [0, 256)."""
+def check_counter(step: int | Tensor, stream: int, n: int = 1) -> None:
+    """Raise unless step is an integer in [0, 2^32) or int64 of 1 or n elements, and stream an integer in [0, 256)."""
     if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.numel() != 1:
-            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64")
+        if step.dtype != torch.int64 or step.numel() not in (1, n):
+            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64 or {n}")
     elif not is_integer(step):
         raise TypeError(f"step: got {step!r}, needs an integer")
     elif not 0 <= step < STEP_LIMIT:
@@ -124,16 +124,17 @@ def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndar
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
     """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
 
-    samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors.
+    samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
+    of n, for each sample its own.
     """
     check_seed(seed)
-    check_counter(step, stream)
     check_samples(samples)
+    check_counter(step, stream, samples.shape[0])
     samples = samples.to(torch.int64)
     device, n, blocks = samples.device, samples.shape[0], (numel + 3) // 4
 
     def scalar(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(1, 1)
+        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1)
 
     seed, low = scalar(seed), samples[:, None] & MASK
     counter = [
@@ -182,7 +183,7 @@ def normal(
     Args:
         seed: 0 <= seed < 2^63, or a one-element int64 tensor.
         samples: int64 [n], global sample indices, 0 <= index < 2^56.
-        step: 0 <= step < 2^32 (the timestep t in stream 1, else 0), or a one-element int64 tensor.
+        step: 0 <= step < 2^32 (the timestep t in stream 1, else 0), or an int64 tensor of one element or of n.
         stream: what the noise is for, see `Stream`.
         shape: shape of one sample, logical C, H, W order.
 
@@ -271,13 +272,11 @@ def tl_box_muller(r0, r1):
 
 
 @jit
-def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
-    """float32 normals [B, RUN] of elements RUN * run .. RUN * run + RUN - 1 of their samples.
+def tl_draw(seed, step, sample, stream, run, RUN: tl.constexpr):
+    """float32 normals of elements RUN * run .. RUN * run + RUN - 1 of their samples: RUN (4 or 8) tensors [B].
 
-    run: int32 [B]; seed, step: scalars; sample: int64 [B]. RUN is 4 or 8.
+    run: int32 [B]; seed, step: scalars; sample: int64 [B].
     """
-    # Joined values stay in the thread that made them; two calls as an axis of one tensor would be exchanged through
-    # shared memory (11 barriers in q_sample, bf16).
     r0, r1, r2, r3 = tl_words(seed, step, sample, stream, run * (RUN // 4))
     z0, z1 = tl_box_muller(r0, r1)
     z2, z3 = tl_box_muller(r2, r3)
@@ -285,5 +284,55 @@ def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
         r4, r5, r6, r7 = tl_words(seed, step, sample, stream, run * 2 + 1)
         z4, z5 = tl_box_muller(r4, r5)
         z6, z7 = tl_box_muller(r6, r7)
-        z0, z1, z2, z3 = tl.join(z0, z4), tl.join(z1, z5), tl.join(z2, z6), tl.join(z3, z7)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [run.shape[0], RUN])
+        z = (z0, z1, z2, z3, z4, z5, z6, z7)
+    else:
+        z = (z0, z1, z2, z3)
+    return z
+
+
+@jit
+def tl_vector(z, RUN: tl.constexpr):
+    """RUN (4 or 8) tensors [B] as the columns of one [B, RUN].
+
+    Joined values stay in the thread that made them; two calls as an axis of one tensor would be exchanged through
+    shared memory (11 barriers in q_sample, bf16).
+    """
+    z0, z1, z2, z3 = z[0], z[1], z[2], z[3]
+    if RUN == 8:
+        z0, z1, z2, z3 = tl.join(z0, z[4]), tl.join(z1, z[5]), tl.join(z2, z[6]), tl.join(z3, z[7])
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [z[0].shape[0], RUN])
+
+
+@jit
+def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
+    """The normals of `tl_draw` as one tensor [B, RUN]."""
+    return tl_vector(tl_draw(seed, step, sample, stream, run, RUN), RUN)
+
+
+@jit
+def tl_item_normals(
+    seed,
+    step,
+    sample,
+    stream,
+    spot,
+    j,
+    HW,
+    LANES: tl.constexpr,
+    REPEAT: tl.constexpr,
+    RUN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Normals [B, RUN] of the j-th vectors of the items at `spot` (see backend.Items), in the order of their memory."""
+    if LAYOUT == "interleaved":
+        # Each vector takes of all channels: every j draws them again, and the compiler keeps one of the equal draws.
+        drawn = ()
+        for channel in tl.static_range(REPEAT):
+            drawn = drawn + tl_draw(seed, step, sample, stream, spot[2] + channel * (HW // RUN), RUN)
+        woven = ()
+        for k in tl.static_range(RUN):
+            woven = woven + (drawn[(j * RUN + k) % REPEAT * RUN + (j * RUN + k) // REPEAT],)
+        z = tl_vector(woven, RUN)
+    else:
+        z = tl_normals(seed, step, sample, stream, spot[2] + j * LANES, RUN)
+    return z

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_normals
+from kernels.philox import Stream, tl_item_normals
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -26,7 +26,7 @@ def reference(x0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor) -> Tenso
     return alpha_bar.sqrt() * pixels_to_unit(x0) + (1 - alpha_bar).sqrt() * noise
 
 
-@jit
+@jit(do_not_specialize=backend.COUNTS)
 def q_sample_kernel(
     x0,
     t,
@@ -47,25 +47,23 @@ def q_sample_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PLANES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
-    live, row = spot[0], spot[1]
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    live, row, shape = spot[0], spot[1], (numel, HW, C)
     alpha_bar = tl.load(alpha_bars + tl.load(t + row, mask=live, other=0), mask=live, other=1.0)
     sample = tl.load(samples + row, mask=live, other=0)
-    key = tl.load(seed)
+    key, zero = tl.load(seed), tl.full((), 0, tl.int32)
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     clean = ()
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         clean = clean + (tl.load(x0 + offsets, mask=mask),)
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
-        z = tl_normals(key, tl.full((), 0, tl.int32), sample, STREAM, run, RUN)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        z = tl_item_normals(key, zero, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         x = clean[j].to(tl.float32)
         if PIXELS:
             x = x * (1 / 127.5) - 1.0
@@ -82,15 +80,14 @@ def launch(
     x0, channels_last = backend.layout_of(x0)
     t, alpha_bars, samples = map(backend.vector, (t, alpha_bars, samples))
     x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
-    numel, area, channels = backend.geometry(x0, channels_last)
-    items = Items.of(x0.shape[0], numel, backend.vector_run(x_t), not channels_last)
+    shape = backend.geometry(x0, channels_last)
+    items = Items.of(x0.shape[0], shape, backend.vector_run(x_t))
     backend.launch_items(
         q_sample_kernel,
         items,
         (x0, t, alpha_bars, seed, samples, x_t, noise),
-        (numel, area, channels),
+        shape,
         STREAM=int(Stream.TRAINING_NOISE),
-        CHANNELS_LAST=channels_last,
         PIXELS=x0.dtype == torch.uint8,
     )
     return backend.like(x_t, original), backend.like(noise, original)

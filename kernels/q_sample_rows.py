@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_normals, tl_words
+from kernels.philox import Stream, tl_item_normals, tl_words
 from kernels.q_sample import FLOATS, pixels_to_unit
 from kernels.q_sample import reference as diffuse
 
@@ -33,7 +33,7 @@ def reference(
     return x_t.to(dtype), t, noise.to(dtype)
 
 
-@jit
+@jit(do_not_specialize=backend.COUNTS)
 def q_sample_rows_kernel(
     data,
     rows,
@@ -59,19 +59,17 @@ def q_sample_rows_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PLANES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     PIXELS: tl.constexpr,
     FLIP: tl.constexpr,
     KEEP_NOISE: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
     live, row, first = spot[0], spot[1], spot[2]
     shape = (numel, HW, C)
     key, zero = tl.load(seed), tl.full((), 0, tl.int32)
     sample = tl.load(samples + row, mask=live, other=0)
-    start = tl.load(rows + row, mask=live, other=0) * numel
+    start = (tl.load(rows + row, mask=live, other=0) * numel)[:, None]
     # Every item draws its row's t again: one Philox call for 16 elements, no second launch.
     word, _, _, _ = tl_words(key, zero, sample, TIMESTEP_STREAM, first * 0)
     step = 1 + ((word.to(tl.uint64) * timesteps) >> 32).to(tl.int64)
@@ -83,18 +81,16 @@ def q_sample_rows_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     clean = ()
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, shape, LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
-        element = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
+        inside, mask = backend.within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         if FLIP:
-            column = element % side
-            element = tl.where(mirrored[:, None], element + (side - 1 - 2 * column), element)
-        inner = (element % HW) * C + element // HW if CHANNELS_LAST else element
-        clean = clean + (tl.load(data + (start[:, None] + inner), mask=mask, other=0),)
+            column = inside // C % side
+            inside = tl.where(mirrored[:, None], inside + (side - 1 - 2 * column) * C, inside)
+        clean = clean + (tl.load(data + (start + inside), mask=mask, other=0),)
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
     tl.store(t + row, step, mask=live & (first == 0))
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, shape, LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
-        z = tl_normals(key, zero, sample, NOISE_STREAM, run, RUN)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        z = tl_item_normals(key, zero, sample, NOISE_STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         x = clean[j].to(tl.float32)
         if PIXELS:
             x = x * (1 / 127.5) - 1.0
@@ -122,19 +118,18 @@ def launch(
     x_t = torch.empty((n, *data.shape[1:]), dtype=dtype, device=data.device, memory_format=layout)
     noise = torch.empty_like(x_t) if keep_noise else x_t.new_empty(0)
     t = torch.empty(n, dtype=torch.int64, device=data.device)
-    numel, area, channels = backend.geometry(data, channels_last)
-    items = Items.of(n, numel, backend.vector_run(x_t), not channels_last)
+    shape = backend.geometry(data, channels_last)
+    items = Items.of(n, shape, backend.vector_run(x_t))
     backend.launch_items(
         q_sample_rows_kernel,
         items,
         (data, rows, alpha_bars, seed, samples, x_t, t, noise),
-        (numel, area, channels),
+        shape,
         alpha_bars.shape[0] - 1,
         data.shape[-1],
         NOISE_STREAM=int(Stream.TRAINING_NOISE),
         TIMESTEP_STREAM=int(Stream.TIMESTEP),
         FLIP_STREAM=int(Stream.AUGMENTATION),
-        CHANNELS_LAST=channels_last,
         PIXELS=data.dtype == torch.uint8,
         FLIP=flip,
         KEEP_NOISE=keep_noise,

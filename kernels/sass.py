@@ -9,7 +9,8 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ from kernels.backend import Launch, triton
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+# Which unit executes an instruction, by its mnemonic. Assumed, after the pipelines of NVIDIA's Nsight Compute (Kernel
+# Profiling Guide), which could not be opened from here: the ALU does bit manipulation, integer arithmetic without IMAD,
+# comparisons and conversions to 16 bit; FMA does fp32 arithmetic and, in its heavy half, IMAD (on sm_80 confirmed by
+# arXiv 2208.11174), IMAD.WIDE at the same rate; XU special functions and other conversions. What starts with U runs on
+# the uniform datapath, once per warp, and costs an issue slot only.
+CLASSES = {
+    "alu": "IADD IADD3 LOP3 LOP SHF SHL SHR LEA ISETP IMNMX VIMNMX SEL PRMT MOV PLOP3 IABS SGXT BMSK FSETP FMNMX FSEL "
+    "F2FP I2FP FCHK P2R R2P I2IP",
+    "imad": "IMAD IMUL IDP",
+    "fp32": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 HADD2 HMUL2 HFMA2",
+    "special": "MUFU I2F F2I F2F FRND POPC FLO BREV",
+    "memory": "LDG STG LDS STS LDL STL LDC LDSM STSM LDGSTS LD ST ATOM ATOMG ATOMS RED",
+}
+CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
@@ -28,7 +43,8 @@ class Sass:
 
     instructions: every instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both
     sides of a branch count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory;
-    *_bits: the widest of them (scalars such as the seed included), 0 if there is none.
+    *_bits: the widest of them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width
+    in bits. classes: instructions by the unit that executes them, see CLASSES, the rest as "uniform" or "other".
     """
 
     registers: int
@@ -41,6 +57,9 @@ class Sass:
     global_stores: int
     load_bits: int
     store_bits: int
+    load_widths: dict[str, int]
+    store_widths: dict[str, int]
+    classes: dict[str, int]
 
 
 def usable() -> None:
@@ -51,21 +70,28 @@ def usable() -> None:
         raise RuntimeError("kernels are interpreted under TRITON_INTERPRET=1 and cannot be compiled: unset it")
 
 
-def compile_launch(launch: Launch, capability: int) -> Any:
-    """The kernel of this launch compiled for a capability (90 = sm_90): Triton's CompiledKernel, never loaded."""
+def specialized(launch: Launch, capability: int) -> tuple[Any, ...]:
+    """(options, signature, constants, attributes) of this launch: a kernel is compiled once for equal ones."""
     usable()
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    kernel, target = launch.kernel, GPUTarget("cuda", capability, 32)
-    cuda = make_backend(target)
+    kernel, cuda = launch.kernel, make_backend(GPUTarget("cuda", capability, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, cuda)
     options = {**launch.constants, **launch.options, "debug": False}
     arguments, specialization, _ = bind(*launch.args, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(cuda, options, arguments, specialization, {})
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=parsed.__dict__)
+    return kernel._pack_args(cuda, options, arguments, specialization, {})
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """The kernel of this launch compiled for a capability (90 = sm_90): Triton's CompiledKernel, never loaded."""
+    options, signature, constants, attributes = specialized(launch, capability)
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
 
 
 def _run(tool: str, content: bytes, *options: str) -> str:
@@ -119,6 +145,17 @@ def count(listing: str) -> list[str]:
     return instructions[:-1] if instructions and instructions[-1].startswith("BRA") else instructions
 
 
+def class_of(instruction: str) -> str:
+    """The unit that executes an instruction: "IMAD.WIDE.U32" -> "imad"."""
+    mnemonic = instruction.split(".")[0]
+    return CLASS_OF.get(mnemonic, "uniform" if mnemonic.startswith("U") or mnemonic == "R2UR" else "other")
+
+
+def tally(values: Iterable[str | int]) -> dict[str, int]:
+    """How many of each, by name: in an order that is the same in every run."""
+    return {str(value): number for value, number in sorted(Counter(values).items())}
+
+
 def usage(cubin: bytes) -> tuple[int, int]:
     """(registers, stack bytes) of a cubin's kernel per thread, as the assembler recorded them."""
     found = RESOURCES.search(_run("cuobjdump", cubin, "--dump-resource-usage"))
@@ -148,6 +185,9 @@ def measure(cubin: bytes, shared: int, listing: str) -> Sass:
         global_stores=len(bits("STG")),
         load_bits=max(bits("LDG"), default=0),
         store_bits=max(bits("STG"), default=0),
+        load_widths=tally(bits("LDG")),
+        store_widths=tally(bits("STG")),
+        classes=tally(map(class_of, instructions)),
     )
 
 

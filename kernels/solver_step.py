@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import Cost, Items, jit, tl
-from kernels.philox import Stream, tl_normals
+from kernels.philox import Stream, tl_item_normals
 from kernels.q_sample import FLOATS
 
 COLUMNS = 8
@@ -45,7 +45,7 @@ def reference(
     return x_new, x0
 
 
-@jit
+@jit(do_not_specialize=backend.COUNTS)
 def solver_step_kernel(
     x,
     m,
@@ -69,15 +69,13 @@ def solver_step_kernel(
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
-    EVEN: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PLANES: tl.constexpr,
+    LAYOUT: tl.constexpr,
     GUIDED: tl.constexpr,
     MEMORY: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT)
-    live, row = spot[0], spot[1]
+    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    live, row, shape = spot[0], spot[1], (numel, HW, C)
     c = table + tl.load(index) * 8
     c0, c1, c2, c3, c4 = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
     c5, c6 = tl.load(c + 5), tl.load(c + 6)
@@ -87,7 +85,7 @@ def solver_step_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     states, cleans = (), ()
     for j in tl.static_range(REPEAT):
-        run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         old = tl.load(x + offsets, mask=mask).to(tl.float32)
         output = tl.load(m + offsets, mask=mask).to(tl.float32)
         if GUIDED:
@@ -104,19 +102,19 @@ def solver_step_kernel(
         states, cleans = states + (new,), cleans + (x0,)
     if MEMORY:
         for j in tl.static_range(REPEAT):
-            run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x0_prev + offsets, cleans[j].to(x0_prev.dtype.element_ty), mask=mask)
     # A branch that all programs take alike: solvers without noise pay no Philox.
     if c6 != 0.0:
         key, step = tl.load(seed), tl.load(c + 7).to(tl.int32)
         sample = tl.load(samples + row, mask=live, other=0)
         for j in tl.static_range(REPEAT):
-            run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
-            new = states[j] + c6 * tl_normals(key, step, sample, STREAM, run, RUN)
+            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+            new = states[j] + c6 * tl_item_normals(key, step, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x + offsets, new.to(x.dtype.element_ty), mask=mask)
     else:
         for j in tl.static_range(REPEAT):
-            run, offsets, mask = backend.access(spot, j, (numel, HW, C), LANES, RUN, EVEN, CHANNELS_LAST, PLANES)
+            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x + offsets, states[j].to(x.dtype.element_ty), mask=mask)
 
 
@@ -136,16 +134,15 @@ def launch(
     _, channels_last = backend.layout_of(x)
     m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
     samples = backend.vector(samples)
-    numel, area, channels = backend.geometry(x, channels_last)
-    items = Items.of(x.shape[0], numel, backend.vector_run(x, x0_prev), not channels_last)
+    shape = backend.geometry(x, channels_last)
+    items = Items.of(x.shape[0], shape, backend.vector_run(x, x0_prev))
     backend.launch_items(
         solver_step_kernel,
         items,
         (x, m, m_uncond, x0_prev, table, index, seed, samples, guidance),
-        (numel, area, channels),
+        shape,
         0.0 if clip is None else clip,
         STREAM=int(Stream.SAMPLING),
-        CHANNELS_LAST=channels_last,
         GUIDED=m_uncond is not None,
         MEMORY=x0_prev is not None,
         CLIPPED=clip is not None,

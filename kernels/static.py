@@ -1,12 +1,12 @@
 """The static report: what every kernel compiles to, for cards that are not here.
 
 A deterministic performance test that needs no GPU: registers, spills, instructions and access widths of real launches,
-and the time that two rates allow,
+and the time that each rate allows,
 
-    t_issue = instructions / (SMs * 128 * clock)      t_bytes = bytes / bandwidth          per million elements
+    t_unit = instructions of the unit / (SMs * results per clock * clock)      t_bytes = bytes / bandwidth
 
-of which the larger binds. An SM has four schedulers that issue one instruction for 32 threads per clock. Both are
-lower bounds: latency, caches and the launch itself are not in them.
+per million elements, of which the largest binds. The units are those of `Rates`. All are lower bounds: latency, caches
+and the launch itself are not in them.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,6 +42,38 @@ MORE_INSTRUCTIONS = 1.05
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Results per clock of one SM: of all instructions together, and of the units of `sass.CLASSES`.
+
+    fma takes fp32 arithmetic and IMAD; IMAD only in its heavy half.
+    """
+
+    fma: int
+    issue: int = 128  # four schedulers, an instruction for 32 threads each
+    alu: int = 64
+    imad: int = 64
+    special: int = 16
+
+    def clocks(self, per_element: dict[str, float]) -> dict[str, float]:
+        """Clocks of an SM per element for each unit, of instructions per element by class."""
+        count = {kind: per_element.get(kind, 0.0) for kind in ("alu", "imad", "fp32", "special")}
+        return {
+            "issue": sum(per_element.values()) / self.issue,
+            "alu": count["alu"] / self.alu,
+            "fma": max((count["fp32"] + count["imad"]) / self.fma, count["imad"] / self.imad),
+            "special": count["special"] / self.special,
+        }
+
+
+# CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native arithmetic instructions. The guide itself
+# could not be opened from here; checked are 8.0 (64 fp32, 64 int32, 16 special: lubits.ch/flash, appendix A, which
+# quotes the table; IMAD on the FMA pipe also in arXiv 2208.11174) and 8.6 (128 fp32, 64 int32: GA102 white paper as
+# quoted in github.com/openmm/openmm/issues/2868). Assumed: 8.9 and 9.0 as 8.6, and for 10.0 still 64 int32, as some in
+# NVIDIA's forum (thread 320578) quote the guide and doubt it: GeForce Blackwell has 128.
+RATES = {"sm_80": Rates(fma=64)} | {arch: Rates(fma=128) for arch in ("sm_86", "sm_89", "sm_90", "sm_100")}
+
+
+@dataclass(frozen=True)
 class Card:
     """A card: architecture, streaming multiprocessors, clock in GHz, memory bandwidth in GB/s."""
 
@@ -50,9 +82,10 @@ class Card:
     clock: float
     bandwidth: float
 
-    def issue(self, instructions: float) -> float:
-        """Microseconds to issue so many instructions for each of a million elements."""
-        return instructions * 1e6 / (self.sms * 128 * self.clock * 1e3)
+    def units(self, per_element: dict[str, float]) -> dict[str, float]:
+        """Microseconds of each unit for a million elements, of instructions per element by class."""
+        clocks = RATES[self.arch].clocks(per_element)
+        return {unit: each * 1e6 / (self.sms * self.clock * 1e3) for unit, each in clocks.items()}
 
     def bytes(self, per_element: float) -> float:
         """Microseconds to move so many bytes for each of a million elements."""
@@ -62,6 +95,8 @@ class Card:
 # SMs and bandwidth as in NVIDIA's data sheets and architecture white papers (A100 80GB SXM, L4, GeForce RTX 4090, H100
 # SXM, H200 SXM, HGX B200). Clock: the boost clock that the sheet names or that its fp32 peak implies (fp32 / (SMs *
 # lanes * 2): A100 19.5 TFLOP/s with 64 lanes, L4 30.3, RTX 4090 82.6, H100 and H200 67, B200 75 with 128).
+# Compared with third-party tables: H200 (132 SMs, 1.98 GHz, 4.8 TB/s), B200 (148, 1.98 GHz, 8.0 TB/s; one says 7.7) and
+# the H100's 3.35 TB/s. Not compared: A100, L4, RTX 4090.
 CARDS = {
     "A100": Card("sm_80", 108, 1.41, 2039),
     "L4": Card("sm_89", 58, 2.04, 300),
@@ -99,58 +134,63 @@ class Case:
         return launch
 
 
-F32, BF16, U8 = torch.float32, torch.bfloat16, torch.uint8
+F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 IMAGE, RAGGED = (64, 3, 16, 16), (64, 1, 5, 7)  # 35 elements: no whole number of vectors
+LAST = torch.channels_last
 
 
-def _image(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def _image(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).to(memory_format=layout or torch.contiguous_format)
 
 
 def _one(dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.zeros((), dtype=dtype)
 
 
-def _rows() -> Tensor:
-    return torch.zeros(IMAGE[0], dtype=torch.int64)
+def _rows(n: int = IMAGE[0]) -> Tensor:
+    return torch.zeros(n, dtype=torch.int64)
 
 
 def _bare(out: torch.dtype) -> Case:
     return Case(lambda: bare.launch(torch.zeros(1 << 14, dtype=out), _one(), _one()), bare.cost(out), out)
 
 
-def _q_sample(
-    x0: torch.dtype, out: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format | None = None
-) -> Case:
+# In all of these: shape and memory layout of the images, default IMAGE and contiguous.
+def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
     def run() -> None:
-        image = _image(x0, shape).to(memory_format=layout or torch.contiguous_format)
-        q_sample(image, _rows(), torch.ones(501), _one(), _rows(), out)
+        image = _image(x0, *where)
+        q_sample(image, _rows(len(image)), torch.ones(501), _one(), _rows(len(image)), out)
 
     return Case(run, q_sample_cost(x0, out), out)
 
 
-def _q_sample_rows(data: torch.dtype, out: torch.dtype, flip: bool = False, keep_noise: bool = False) -> Case:
+def _q_sample_rows(
+    data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, keep_noise: bool = False
+) -> Case:
     def run() -> None:
-        q_sample_rows(_image(data), _rows(), torch.ones(501), _one(), _rows(), flip, keep_noise, out)
+        q_sample_rows(_image(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, keep_noise, out)
 
     return Case(run, q_sample_rows_cost(data, out, keep_noise), out)
 
 
-def _noise_mse(pred: torch.dtype, weighted: bool = False, backward: bool = False) -> Case:
+def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
     def run() -> None:
-        weight, grad = torch.ones(IMAGE[0]) if weighted else None, _one(F32) if backward else None
-        noise_mse(_image(pred), _one(), _rows(), weight, grad)
+        image = _image(pred, *where)
+        weight, grad = torch.ones(len(image)) if weighted else None, _one(F32) if backward else None
+        noise_mse(image, _one(), _rows(len(image)), weight, grad)
 
     return Case(run, noise_mse_cost(pred, backward), pred)
 
 
-def _solver_step(x: torch.dtype, m: torch.dtype, full: bool = False) -> Case:
+def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False) -> Case:
     """full: guidance, memory of x0 and clip."""
 
     def run() -> None:
-        uncond, previous = (_image(m), _image(x)) if full else (None, None)
+        image, output = _image(x, *where), _image(m, *where)
+        uncond, previous = (output, image) if full else (None, None)
         table, clip = torch.zeros(50, 8), 1.0 if full else None
-        solver_step(_image(x), _image(m), table, _one(), _one(), _rows(), uncond, _one(F32), previous, clip)
+        samples = _rows(len(image))
+        solver_step(image, output, table, _one(), _one(), samples, uncond, _one(F32), previous, clip)
 
     return Case(run, solver_step_cost(x, m, guided=full, memory=full), x)
 
@@ -189,21 +229,34 @@ CASES: dict[str, Case] = {
     "q_sample bf16": _q_sample(BF16, BF16),
     "q_sample uint8 to fp32": _q_sample(U8, F32),
     "q_sample uint8 to bf16": _q_sample(U8, BF16),
+    "q_sample fp16": _q_sample(F16, F16),
+    "q_sample fp32 28x28": _q_sample(F32, F32, (64, 1, 28, 28)),
     "q_sample fp32 ragged": _q_sample(F32, F32, RAGGED),
-    "q_sample fp32 channels_last": _q_sample(F32, F32, layout=torch.channels_last),
+    "q_sample fp32 channels_last": _q_sample(F32, F32, IMAGE, LAST),
+    "q_sample bf16 channels_last": _q_sample(BF16, BF16, IMAGE, LAST),
+    "q_sample fp32 8 channels_last": _q_sample(F32, F32, (64, 8, 16, 16), LAST),
     "q_sample_rows uint8 to fp32": _q_sample_rows(U8, F32),
     "q_sample_rows uint8 to bf16": _q_sample_rows(U8, BF16),
     "q_sample_rows uint8, flip, noise": _q_sample_rows(U8, F32, flip=True, keep_noise=True),
+    "q_sample_rows uint8 ragged": _q_sample_rows(U8, F32, RAGGED),
     "noise_mse fp32": _noise_mse(F32),
     "noise_mse fp32 backward": _noise_mse(F32, backward=True),
     "noise_mse fp32 weighted": _noise_mse(F32, weighted=True),
     "noise_mse fp32 weighted backward": _noise_mse(F32, weighted=True, backward=True),
     "noise_mse bf16": _noise_mse(BF16),
     "noise_mse bf16 backward": _noise_mse(BF16, backward=True),
+    "noise_mse fp16": _noise_mse(F16),
+    "noise_mse fp16 backward": _noise_mse(F16, backward=True),
+    "noise_mse fp32 ragged": _noise_mse(F32, RAGGED),
+    "noise_mse fp32 channels_last": _noise_mse(F32, IMAGE, LAST),
+    "noise_mse channels_last backward": _noise_mse(F32, IMAGE, LAST, backward=True),
     "solver_step fp32": _solver_step(F32, F32),
     "solver_step fp32 full": _solver_step(F32, F32, full=True),
     "solver_step fp32, m bf16": _solver_step(F32, BF16),
     "solver_step bf16": _solver_step(BF16, BF16),
+    "solver_step fp16": _solver_step(F16, F16),
+    "solver_step fp32 ragged": _solver_step(F32, F32, RAGGED),
+    "solver_step fp32 channels_last": _solver_step(F32, F32, IMAGE, LAST),
     "group_norm_relu fp32": _group_norm_relu(F32),
     "group_norm_relu bf16": _group_norm_relu(BF16),
     "group_norm_relu bf16 64x64": _group_norm_relu(BF16, 64),
@@ -239,8 +292,9 @@ def _records(binaries: dict[tuple[str, str], tuple[bytes, int, str]], dump: Path
                 "arch": arch,
                 **asdict(facts),
                 "instructions_per_element": round(facts.instructions / per_thread, 3),
+                "per_element": {kind: round(number / per_thread, 3) for kind, number in facts.classes.items()},
                 "bytes_per_element": CASES[name].cost.bytes,
-                "vectors": launch.constants.get("EVEN", True),
+                "vectors": launch.constants.get("LAYOUT", "even") in ("even", "interleaved"),
             }
         )
         if dump is not None:
@@ -251,13 +305,13 @@ def _records(binaries: dict[tuple[str, str], tuple[bytes, int, str]], dump: Path
 
 
 def predict(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each card of the record's arch: issue_us and bytes_us per million elements, and which one binds."""
+    """For each card of the record's arch: microseconds per million elements of each unit and bytes, and what binds."""
     cards = {}
     for name, card in CARDS.items():
         if card.arch == record["arch"]:
-            issue, moved = card.issue(record["instructions_per_element"]), card.bytes(record["bytes_per_element"])
-            binds = "issue" if issue > moved else "bytes"
-            cards[name] = {"issue_us": round(issue, 3), "bytes_us": round(moved, 3), "binds": binds}
+            times = card.units(record["per_element"]) | {"bytes": card.bytes(record["bytes_per_element"])}
+            cards[name] = {f"{unit}_us": round(time, 3) for unit, time in times.items()}
+            cards[name]["binds"] = max(times, key=times.__getitem__)
     return cards
 
 
@@ -278,8 +332,9 @@ def report(
 
     Returns: by case and arch a dictionary of kernel, arch, the fields of `Sass`, instructions_per_element
     (instructions / elements per thread, an upper bound where a branch skips some, a lower one where a loop repeats
-    some), ratio (of that to the bare kernel's, None for a kernel without noise), bytes_per_element, vectors (whether
-    the memory layout allows vector accesses), cards (see `predict`).
+    some), per_element (the same by class), ratio (of instructions_per_element to the bare kernel's, None for a kernel
+    without noise), bytes_per_element, vectors (whether the memory layout allows vector accesses), cards (see
+    `predict`).
     """
     sass.usable()
     archs, names = list(archs), list(CASES if names is None else names)

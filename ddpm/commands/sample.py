@@ -12,7 +12,7 @@ from ddpm.commands.drawing import ALL, check_output, contexts_of, draw, table_of
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.files import replacing
-from ddpm.sampling import philox_noise
+from ddpm.noise import PhiloxNoise
 from kernels import philox
 
 
@@ -88,7 +88,7 @@ def sample(
             np.save(partial, images.numpy())
     if gif is not None:
         samples = torch.arange(first_sample, first_sample + n)
-        noise = philox_noise(seed, torch.device("cpu"), torch.float32)
+        noise = PhiloxNoise(seed)
         initial = noise(samples, 0, philox.Stream.INITIAL, opened.model.sample_shape)
         alpha_bars = opened.schedule.alpha_bars[table.timesteps].tolist()
         frames = pictures.trajectory(estimates, alpha_bars, initial)

@@ -5,27 +5,59 @@ engine(x_T, samples, context, guidance, noise, callback) -> x_0.
 """
 
 import logging
+import shutil
 
 import torch
 
+from ddpm.engines.compile import CompileEngine
 from ddpm.engines.eager import EagerEngine
+from ddpm.engines.fused import FusedEngine
+from ddpm.engines.graph import GraphEngine
+from kernels import backend
 
 logger = logging.getLogger("ddpm")
 
-ENGINES = {"eager": EagerEngine}
-PLANNED = ("fused", "compile", "graph")
+Engine = EagerEngine | FusedEngine
+ENGINES: dict[str, type[Engine]] = {
+    "eager": EagerEngine,
+    "fused": FusedEngine,
+    "compile": CompileEngine,
+    "graph": GraphEngine,
+}
 
 
-def choose(name: str, device: torch.device) -> type[EagerEngine]:
-    """The engine of this name; `auto` takes the fastest that runs on the device and logs which.
+def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+    """What this machine lacks to run an engine in a type, or None."""
+    if name == "graph" and device.type != "cuda":
+        return f"a CUDA device, the model is on {device}"
+    if name != "eager" and device.type == "cuda" and backend.triton is None:
+        return "Triton, which is not installed"
+    if name == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        return "a C++ compiler (g++ or clang++), there is none on the PATH"
+    if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return "a CPU with AVX512-FP16 for float16"
+    return None
 
-    Raises ValueError for an unknown name, RuntimeError for an engine that is not available.
+
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> type[Engine]:
+    """The engine of this name; `auto` takes the fastest that needs no long warm-up and logs which, and why.
+
+    Raises ValueError for an unknown name, RuntimeError for an engine or type that this machine cannot run.
     """
     if name == "auto":
-        logger.info("engine auto: eager on %s (the only engine so far)", device)
-        return EagerEngine
-    if name in PLANNED:
-        raise RuntimeError(f"engine: {name!r} is not built yet, available: auto, {', '.join(ENGINES)}")
+        graph = missing("graph", device, dtype)
+        name, why = ("graph", "CUDA is there") if graph is None else ("fused", "no CUDA; compile takes long to warm up")
+        logger.info("engine auto: %s on %s (%s)", name, device, why)
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, needs one of auto, {', '.join(ENGINES)}")
+    lack = missing(name, device, dtype)
+    if lack is not None:
+        raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
+    if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
+        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
     return ENGINES[name]
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

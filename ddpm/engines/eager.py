@@ -1,5 +1,6 @@
 """The eager engine: module, table, plain torch operators. It is the specification of the others."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,9 @@ class EagerEngine:
     """Runs the table row by row, the network as it is; guidance calls it on twice the rows."""
 
     def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
-        self.model, self.table, self.dtype = model, table, dtype
+        kind = next(model.parameters(), torch.empty(0, dtype=dtype)).dtype
+        self.model = model if kind == dtype else copy.deepcopy(model).to(dtype)
+        self.table, self.dtype = table, dtype
         self.steps = table.timesteps.tolist()
         self.times = [t / timesteps for t in self.steps]
         self.noisy = (table.coefficients[:, 6] != 0).tolist()

@@ -5,11 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench.kernels import TOLERANCE
 from ddpm.networks import ContextUnet
 from kernels import group_norm_relu
 
-# Relative to max(1, |reference|): rounding of the type, and of moments in float32.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
 shapes = st.one_of(

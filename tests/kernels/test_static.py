@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from bench import cli
 from bench.static import BASELINE, versions
-from kernels import backend, static
+from kernels import backend, sass, static
 
 pytest.importorskip("triton")
 
@@ -62,22 +63,79 @@ def test_nothing_spills(records):
         assert record["spill_store_bytes"] == record["spill_load_bytes"] == record["stack"] == 0, record
 
 
-def test_accesses_are_16_bytes_wherever_alignment_allows(records):
-    for (name, _), record in records.items():
-        if not record["vectors"]:
-            assert "ragged" in name or "channels_last" in name
-            continue
-        if "uint8" not in name and not name.startswith("bare"):  # the bare kernel only loads scalars
-            assert record["load_bits"] == 128, record
-        if not name.startswith("noise_mse") or "backward" in name:  # the loss itself is one scalar per program
-            assert record["store_bits"] == 128, record
+NETWORK = [name for name, case in static.CASES.items() if case.yardstick is None]
+NOISE = [name for name in static.CASES if name not in NETWORK and not name.startswith("bare")]
+
+# Every access of a thread, bits -> how many. Of its row it reads scalars: seed, sample index, t, row and step have 64
+# bits, alpha_bar, weight, grad and the table's coefficients 32. Everything else is its elements, in 16 bytes unless:
+CUT = "rows start at any element, so each is accessed by itself"
+APART = "neighbours in a channel lie 8 elements apart"
+PIXELS = "as many pixels as a 16-byte store takes, see backend.vector_run"
+BACKWARDS = "mirrored pixels run backwards"
+NARROW = {
+    "q_sample uint8 to fp32": (32, 128, PIXELS),
+    "q_sample uint8 to bf16": (64, 128, PIXELS),
+    "q_sample_rows uint8 to fp32": (32, 128, PIXELS),
+    "q_sample_rows uint8 to bf16": (64, 128, PIXELS),
+    "q_sample_rows uint8, flip, noise": (8, 128, BACKWARDS),
+    "q_sample_rows uint8 ragged": (8, 32, CUT),
+    "q_sample fp32 ragged": (32, 32, CUT),
+    "noise_mse fp32 ragged": (32, 32, CUT),
+    "solver_step fp32 ragged": (32, 32, CUT),
+    "q_sample fp32 8 channels_last": (32, 32, APART),
+}
 
 
-@pytest.mark.parametrize(("name", "run"), [("q_sample uint8 to fp32", 4), ("q_sample uint8 to bf16", 8)])
-def test_pixels_are_loaded_as_many_together_as_a_16_byte_store_takes(records, name, run):
+def accesses(name):
+    """(loads, stores) that a thread of this case cannot do without: Counters, bits -> accesses."""
+    case, operator, words = static.CASES[name], name.split()[0], name.replace(",", "").split()
+    constants = case.launch().constants
+    elements = constants["BLOCK"] * constants["REPEAT"] * constants["RUN"] // 128
+    load, store, _ = NARROW.get(name, (128, 128, ""))
+    backward, full = "backward" in words, "full" in words
+    scalars = {
+        "bare": ({64: 2}, {}),
+        "q_sample": ({64: 3, 32: 1}, {}),
+        "q_sample_rows": ({64: 3, 32: 1}, {64: 1}),  # writes t
+        "noise_mse": ({64: 2, 32: ("weighted" in words) + backward}, {} if backward else {32: 1}),  # a program's sum
+        "solver_step": ({64: 3, 32: 9 if full else 7}, {}),  # in full also c5 and guidance
+    }[operator]
+    read = {"bare": 0, "solver_step": 4 if full else 2}.get(operator, 1)
+    written = {
+        "bare": 1,
+        "q_sample": 2,
+        "q_sample_rows": 1 + ("noise" in words),
+        "noise_mse": backward,
+        "solver_step": 2 + full,  # x, in the branch with noise and in the one without
+    }[operator]
+    loads, stores = map(Counter, scalars)
+    if name == "solver_step fp32, m bf16":  # four elements of m are 8 bytes
+        read, loads[64] = 1, loads[64] + elements * 16 // 64
+    loads[load] += read * elements * 8 * (1 if "uint8" in words else case.stored.itemsize) // load
+    stores[store] += written * elements * 8 * case.stored.itemsize // store
+    return loads, stores
+
+
+@pytest.mark.parametrize("name", [name for name, case in static.CASES.items() if case.yardstick is not None])
+def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
+    loads, stores = accesses(name)
     for arch in static.ARCHS:
-        scalars = 4  # seed, sample, t, alpha_bar
-        assert records[name, arch]["global_loads"] == 16 // run + scalars
+        record = records[name, arch]
+        assert record["vectors"] == (NARROW.get(name, ("", "", ""))[2] not in (CUT, APART))
+        assert {int(bits): number for bits, number in record["load_widths"].items()} == +loads, arch
+        assert {int(bits): number for bits, number in record["store_widths"].items()} == +stores, arch
+
+
+def test_accesses_of_the_networks_operators(records):
+    for arch in static.ARCHS:
+        for name in NETWORK:
+            record = records[name, arch]
+            assert set(record["store_widths"]) == {"128"}
+            # Weights, biases and gains of a group are 16 channels; the pooled pixels of 7x7 images lie 256 bytes apart
+            # and a thread takes one channel of each.
+            narrow = {bits: number for bits, number in record["load_widths"].items() if bits != "128"}
+            expected = {"bottleneck fp32": {"64": 20}, "bottleneck bf16": {"32": 4, "64": 8}}
+            assert narrow == ({"16": 49, "64": 4} if name.endswith("28x28") else expected.get(name, {})), name
 
 
 @pytest.mark.parametrize("name", ["q_sample bf16", "solver_step fp32"])
@@ -88,10 +146,6 @@ def test_operators_stand_within_1_3_of_the_bare_kernel(records, name):
         assert records[name, arch]["ratio"] == pytest.approx(
             records[name, arch]["instructions_per_element"] / bare, abs=1e-3
         )
-
-
-NETWORK = [name for name, case in static.CASES.items() if case.yardstick is None]
-NOISE = [name for name in static.CASES if name not in NETWORK and not name.startswith("bare")]
 
 
 @pytest.mark.parametrize("name", NOISE)
@@ -136,9 +190,9 @@ def test_networks_share_their_elements_out_among_programs(records, name):
 
 def test_products_run_on_tensor_cores_in_16_bit(folder):
     for arch in static.ARCHS:
-        sass = dumped(folder, "bottleneck bf16", arch, "sass")
+        listing = dumped(folder, "bottleneck bf16", arch, "sass")
         steps = 32 // 16 * 256 // 8 // 4  # k and column tiles of m16n8k16 in a stage, over four warps
-        assert len(re.findall(r"HMMA\.16816\.F32\.BF16", sass)) == steps
+        assert len(re.findall(r"HMMA\.16816\.F32\.BF16", listing)) == steps
 
 
 def test_listings_end_with_their_kernel(folder, records):
@@ -147,13 +201,60 @@ def test_listings_end_with_their_kernel(folder, records):
         assert records[name, arch]["instructions"] > 150
 
 
-def test_cards_are_predicted_from_two_rates(records):
+def test_cards_are_predicted_from_what_their_units_do(records):
     record = records["q_sample bf16", "sm_90"]
-    card = record["cards"]["H200"]
-    assert card["issue_us"] == pytest.approx(record["instructions_per_element"] / (132 * 128 * 1.98e-3), abs=1e-3)
+    card, each = record["cards"]["H200"], record["per_element"]
+    microsecond = 132 * 1.98e-3  # clocks of all SMs, in millions
+
+    def near(clocks):
+        return pytest.approx(clocks / microsecond, abs=2e-3)
+
+    assert sum(each.values()) == pytest.approx(record["instructions_per_element"], abs=0.01)
+    assert card["issue_us"] == near(record["instructions_per_element"] / 128)
+    assert card["alu_us"] == near(each["alu"] / 64)
+    assert card["fma_us"] == near(max((each["fp32"] + each["imad"]) / 128, each["imad"] / 64))
+    assert card["special_us"] == near(each["special"] / 16)
     assert card["bytes_us"] == pytest.approx(6 / 4.8, abs=1e-3)
-    assert card["binds"] == ("issue" if card["issue_us"] > card["bytes_us"] else "bytes")
+    assert card["binds"] == "bytes"
     assert {card for record in records.values() for card in record["cards"]} == set(static.CARDS)
+
+
+@pytest.mark.parametrize(
+    ("per_element", "binds"),
+    [
+        ({"alu": 10, "other": 1}, "alu"),
+        ({"alu": 10, "fp32": 12}, "issue"),
+        ({"special": 4, "other": 20}, "special"),
+        ({"imad": 10, "other": 1}, "fma"),
+        ({"uniform": 3}, "bytes"),
+    ],
+)
+def test_the_slowest_unit_binds(per_element, binds):
+    record = {"arch": "sm_90", "per_element": per_element, "bytes_per_element": 0.5}
+    assert static.predict(record)["H200"]["binds"] == binds
+
+
+def test_an_a100_has_half_the_fp32_lanes():
+    record = {"per_element": {"fp32": 20}, "bytes_per_element": 1}
+    assert static.predict(record | {"arch": "sm_80"})["A100"]["binds"] == "fma"
+    assert static.predict(record | {"arch": "sm_90"})["H100"]["binds"] == "issue"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kind"),
+    [
+        ("IMAD.WIDE.U32", "imad"),
+        ("LOP3.LUT", "alu"),
+        ("FFMA", "fp32"),
+        ("MUFU.SIN", "special"),
+        ("I2F.U32", "special"),
+        ("LDG.E.128", "memory"),
+        ("UIADD3", "uniform"),
+        ("HMMA.16816.F32.BF16", "other"),
+    ],
+)
+def test_instructions_are_told_apart(instruction, kind):
+    assert sass.class_of(instruction) == kind
 
 
 def test_tables_fit_120_columns_uncut(folder):

@@ -1,0 +1,162 @@
+"""`ddpm-bench profile`: where the time of a sample goes, as figures, a trace for Perfetto and one page."""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench import machine
+from ddpm import runs
+from ddpm.commands.drawing import contexts_of, table_of
+from ddpm.distributed import pick_device
+from ddpm.engines import ENGINES, choose
+from ddpm.errors import BadInput
+from ddpm.files import json_text, replacing_all
+
+FORMAT_VERSION = 1
+TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
+
+
+def profile(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    out: Annotated[Path, typer.Option(help=f"folder for {REPORT}, {PROFILE} and {TRACE}")],
+    engine: Annotated[str, typer.Option(help="how to execute the steps, see `ddpm sample`")] = "auto",
+    batch: Annotated[int, typer.Option(help="images at a time")] = 16,
+    steps: Annotated[int | None, typer.Option(help="steps of a trajectory [the run's]")] = None,
+    guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
+    context: Annotated[str | None, typer.Option(help="class by name or number, v1,v2,.., or all")] = None,
+    trajectories: Annotated[int, typer.Option(help="how many are timed")] = 3,
+    seed: Annotated[int, typer.Option(help="0 <= seed < 2^63")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Where the time of a sample goes: step latencies, parts, operators against measured ceilings, memory."""
+    for name, value in (("--batch", batch), ("--trajectories", trajectories)):
+        if value < 1:
+            raise BadInput(f"{name}: got {value}, needs an integer >= 1")
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"--seed: got {seed}, needs 0 <= seed < 2^63")
+    opened = runs.load_run(run)
+    target = pick_device(device)
+    options, table = table_of(opened, {"steps": steps})
+    contexts = _contexts(opened, context, guidance, batch)
+    kind = choose(engine, target)
+    runs.make_folder(out)
+    # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
+    from bench.profiling import ceilings
+    from bench.profiling.measure import make_sampler, measured
+    from bench.profiling.page import render
+
+    opened.model.to(target)
+    sampler = make_sampler(opened.model, opened.schedule, table, batch, contexts, guidance, seed, kind)
+    figures, trace = measured(sampler, trajectories)
+    best = ceilings.measure(target, torch.float32)  # afterwards: its copies would be the process's peak of memory
+    content = {
+        "format_version": FORMAT_VERSION,
+        "command": " ".join(("ddpm-bench", *sys.argv[1:])),
+        "seed": seed,
+        "machine": machine.describe(target),
+        "run": {"name": run.resolve().name, "model": opened.config["model"], "schedule": opened.config["schedule"]},
+        "recipe": {
+            "engine": next((name for name, built in ENGINES.items() if built is kind), engine),
+            "batch": batch,
+            "rows": batch * (2 if guided(guidance, context) else 1),
+            "steps": len(table),
+            "trajectories": trajectories,
+            "solver": options["solver"],
+            "guidance": guidance,
+            "context": context,
+            "dtype": "float32",
+        },
+        "ceilings": best,
+        **figures,
+    }
+    content["floor"] = floor(content)
+    texts = (render(content), json_text(content), json.dumps(trace, separators=(",", ":")) + "\n")
+    paths = [out / name for name in (REPORT, PROFILE, TRACE)]
+    with replacing_all(paths) as partials:
+        for partial, text in zip(partials, texts, strict=True):
+            partial.write_text(text, encoding="utf-8")
+    print(summary(content))
+    print(f"wrote {', '.join(map(str, paths))}")
+
+
+def guided(guidance: float, context: str | None) -> bool:
+    """Whether the network runs on twice the images."""
+    return guidance != 1.0 and context is not None
+
+
+def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -> torch.Tensor | None:
+    """[batch, n_cfeat] or None. Raises BadInput for guidance that has nothing to guide towards."""
+    if not math.isfinite(guidance):
+        raise BadInput(f"--guidance: got {guidance}, needs a finite number")
+    if guidance != 1.0 and run.model.n_cfeat == 0:
+        raise BadInput(f"--guidance: got {guidance:g}, but {run.folder} was trained without classes, needs 1")
+    if guidance != 1.0 and context is None:
+        raise BadInput(f"--guidance: got {guidance:g} without --context, needs a class or all to guide towards")
+    return contexts_of(run, context, 0, batch)
+
+
+def floor(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The two numbers: flops over the best rate, bytes over the copy bandwidth, of one step; the larger is the floor.
+
+    Bytes are those of the operators as they are, each reading its inputs and writing its output once: fusing lowers
+    them. Raises nothing; operators without a count are left out, `profiler.counted` says how much that is.
+    """
+    operators, best = content["operators"], content["ceilings"]
+    flops = sum(row["flops"] or 0.0 for row in operators)
+    moved = sum(row["bytes"] or 0.0 for row in operators)
+    rate = max(best["matmul_gflop_per_s"], best["conv_gflop_per_s"])
+    arithmetic, traffic = flops / rate / 1e6, moved / best["copy_gb_per_s"] / 1e6
+    step = content["latency"]["step_ms"]["p50"]
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "arithmetic_ms": round(arithmetic, 4),
+        "traffic_ms": round(traffic, 4),
+        "binds": "arithmetic" if arithmetic >= traffic else "traffic",
+        "share": round(max(arithmetic, traffic) / step, 4),
+    }
+
+
+def summary(content: Mapping[str, Any]) -> str:
+    """The figures that a terminal shows: some fifteen lines."""
+    recipe, step, bound = content["recipe"], content["latency"]["step_ms"], content["floor"]
+    best, profiler, memory = content["ceilings"], content["profiler"], content["memory"]
+    guidance = f", guidance {recipe['guidance']:g}" if recipe["rows"] > recipe["batch"] else ""
+    lines = [
+        f"{content['run']['name']}: {recipe['engine']}, {recipe['batch']} images, {recipe['solver']}, "
+        f"{recipe['steps']} steps{guidance}, {content['machine']['device']}",
+        f"step     p50 {step['p50']:.2f}  p90 {step['p90']:.2f}  p99 {step['p99']:.2f}  max {step['max']:.2f} ms"
+        f"   {content['latency']['images_per_s']:.3g} images/s",
+        f"floor    arithmetic {bound['arithmetic_ms']:.2f} ms ({bound['flops'] / 1e9:.3g} GFLOP at "
+        f"{max(best['matmul_gflop_per_s'], best['conv_gflop_per_s']):.0f} GFLOP/s), "
+        f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
+        "where    " + "  ".join(f"{part['name']} {part['share']:.1%}" for part in content["parts"]),
+        f"         (under the profiler, which makes a step {profiler['overhead']:.2f} times as long)",
+        f"{'operator':18s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GFLOP/s':>8s} {'GB/s':>7s}",
+    ]
+    for row in by_operator(content["operators"])[:6]:
+        rate = "" if not row["flops"] else f"{row['flops'] / row['ms'] / 1e6:.1f}"
+        moved = "" if row["bytes"] is None else f"{row['bytes'] / row['ms'] / 1e6:.1f}"
+        lines.append(
+            f"{row['name']:18s} {row['calls']:6.0f} {row['ms']:8.3f} {row['share']:6.1%} {rate:>8s} {moved:>7s}"
+        )
+    extra = memory["step_peak_bytes"]
+    within = "" if extra is None else f"a step allocates up to {extra / 2**20:.1f} MiB, "
+    lines.append(f"memory   {within}peak of the process {memory['peak_bytes'] / 2**20:.0f} MiB")
+    return "\n".join(lines)
+
+
+def by_operator(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `operators` joined over shapes: name, calls, ms, share, flops, bytes; the most expensive first."""
+    joined: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        into = joined.setdefault(row["name"], dict.fromkeys(("calls", "ms", "share", "flops", "bytes"), 0.0))
+        for key in into:
+            into[key] = None if row[key] is None or into[key] is None else into[key] + row[key]
+    return sorted(({"name": name, **row} for name, row in joined.items()), key=lambda row: -row["ms"])

@@ -1,0 +1,106 @@
+"""The compile engine: the fused engine with its network, and on the CPU its noise and update, through torch.compile.
+
+What changes from step to step enters as tensors and the batch is dynamic, so one graph serves all steps and seeds, and
+two serve all batches (one sample, more).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.engines.fused import Advance, Advanced, FusedEngine
+from ddpm.noise import Noise, PhiloxNoise
+from ddpm.solvers import StepTable
+from kernels import philox
+from kernels.solver_step import guide, reference
+
+logger = logging.getLogger("ddpm")
+
+
+@torch.compile(fullgraph=True)
+def _update(
+    x: Tensor,
+    m: Tensor,
+    uncond: Tensor | None,
+    guidance: Tensor,
+    row: Tensor,
+    previous: Tensor | None,
+    clip: float | None,
+    seed: Tensor,
+    samples: Tensor,
+    noisy: bool,
+) -> tuple[Tensor, Tensor]:
+    """One row of the table (seven coefficients and t) with its Philox noise."""
+    m = m.to(x.dtype)
+    if uncond is not None:
+        m = guide(m, uncond.to(x.dtype), guidance)
+    z = None
+    if noisy:
+        step, shape = row[7].to(torch.int64), tuple(x.shape[1:])
+        z = philox.normal(seed, samples, step, philox.Stream.SAMPLING, shape, device=x.device, dtype=x.dtype)
+    return reference(x, m, row[:7].unbind(), z, previous, clip)
+
+
+def batch_may_vary(*tensors: Tensor | None, dim: int = 0) -> None:
+    """Tell torch.compile that a dimension changes between calls."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+class CompileEngine(FusedEngine):
+    """Arguments as `EagerEngine`. A network's first call compiles it (tens of seconds) and logs how long that took."""
+
+    def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
+        super().__init__(model, timesteps, table, dtype)
+        # Kept with the network, as its inference form is. A function, not a module: it must not become a submodule.
+        if not hasattr(self.form, "compiled"):
+            self.form.compiled = torch.compile(self.form.forward, fullgraph=True)
+
+    def network(self, x: Tensor, at: tuple[Tensor, ...], rows: tuple[Tensor, ...] | None) -> Tensor:
+        """The compiled form."""
+        batch_may_vary(x)
+        batch_may_vary(*(rows or ()), dim=1)
+        return self.form.compiled(x, at, rows)
+
+    def __call__(
+        self,
+        x: Tensor,
+        samples: Tensor,
+        context: Tensor | None,
+        guidance: float,
+        noise: Noise,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """As `EagerEngine`."""
+        before, began = _seconds_compiling(), time.perf_counter()
+        x = super().__call__(x, samples, context, guidance, noise, callback)
+        compiling = _seconds_compiling() - before
+        if compiling > 0:
+            logger.info("engine compile: %.1f s of %.1f s were compiling", compiling, time.perf_counter() - began)
+        return x
+
+    def in_reference(self, x: Tensor, samples: Tensor, guidance: float, noise: Noise, keeps_x0: bool) -> Advance:
+        """The update, compiled with its noise; with another noise than Philox as in the fused engine."""
+        if not isinstance(noise, PhiloxNoise):
+            return super().in_reference(x, samples, guidance, noise, keeps_x0)
+        rows = self.table.rows(x.device, x.dtype).unbind()
+        seed = torch.full((), noise.seed, device=x.device)
+        weight = torch.full((), guidance, dtype=x.dtype, device=x.device)
+        previous = torch.zeros_like(x) if self.memory else None
+
+        def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
+            nonlocal previous
+            batch_may_vary(x, m, uncond, previous, samples)
+            x, x0 = _update(x, m, uncond, weight, rows[i], previous, self.table.clip, seed, samples, self.noisy[i])
+            previous = x0 if self.memory else None
+            return x, x0
+
+        return advance
+
+
+def _seconds_compiling() -> float:
+    return sum(torch._dynamo.utils.compilation_time_metrics.get("_compile.compile_inner", ()))

@@ -1,0 +1,384 @@
+"""`ddpm-bench profile`: its figures against independent counts, its page, its errors."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from bench.cli import main
+from bench.profile import by_operator, floor
+from bench.profiling import measure, trace
+from bench.profiling.charts import linear_ticks, spread
+from bench.profiling.operators import work_of
+from ddpm.networks import ContextUnet, PointMLP
+from ddpm.runs import make_config, start_run
+from ddpm.sampling import evaluating
+from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import make_table
+
+TINY_CEILINGS = {
+    "copy_gb_per_s": 10.0,
+    "copy_at": "256 MiB",
+    "cached_copy_gb_per_s": 20.0,
+    "cached_copy_at": "4 MiB",
+    "matmul_gflop_per_s": 100.0,
+    "matmul_at": "768x768",
+    "conv_gflop_per_s": 90.0,
+    "conv_at": "[32, 64, 16, 16] 3x3",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _run(folder, network, classes=()):
+    folder.mkdir()
+    schedule = NoiseSchedule.make("linear", 10, 1e-4, 0.7)
+    start_run(folder, make_config(network, schedule, "eps", classes=classes), network)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of random weights: 16x16x1, n_feat 8, three classes, T = 10."""
+    torch.manual_seed(0)
+    return _run(tmp_path_factory.mktemp("runs") / "digits", ContextUnet(1, 8, 3, 16), ("a", "b", "c"))
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """An unconditional run of points."""
+    torch.manual_seed(0)
+    return _run(tmp_path_factory.mktemp("runs") / "points", PointMLP(2, 8))
+
+
+@pytest.fixture(scope="module")
+def profiled(run, tmp_path_factory):
+    """The three files of a profile of it, with guidance, read: (content, trace, page, what the terminal showed)."""
+    out = tmp_path_factory.mktemp("profile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+        arguments = (
+            "profile",
+            run,
+            "--batch",
+            2,
+            "--guidance",
+            2,
+            "--context",
+            "all",
+            "--trajectories",
+            2,
+            "--out",
+            out,
+        )
+        assert main([str(argument) for argument in (*arguments, "--engine", "eager")]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "trace.json"]
+    content, events = (json.loads((out / name).read_text()) for name in ("profile.json", "trace.json"))
+    return content, events, (out / "report.html").read_text()
+
+
+def test_the_shares_add_up_to_the_step(profiled):
+    content = profiled[0]
+    assert sum(part["share"] for part in content["parts"]) == pytest.approx(1, abs=1e-4)
+    assert sum(part["ms"] for part in content["parts"]) == pytest.approx(content["profiler"]["step_ms"], rel=1e-3)
+    worked = sum(part["ms"] for part in content["parts"] if part["name"] != "gaps")
+    assert sum(row["ms"] for row in content["operators"]) == pytest.approx(worked, rel=1e-2)
+    names = {part["name"] for part in content["parts"]}
+    assert names >= {"encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise", "gaps"}
+    by_name = sum(row["ms"] for row in by_operator(content["operators"]))
+    assert by_name == pytest.approx(sum(row["ms"] for row in content["operators"]))
+
+
+def test_latencies_are_ordered_and_belong_to_whole_trajectories(profiled):
+    latency = profiled[0]["latency"]
+    step = latency["step_ms"]
+    assert 0 < step["p50"] <= step["p90"] <= step["p99"] <= step["max"]
+    assert [len(run["steps_ms"]) for run in latency["trajectories"]] == [10, 10]
+    for trajectory in latency["trajectories"]:
+        assert sum(trajectory["steps_ms"]) <= trajectory["wall_ms"]
+    assert len(latency["warm_up_ms"]) == measure.WARM_UP_STEPS
+    walls = sorted(trajectory["wall_ms"] for trajectory in latency["trajectories"])
+    assert latency["images_per_s"] == pytest.approx(2e3 / (sum(walls) / 2), rel=1e-3)
+
+
+def test_modules_nest(profiled):
+    def check(node):
+        assert sum(child["ms"] for child in node["children"]) <= node["ms"] * 1.001 + 1e-3
+        for child in node["children"]:
+            check(child)
+
+    root = profiled[0]["modules"]
+    check(root)
+    network = next(node for node in root["children"] if node["name"] == "network")
+    assert {node["name"] for node in network["children"]} == {name for name, _ in ContextUnet(1, 8, 3).named_children()}
+
+
+def test_the_operators_are_those_of_the_network(profiled):
+    """Every layer once per step, both halves of guidance in one call."""
+    calls = {row["name"]: row["calls"] for row in by_operator(profiled[0]["operators"])}
+    network = ContextUnet(1, 8, 3, 16)
+    kinds = [type(module).__name__ for module in network.modules()]
+    assert calls["conv2d"] == kinds.count("Conv2d")
+    assert calls["conv_transpose2d"] == kinds.count("ConvTranspose2d")
+    assert calls["batch_norm"] == kinds.count("BatchNorm2d")
+    assert calls["gelu"] == kinds.count("GELU")
+
+
+def test_memory_is_that_of_the_step(profiled):
+    memory = profiled[0]["memory"]
+    assert memory["step_peak_bytes"] >= 4 * 16 * 16 * 16 * 4  # one concatenation [4, 2 * n_feat, 16, 16], float32
+    assert memory["step_peak_bytes"] == max(held for _, held in memory["step"])
+    times = [time for time, _ in memory["step"]]
+    assert times == sorted(times)
+    assert memory["weights_bytes"] == sum(4 * p.numel() for p in ContextUnet(1, 8, 3, 16).parameters())
+    assert len(memory["held_bytes"]) == 20
+
+
+def test_the_trace_is_whole_and_names_no_machine(profiled):
+    events = profiled[1]["traceEvents"]
+    names = [event["name"] for event in events if event["ph"] == "X"]
+    assert [name for name in names if name.startswith("step ")] == [f"step {k}" for k in range(3, 8)]
+    assert sum(name == "noise" for name in names) == 6  # five steps and the one that warms up
+    assert "module:down1.model.0.conv1.0|Conv2d" in names
+    assert set(profiled[1]) <= {"schemaVersion", "deviceProperties", "displayTimeUnit", "traceEvents"}
+
+
+def test_the_page_needs_nothing_but_itself(profiled):
+    page = profiled[2]
+    assert not re.findall(r"https?://|//[a-z]|@import|url\(", page)
+    assert not re.findall(r"<(?:link|img|iframe|object|embed)\b|\bsrc=", page)
+    assert page.count("<svg") == page.count("</svg>") >= 8
+    for heading in ("Where a step", "Step by step", "Module by module", "Memory"):
+        assert heading in page
+    for number in re.findall(r'\s(?:x|y|cx|cy|r|x1|y1|x2|y2)="([^"]*)"', page):
+        assert abs(float(number)) < 1e4  # no NaN, nothing far outside
+    assert "nan" not in " ".join(re.findall(r'points="([^"]*)"', page))
+
+
+def test_flops_of_a_context_unet_equal_its_layers_count(tmp_path):
+    """Against an independent count from the outputs' sizes; 0.30 GFLOP per image and step of 16x16x3, n_feat 64."""
+    network = ContextUnet(3, 64, 5, 16).eval()
+    expected = 0
+
+    def count(module, arguments, output):
+        nonlocal expected
+        if isinstance(module, torch.nn.ConvTranspose2d):
+            expected += 2 * arguments[0].numel() * module.weight[0].numel()
+        elif isinstance(module, torch.nn.Conv2d):
+            expected += 2 * output.numel() * module.weight[0].numel()
+        elif isinstance(module, torch.nn.Linear):
+            expected += 2 * output.numel() * module.in_features
+
+    handles = [module.register_forward_hook(count) for module in network.modules()]
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 16, 16), torch.ones(1), torch.zeros(1, 5))
+    for handle in handles:
+        handle.remove()
+    schedule = NoiseSchedule.make("linear", 500)
+    from ddpm.engines.eager import EagerEngine
+
+    table = make_table(schedule, "ddpm", 4)
+    sampler = measure.make_sampler(network, schedule, table, 1, torch.zeros(1, 5), 1.0, 0, EagerEngine)
+    with evaluating(network):
+        events, wall = measure.profiled(sampler, steps=1)
+    operators = measure.breakdown(events, wall)["operators"]
+    matrix = [row for row in operators if row["name"] in ("conv2d", "conv_transpose2d", "linear")]
+    assert sum(row["flops"] for row in matrix) == expected
+    assert expected / 1e9 == pytest.approx(0.301, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "concrete", "flops", "moved"),
+    [
+        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "1"], 21600, 4440),
+        ("convolution", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2]", "[1]", "[1]", "True"], None, None),
+        ("conv_transpose2d", [[1, 4, 5, 5], [4, 6, 2, 2], [6]], ["", "", "", "[2, 2]", "[0, 0]"], 4800, 3208),
+        ("linear", [[7, 3], [5, 3], [5]], ["", "", ""], 210, 304),
+        ("add", [[4, 1, 3], [2, 1], []], ["", "", "1"], 24, 152),
+        ("cat", [[[2, 3], [2, 5]], []], ["", "1"], 0, 128),
+        ("view", [[2, 3]], [""], 0, 0),
+    ],
+)
+def test_work_by_hand(name, dims, concrete, flops, moved):
+    """Counted by hand in float32; the convolution's output is 5x5, the transposed one's 10x10."""
+    types = ["TensorList" if shape and isinstance(shape[0], list) else "float" if shape else "Scalar" for shape in dims]
+    work = work_of(f"aten::{name}", dims, types, concrete)
+    assert (work and work.flops, work and work.bytes) == (flops, moved)
+
+
+def test_an_unknown_operator_has_no_count():
+    assert work_of("aten::mystery", [[2, 2]], ["float"], [""]) is None
+    assert work_of("fused_ddpm::solver_step", [[2, 2]], ["float"], [""]) is None
+    same = ["", "", "", "[1, 1]", "same", "[1, 1]", "1"]
+    shapes = [[2, 3, 9, 9], [8, 3, 3, 3], [], [], [], [], []]
+    assert work_of("aten::conv2d", shapes, ["float", "float", *[""] * 5], same) is None
+
+
+def _event(category, name, begin, duration, **arguments):
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": begin,
+        "dur": duration,
+        "pid": 1,
+        "tid": 1,
+        "args": arguments,
+    }
+
+
+def test_on_cuda_the_parts_are_kernels_and_the_gaps_are_the_rest():
+    """A trace as CUDA writes it: operators return at once, their kernels run later and in two streams."""
+    events = [
+        _event("user_annotation", "step 0", 0, 100),
+        _event("user_annotation", "module:|Net", 0, 40),
+        _event("user_annotation", "module:down1|UnetDown", 5, 20),
+        _event("cpu_op", "aten::conv2d", 6, 10, **{"External id": 1}),
+        _event("cpu_op", "aten::cudnn_convolution", 7, 8, **{"External id": 2}),
+        _event("cpu_op", "aten::mul", 50, 5, **{"External id": 3}),
+        _event("user_annotation", "noise", 60, 10),
+        _event("cpu_op", "aten::sin", 61, 5, **{"External id": 4}),
+        _event("kernel", "implicit_gemm", 20, 30, **{"External id": 2}),
+        _event("kernel", "mul", 60, 10, **{"External id": 3}),
+        _event("kernel", "sin", 65, 10, **{"External id": 4}),
+    ]
+    figures = measure.breakdown({"traceEvents": events}, wall_ms=0.1)
+    # Busy 20..50 and 60..75 of 100 us; the kernels' 50 us share these 45.
+    parts = {part["name"]: part["ms"] for part in figures["parts"]}
+    assert parts == pytest.approx({"encoder": 0.027, "solver": 0.009, "noise": 0.009, "gaps": 0.055})
+    assert trace.union([(0, 2), (1, 3), (5, 6)]) == 4
+
+
+def test_an_engine_may_name_its_parts_itself():
+    events = [
+        _event("user_annotation", "step 0", 0, 100),
+        _event("user_annotation", "encoder", 0, 40),
+        _event("cpu_op", "aten::conv2d", 5, 30),
+        _event("user_annotation", "solver", 50, 20),
+        _event("cpu_op", "fused_ddpm::solver_step", 55, 10),
+        _event("cpu_op", "Torch-Compiled Region: 0/0", 80, 10),
+        _event("cpu_op", "aten::mm", 81, 4),
+    ]
+    figures = measure.breakdown({"traceEvents": events}, wall_ms=0.1)
+    parts = {part["name"]: part["ms"] for part in figures["parts"]}
+    assert parts == pytest.approx({"encoder": 0.03, "solver": 0.01, "other": 0.01, "gaps": 0.05})
+    assert {row["name"] for row in figures["operators"]} >= {"compiled code", "mm"}
+
+
+def test_the_floor_is_the_larger_of_the_two_numbers():
+    operators = [{"flops": 4e9, "bytes": 3e6}, {"flops": None, "bytes": None}]
+    content = {"operators": operators, "ceilings": TINY_CEILINGS, "latency": {"step_ms": {"p50": 80.0}}}
+    found = floor(content)
+    assert (found["arithmetic_ms"], found["traffic_ms"], found["binds"]) == (40.0, 0.3, "arithmetic")
+    assert found["share"] == 0.5
+
+
+def test_a_profile_of_points_in_one_step(points, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+    assert (
+        main(["profile", str(points), "--batch", "3", "--steps", "1", "--trajectories", "1", "--out", str(tmp_path)])
+        == 0
+    )
+    content = json.loads((tmp_path / "profile.json").read_text())
+    assert content["recipe"] | {"steps": 1, "rows": 3, "engine": "eager"} == content["recipe"]
+    assert len(content["latency"]["trajectories"][0]["steps_ms"]) == 1
+
+
+@pytest.mark.long
+def test_ceilings_are_rates_of_this_machine():
+    from bench.profiling import ceilings
+
+    best = ceilings.measure(torch.device("cpu"), torch.float32, rounds=3)
+    assert set(best) == set(TINY_CEILINGS)
+    assert 0.1 < best["copy_gb_per_s"] < 5000
+    assert 0.5 < best["matmul_gflop_per_s"] < 1e6
+    assert 0.5 < best["conv_gflop_per_s"] < 1e6
+
+
+def test_labels_are_moved_apart():
+    assert spread([10, 11, 50], 15, 0, 100) == [10, 25, 50]
+    assert spread([98, 99], 15, 0, 100) == [85, 100]
+    assert linear_ticks(0, 96, 4) == [0, 50]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--batch", 0), 2, "--batch: got 0, needs an integer >= 1"),
+        (("--steps", 0), 2, "steps: got 0"),
+        (("--steps", 11), 2, "needs an integer in 1..10"),
+        (("--trajectories", 0), 2, "--trajectories: got 0"),
+        (("--engine", "warp"), 2, "engine: got 'warp'"),
+        (("--guidance", 2), 2, "without --context"),
+        (("--guidance", "nan", "--context", "a"), 2, "needs a finite number"),
+        (("--context", "z"), 2, "--context: got 'z'"),
+        (("--seed", -1), 2, "--seed: got -1"),
+        (("--device", "tpu"), 2, "--device: got 'tpu'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, options, code, said):
+    out = tmp_path / "out"
+    assert main([str(part) for part in ("profile", run, "--out", out, *options)]) == code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+    assert not out.exists()
+
+
+def test_guidance_of_a_run_without_classes_is_refused(points, tmp_path, capsys):
+    assert main(["profile", str(points), "--guidance", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "trained without classes" in capsys.readouterr().err
+    assert main(["profile", str(points), "--context", "all", "--out", str(tmp_path / "out")]) == 2
+    assert "trained without classes" in capsys.readouterr().err
+
+
+def test_a_missing_run_an_engine_not_here_and_an_unwritable_folder(run, tmp_path, capsys, monkeypatch):
+    assert main(["profile", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "no such run folder" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert main(["profile", str(run), "--engine", "eager", "--out", str(file)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert file.read_text() == "kept"
+
+    def missing(name, device):
+        raise RuntimeError(f"engine: {name!r} needs CUDA, found cpu")
+
+    monkeypatch.setattr("bench.profile.choose", missing)
+    assert main(["profile", str(run), "--engine", "graph", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "error: engine: 'graph' needs CUDA, found cpu\n"
+
+
+def test_what_was_there_stays_if_the_work_fails(run, tmp_path, monkeypatch):
+    (tmp_path / "profile.json").write_text("before")
+    monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+
+    def fail(content):
+        raise RuntimeError("no page")
+
+    monkeypatch.setattr("bench.profiling.page.render", fail)
+    arguments = (
+        "profile",
+        run,
+        "--batch",
+        1,
+        "--steps",
+        2,
+        "--trajectories",
+        1,
+        "--engine",
+        "eager",
+        "--out",
+        tmp_path,
+    )
+    assert main([str(argument) for argument in arguments]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+    assert (tmp_path / "profile.json").read_text() == "before"
