@@ -40,17 +40,16 @@ def gates(model: ContextUnet, t: torch.Tensor, *contexts: torch.Tensor) -> list[
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of what does not concern us (torchvision's operators, names of axes)."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def quiet() -> Iterator[None]:
+    """Exporter and quantiser tell of every pass they make, and warn of what does not concern us (torchvision, axes)."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def network_graph(model: ContextUnet) -> onnx.ModelProto:
@@ -58,7 +57,7 @@ def network_graph(model: ContextUnet) -> onnx.ModelProto:
     network = GatedNetwork(model).eval()
     x = torch.zeros(3, *model.sample_shape)
     contexts = [torch.zeros(3, model.n_cfeat)] * 2
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         arguments = (x, *gates(model, torch.ones(1), *contexts))
         batch, copies = Dim("batch"), Dim("copies")
         time, context = [{}, {}], [{0: copies, 1: batch}] * (2 if model.n_cfeat else 0)

@@ -1,6 +1,6 @@
-"""The network as it is exported: what sampling may exploit, each step exact.
+"""The network as it is exported: `ddpm.inference` in operators that ONNX has, each step exact.
 
-- BatchNorm is folded into its convolution, in the weights' own precision, before any cast.
+- BatchNorm is folded into its convolution before any cast.
 - The encoder, up0 and every skip see neither time nor context: they are computed once for all halves of guidance.
 - A convolution over cat(a, b) is a sum of two convolutions, so a skip's share is not repeated either.
 - ConvTranspose of kernel = stride is a 1x1 convolution and a pixel shuffle, which runtimes run and quantise as any
@@ -14,21 +14,11 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ddpm.networks import ContextUnet, EmbedFC, ResidualConvBlock
+from ddpm.inference import fold_batch_norm
+from ddpm.networks import ContextUnet, EmbedFC
 
 GATED_LEVELS = 2
-
-
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """A copy in eval mode whose residual blocks have no BatchNorm: its statistics are in the convolutions."""
-    module = copy.deepcopy(module).eval()
-    for block in module.modules():
-        if isinstance(block, ResidualConvBlock):
-            for stage in (block.conv1, block.conv2):
-                stage[0], stage[1] = fuse_conv_bn_eval(stage[0], stage[1]), nn.Identity()
-    return module
 
 
 def _upsampling_weight(weight: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ fp16: every weight and operator, half the size; a CPU computes it in fp32. int8:
 activations uint8, weights int8 per channel (the pair that VNNI multiplies), calibrated on real trajectories.
 """
 
-import logging
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ddpm.networks import ContextUnet
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from export.graph import FLOAT, FLOAT16
-from export.models import gates, network_inputs
+from export.models import gates, network_inputs, quiet
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # Calibration: samples of every class along as many steps, guided, so that the zero context is seen too.
@@ -91,26 +90,20 @@ def to_int8(network: onnx.ModelProto, run: Run) -> onnx.ModelProto:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.feeds, None)
 
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)  # the quantiser advises a pre-processing that the traced graph has had
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "network.onnx", Path(folder) / "int8.onnx"
-            onnx.save(network, source)
-            quantize_static(
-                source,
-                target,
-                Reader(),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv"],
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-            )
-            return onnx.load(target)
-    finally:
-        root.setLevel(level)
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        source, target = Path(folder) / "network.onnx", Path(folder) / "int8.onnx"
+        onnx.save(network, source)
+        quantize_static(
+            source,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(target)
 
 
 def in_precision(network: onnx.ModelProto, precision: str, run: Run) -> onnx.ModelProto:

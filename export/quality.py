@@ -128,7 +128,7 @@ def measure(
     context = torch.eye(classes)[asked] if classes else None
     guidance = GUIDANCE if classes else 1.0
     found, reference = [], []
-    with Bar(f"quality {precision}", samples, "images") as bar:
+    with Bar(f"quality {precision}", samples, "images/s") as bar:
         for start in range(0, samples, CHUNK):
             part = slice(start, min(start + CHUNK, samples))
             numbers, c = np.arange(part.start, part.stop), None if context is None else context[part]

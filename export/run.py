@@ -64,10 +64,12 @@ def open_session(
     allow_fallback: bool = False,
     optimise: bool = True,
     cuda_graph: bool = False,
+    spinning: bool = True,
 ) -> ort.InferenceSession:
     """A session of a file on the provider, or an error: onnxruntime would fall back to the CPU silently.
 
-    threads: of one operator, 0 = as many as cores. optimise False switches the graph optimisations off.
+    threads: of one operator, 0 = as many as cores. optimise False switches the graph optimisations off. spinning False
+    lets waiting threads sleep at once: slower in a process of its own, fairer beside others.
     Raises ModelError, ProviderError, UsageError.
     """
     path = Path(path)
@@ -90,6 +92,8 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
