@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import exports
 from bench.machine import ROOT
 from bench.profile import by_operator
 
@@ -124,6 +125,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernel_table,
     "sprites": sprites_table,
     "profile": profile_table,
+    "export-parity": exports.parity_table,
+    "export-speed": exports.speed_table,
 }
 
 

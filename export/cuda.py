@@ -66,7 +66,8 @@ class StepLoop:
                 options.add_run_config_entry("gpu_graph_id", str(number))
 
     def _value(self, array: np.ndarray) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        """A buffer of its own on the device: a value on the CPU is a view of the array it is made from."""
+        return ort.OrtValue.ortvalue_from_numpy(array.copy(), self.device, 0)
 
     def _binding(self, source: list[ort.OrtValue], target: list[ort.OrtValue]) -> ort.IOBinding:
         binding = self.session.io_binding()
@@ -102,7 +103,7 @@ class StepLoop:
                 self.fixed["noise"].update_inplace(self._noise(seed, samples, i))
                 self.fixed["noise_start"].update_inplace(np.array([i], np.int64))
             self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
-        return self.buffers[len(self.rows) % 2][0].numpy()
+        return self.buffers[len(self.rows) % 2][0].numpy().copy()
 
     def _noise(self, seed: int, samples: np.ndarray, start: int) -> np.ndarray:
         """The next WINDOW steps of noise; zeros where the table adds none."""

@@ -1,10 +1,12 @@
 """Shared by the tests of export/: tiny runs and their exports, made once; the command line in this process."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from ddpm import runs
 from ddpm.networks import ContextUnet
 from ddpm.runs import make_config, start_run
 from ddpm.schedule import NoiseSchedule
+from export import models
 from export.__main__ import main
 
 T = 12
@@ -47,6 +50,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+_traced: dict[str, onnx.ModelProto] = {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch) -> None:
+    """Tracing a network takes four seconds: each set of weights is traced once."""
+    trace = models.network_graph
+
+    def remembered(model: ContextUnet) -> onnx.ModelProto:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
+        key = hashlib.sha256(repr(model.config()).encode() + weights).hexdigest()
+        if key not in _traced:
+            _traced[key] = trace(model)
+        return _traced[key]
+
+    monkeypatch.setattr(models, "network_graph", remembered)
 
 
 @pytest.fixture

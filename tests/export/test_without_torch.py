@@ -2,14 +2,17 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 PACKAGES = ("numpy", "PIL", "onnxruntime")
 
 
@@ -59,3 +62,15 @@ def test_ddpm_export_run(environment, exported, tmp_path):
     shown = python(environment, "-m", "export", "run", "--help", also=[ROOT], cwd=tmp_path)
     assert shown.returncode == 0
     assert "--provider" in shown.stdout
+
+
+def test_the_readmes_example_runs_as_printed(environment, make_run, tmp_path):
+    from ddpm.networks import ContextUnet
+    from export.__main__ import main
+
+    (block,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.*?)```", README.read_text(), re.S)
+    folder = make_run(tmp_path / "sprites", ContextUnet(3, 8, 5, 16), tuple("abcde"), clip=1.0)
+    assert main(["onnx", str(folder), "--out", str(tmp_path / "sprites-onnx"), "--no-verify"]) == 0
+    done = python(environment, "-c", block, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "five.png").size == (640, 128)
