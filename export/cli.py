@@ -166,7 +166,8 @@ def print_parity(results: Sequence[Parity]) -> None:
 def print_quality(measured: dict) -> None:
     """A table of what a precision costs, and gives."""
     floor = quality.FLOORS[measured["precision"]]
-    table = Table(title=f"{measured['precision']} ({measured['samples']} samples, {measured['solver']})")
+    recipe = f"{measured['samples']} samples, {measured['solver']}, {measured['steps']} steps"
+    table = Table(title=f"{measured['precision']}: {recipe}, guidance {measured['guidance']:g}")
     for heading in ("", measured["precision"], "eager fp32", "floor"):
         table.add_column(heading, justify="right" if heading else "left")
     table.add_row("PSNR of samples", f"{measured['psnr_db']:.1f} dB", "", f"{floor.psnr_db:g} dB")
