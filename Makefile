@@ -1,11 +1,12 @@
 # `make` says what there is.
 PYTHON ?= python3
 RUN ?= runs/demo
+BENCH_OUT ?= bench.json
 BIN := .venv/bin
 # onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
 EXTRAS := dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
 
-.PHONY: help setup demo test test-long lint format static report gpu clean
+.PHONY: help setup demo test test-long lint format static bench report gpu clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
@@ -13,7 +14,8 @@ help:
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
-	@echo "make report     the figures in README.md from the stored records"
+	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
+	@echo "make report     the figures in README.md and docs/ci.md from the stored records"
 	@echo "make gpu        on a machine with one: kernel tests and times into OUT=$(OUT), ONNX on CUDA"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"
@@ -55,6 +57,9 @@ format: setup
 
 static: setup
 	$(BIN)/ddpm-bench static --check
+
+bench: setup
+	$(BIN)/ddpm-bench run --quick --out $(BENCH_OUT)
 
 report: setup
 	$(BIN)/ddpm-bench report

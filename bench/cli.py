@@ -9,11 +9,18 @@ import torch
 import typer
 
 from bench import report
+from bench.compare import compare
+from bench.history import history
 from bench.profile import profile
+from bench.run import run
 from bench.static import static
-from ddpm.command_line import FAILED, run
+from ddpm import command_line
+from ddpm.command_line import FAILED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(run)
+app.command()(compare)
+app.command()(history)
 app.command()(static)
 app.command()(profile)
 
@@ -43,15 +50,15 @@ def gpu(
 
 @app.command("report")
 def write_report() -> None:
-    """Regenerate the figures in README.md from the stored records."""
+    """Regenerate the figures in README.md and docs/ from the stored records."""
     report.write()
 
 
 @app.callback()
 def _root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
-    """Measure the kernels."""
+    """Measure the kernels, the sampling steps and all above them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return run(app, "ddpm-bench", arguments)
+    return command_line.run(app, "ddpm-bench", arguments)

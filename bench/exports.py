@@ -9,8 +9,9 @@ from bench.machine import ROOT
 from ddpm.files import read_json
 
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
-MANIFESTS = ROOT / "bench" / "results" / "export_manifests.json"
-SPEED = ROOT / "bench" / "results" / "export.json"
+MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
+MANIFESTS = MACHINE / "export_manifests.json"
+SPEED = MACHINE / "export.json"
 UNITS = {"denoiser": "a call", "sampler": "a step"}
 
 

@@ -1,20 +1,28 @@
-"""`ddpm-bench report`: the figures in README.md, generated from stored records between HTML comments.
+"""`ddpm-bench report`: the figures in README.md and docs/, generated from stored records between HTML comments.
 
-<!-- NAME --> ... <!-- /NAME -->        NAME is a key of BLOCKS
+<!-- NAME --> ... <!-- /NAME -->        NAME is a key of BLOCKS, which says in which file it stands
 """
 
 import json
 import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import exports
+from bench import exports, store
 from bench.machine import ROOT
 from bench.profile import by_operator
+from bench.show import RUN_HEADINGS, run_cells
+from ddpm.files import read_json, write_text
 
 README = ROOT / "README.md"
+CI = ROOT / "docs" / "ci.md"
 STATIC = ROOT / "bench" / "results" / "static.json"
+# The machine whose records the documents show; others have a folder of their own beside it.
+MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
+RUN = MACHINE / "run.json"
+PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
 BEFORE_TUNING = ROOT / "bench" / "results" / "before_tuning.json"
@@ -121,25 +129,88 @@ def profile_table() -> str:
     )
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "kernels": kernel_table,
-    "sprites": sprites_table,
-    "profile": profile_table,
-    "export-parity": exports.parity_table,
-    "export-speed": exports.speed_table,
+def _markdown(headings: tuple[str, ...], rows: list[list[str]], left: int) -> str:
+    marks = "|".join(["---"] * left + ["--:"] * (len(headings) - left))
+    return "\n".join([f"| {' | '.join(headings)} |", f"|{marks}|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def bench_table() -> str:
+    """The stored `ddpm-bench run`. Raises ValueError if a row of it did not run or lost parity."""
+    content = store.load(RUN)
+    rows = [run_cells(records) for records in store.rows(content["records"]).values()]
+    for row in rows:
+        if len(row) != len(RUN_HEADINGS):
+            raise ValueError(f"{RUN.name}: {' '.join(row)}; needs a run without failures")
+    machine = content["machine"]
+    recipe = f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    return f"{recipe}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
+
+
+def proof_table() -> str:
+    """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
+    record = read_json(PROOF)
+    rows = []
+    for (kind, operator), lines in groupby(
+        sorted(record["comparisons"], key=lambda line: (line["kind"], line["operator"] or "")),
+        key=lambda line: (line["kind"], line["operator"]),
+    ):
+        rows.append(_proof_row(kind, operator, list(lines)))
+    headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
+    machine = record["machine"]
+    recipe = f"{machine['processor']}, torch {machine['torch']}, {record['processes']} processes a side"
+    return f"{recipe}:\n\n{_markdown(headings, rows, 1)}"
+
+
+def _proof_row(kind: str, operator: str | None, lines: list[dict]) -> list[str]:
+    """changes: the smallest and largest of the planted operator's row, of all operators' rows where nothing is."""
+
+    def is_own(row: dict) -> bool:
+        return (
+            operator is not None and row["row"].startswith(f"kernels/{operator}/") and row["row"].endswith("operator")
+        )
+
+    slower = [(row, is_own(row)) for line in lines for row in line["rows"] if row["status"] == "slower"]
+    unconfirmed = sum(row["status"] == "unconfirmed" for line in lines for row in line["rows"])
+    watched = [row for line in lines for row in line["rows"] if (is_own(row) if operator else True)]
+    changes = [row["ratio"] - 1 for row in watched]
+    return [
+        "nothing planted" if kind == "same" else f"10% planted in `{operator}`",
+        str(len(lines)),
+        str(sum(line["exit"] == 1 for line in lines)),
+        "" if operator is None else str(sum(own for _, own in slower)),
+        str(sum(not own for _, own in slower)),
+        str(unconfirmed),
+        f"{min(changes):+.1%} to {max(changes):+.1%}",
+    ]
+
+
+BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
+    "kernels": (README, kernel_table),
+    "sprites": (README, sprites_table),
+    "bench": (README, bench_table),
+    "profile": (README, profile_table),
+    "compare": (CI, proof_table),
+    "export-parity": (README, exports.parity_table),
+    "export-speed": (README, exports.speed_table),
 }
 
 
-def filled(text: str) -> str:
-    """The text with every block replaced by what its record says. Raises ValueError if a block is not there."""
-    for name, make in BLOCKS.items():
+def filled(text: str, path: Path = README) -> str:
+    """The text of a file with each of its blocks replaced by what its record says.
+
+    Raises ValueError if a block is not there.
+    """
+    for name, (file, make) in BLOCKS.items():
+        if file != path:
+            continue
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         if not pattern.search(text):
-            raise ValueError(f"README.md: has no block <!-- {name} --> ... <!-- /{name} -->")
+            raise ValueError(f"{path.name}: has no block <!-- {name} --> ... <!-- /{name} -->")
         text = pattern.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
     return text
 
 
-def write(path: Path = README) -> None:
-    """Fill the blocks of a file in place."""
-    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+def write() -> None:
+    """Fill the blocks of every file in place."""
+    for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
+        write_text(path, filled(path.read_text(encoding="utf-8"), path))

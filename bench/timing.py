@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,6 +54,52 @@ def _wall(call: Call, sets: Sequence[tuple], device: torch.device) -> float:
         call(*arguments)
     synchronize(device)
     return (time.perf_counter() - began) * 1e6 / len(sets)
+
+
+class Time(NamedTuple):
+    """Microseconds of one call: on the device alone, as a user's loop sees them, and of this process's processor time.
+
+    On the CPU the device time is the wall time.
+    """
+
+    kernel: float
+    wall: float
+    processor: float
+
+
+Timer = Callable[[], Time]
+
+
+def timer(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool = False) -> Timer:
+    """A function that runs the call once per set and returns its time.
+
+    On CUDA the kernel time comes from graph replays where the call can be captured,
+    else from events around the loop, launch gaps included. Capturing warms the call up; otherwise that is the caller's.
+    """
+    if device.type == "cuda":
+        replay = _prepare(call, sets, device) if capturable else lambda: _events(call, sets)
+    else:
+        replay = None
+
+    def once() -> Time:
+        kernel = None if replay is None else replay()
+        before = time.process_time()
+        wall = _wall(call, sets, device)
+        processor = (time.process_time() - before) * 1e6 / len(sets)
+        return Time(wall if kernel is None else kernel, wall, processor)
+
+    return once
+
+
+def _events(call: Call, sets: Sequence[tuple]) -> float:
+    """Microseconds per call on the CUDA device from the first launch to the last kernel's end."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for arguments in sets:
+        call(*arguments)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / len(sets)
 
 
 def interleaved(

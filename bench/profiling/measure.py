@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.profiling import trace as traces
-from bench.profiling.ranges import GAPS, OTHER, PARTS, STEP, WARM_UP, module_ranges, ranged
+from bench.profiling.ranges import GAPS, OTHER, PARTS, STEP, WARM_UP, RangedNoise, module_ranges
 from bench.timing import synchronize
 from ddpm.engines.eager import EagerEngine
+from ddpm.engines.fused import FusedEngine
 from ddpm.errors import WorkFailed
+from ddpm.noise import PhiloxNoise
 from ddpm.progress import Bar
-from ddpm.sampling import evaluating, philox_noise
+from ddpm.sampling import evaluating
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import StepTable
 from kernels.philox import Stream
@@ -79,7 +81,7 @@ def make_sampler(
     built = kind(model, schedule.timesteps, table, torch.float32)
     synchronize(device)
     build_ms = (time.perf_counter() - began) * 1e3
-    noise = philox_noise(seed, device, torch.float32)
+    noise = PhiloxNoise(seed)
     samples = torch.arange(batch, device=device)
     x = noise(samples, 0, Stream.INITIAL, tuple(model.sample_shape))
     context = None if context is None else context.to(device)
@@ -201,7 +203,7 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
     """(the Chrome trace, milliseconds per step by the wall clock) of a few steps under torch.profiler.
 
     The step before them runs under the profiler too and does not count: the first pays for its start. Every step is a
-    range; with the eager engine so are every module's forward and every draw of noise.
+    range; with the eager and the fused engine so are every module's forward and every draw of noise.
     """
     first = min(UNPROFILED_STEPS + 1, sampler.steps - 1)
     start, last = max(0, first - 1), min(first + steps, sampler.steps) - 1
@@ -235,9 +237,11 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
             enter(i + 1)
 
         noise = sampler.noise
-        if isinstance(sampler.engine, EagerEngine):
-            running.enter_context(module_ranges(sampler.model))
-            noise = ranged("noise", noise)
+        # Not the engines derived from them: hooks are not for compiled or captured code.
+        if type(sampler.engine) in (EagerEngine, FusedEngine):
+            fused = type(sampler.engine) is FusedEngine
+            running.enter_context(module_ranges(sampler.engine.form if fused else sampler.model))
+            noise = RangedNoise(noise.seed)
         enter(0)
         sampler.run(callback, noise)
     with tempfile.TemporaryDirectory() as folder:

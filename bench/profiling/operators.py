@@ -85,12 +85,13 @@ def _matrix(name: str, dims: Dims) -> tuple[int, int] | None:
 
 
 def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]) -> Work | None:
-    """Flops and bytes of an `aten::` call as the profiler recorded it, or None for an operator not counted here.
+    """Flops and bytes of a call of PyTorch's as the profiler recorded it, or None for an operator not counted here.
 
     dims, types, concrete: the trace's "Input Dims", "Input type" and "Concrete Inputs", one entry per argument.
     """
     space, _, short = name.partition("::")
-    if space != "aten" or not dims:
+    packed = name == "mkldnn::_convolution_pointwise"
+    if not dims or not (space == "aten" or packed):
         return None
     if FREE.fullmatch(short):
         return Work(0, 0)
@@ -98,6 +99,11 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     tensors = [(shape, ITEM_BYTES[kind]) for shape, kind in zip(dims, types, strict=True) if kind in ITEM_BYTES]
     read = sum(math.prod(shape) * size for shape, size in tensors)
     # Compiled code calls `convolution`, whose seventh argument says whether it is transposed: that one is not counted.
+    if packed:
+        padding, stride, dilation = (_numbers(text) for text in concrete[3:6])
+        flops, outputs = _convolution(dims[0], dims[1], stride, padding, dilation)
+        weight_and_bias = math.prod(dims[1]) + dims[1][0]
+        return Work(float(flops), float((math.prod(dims[0]) + weight_and_bias + outputs) * (item or 0)))
     forward = short == "conv2d" or (short == "convolution" and concrete[6] == "False")
     if forward and all(text.startswith("[") for text in concrete[3:6]):  # padding may be "same"
         stride, padding, dilation = (_numbers(text) for text in concrete[3:6])

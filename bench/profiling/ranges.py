@@ -4,21 +4,23 @@
 module may emit ranges named like PARTS itself; they are read the same way.
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import record_function
+
+from ddpm.noise import PhiloxNoise
 
 MODULE = "module:"
 STEP, WARM_UP = "step ", "warm-up "
 PARTS = ("encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise")
 OTHER, GAPS = "other", "gaps"
 
-# The first component of a module's path, without its number, of the networks in ddpm/networks.py. What the root itself
+# The first component of a module's path, without its number, of the networks in ddpm/networks.py and of the inference
+# form. What the root itself
 # does (gates, concatenations) happens around the up stages.
 COMPONENTS = {
     "init_conv": "encoder",
@@ -32,6 +34,13 @@ COMPONENTS = {
     "inp": "encoder",
     "embed": "embeddings",
     "blocks": "decoder",
+    "initial": "encoder",
+    "shortcut": "encoder",
+    "downs": "encoder",
+    "upsamplings": "decoder",
+    "ups": "decoder",
+    "head": "head",
+    "last": "head",
     "": "decoder",
 }
 
@@ -68,12 +77,9 @@ def module_ranges(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def ranged(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, each call of it a range."""
+class RangedNoise(PhiloxNoise):
+    """The same noise, each draw of it a range."""
 
-    @functools.wraps(call)
-    def inside(*arguments: Any) -> Any:
-        with record_function(name):
-            return call(*arguments)
-
-    return inside
+    def __call__(self, samples: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+        with record_function("noise"):
+            return super().__call__(samples, step, stream, shape)

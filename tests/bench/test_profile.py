@@ -287,7 +287,7 @@ def test_a_profile_of_points_in_one_step(points, tmp_path, monkeypatch):
         == 0
     )
     content = json.loads((tmp_path / "profile.json").read_text())
-    assert content["recipe"] | {"steps": 1, "rows": 3, "engine": "eager"} == content["recipe"]
+    assert content["recipe"] | {"steps": 1, "rows": 3, "engine": "fused"} == content["recipe"]
     assert len(content["latency"]["trajectories"][0]["steps_ms"]) == 1
 
 

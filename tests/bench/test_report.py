@@ -1,18 +1,31 @@
-"""The README's figures are those of the stored records."""
+"""The figures in README.md and docs/ are those of the stored records."""
 
 import pytest
 
 from bench import report
 
-
-def test_the_readme_agrees_with_the_records():
-    text = report.README.read_text(encoding="utf-8")
-    assert report.filled(text) == text, "run `make report`"
+FILES = sorted({path for path, _ in report.BLOCKS.values()})
 
 
-def test_a_changed_figure_is_noticed():
-    text = report.README.read_text(encoding="utf-8").replace("| q_sample bf16 | ", "| q_sample bf16 | 1")
-    assert report.filled(text) != text
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_documents_agree_with_the_records(path):
+    text = path.read_text(encoding="utf-8")
+    assert report.filled(text, path) == text, "run `make report`"
+
+
+@pytest.mark.parametrize(
+    ("path", "figure"),
+    [
+        (report.README, "| q_sample bf16 | "),
+        (report.README, "| step/fp32/batch1/plain | eager | "),
+        (report.CI, "| nothing planted | "),
+    ],
+)
+def test_a_changed_figure_is_noticed(path, figure):
+    text = path.read_text(encoding="utf-8")
+    assert figure in text
+    changed = text.replace(figure, f"{figure}1")
+    assert report.filled(changed, path) != changed
 
 
 def test_a_missing_block_is_named():

@@ -1,0 +1,240 @@
+"""Measuring one workload: parity first, then rounds of everything that competes, interleaved, raw samples kept.
+
+Beside the reference and the candidates every round times two things that no change of ours can touch: a copy of as many
+bytes as the workload's cost, which is the bandwidth ceiling, and the yardstick, a small convolution network in plain
+torch. `time / yardstick` of two versions can be compared on one machine whatever else runs there.
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench.registry import Bench, Candidate, Workload
+from bench.timing import Call, Time, Timer, synchronize, timer
+
+SEED = 0
+EAGER, YARDSTICK = "eager", "yardstick"
+LEAST_ROUNDS = 3
+COPY_MOST = 256 * 2**20
+# Samples of 0.4 ms spread by 22-31% between rounds on a busy two-core Xeon, samples of 10 ms by 5-10%.
+SAMPLE_US = 4000
+
+
+def yardstick(device: torch.device) -> Call:
+    """A convolution, a GELU and a sum over [8, 64, 16, 16]: about a millisecond of one core."""
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn((8, 64, 16, 16), generator=generator).to(device)
+    weight = torch.randn((64, 64, 3, 3), generator=generator).to(device)
+
+    def call() -> torch.Tensor:
+        return F.gelu(F.conv2d(x, weight, padding=1)).add_(x)
+
+    return call
+
+
+def matrix_ceiling(device: torch.device, rounds: int = 5) -> float:
+    """FLOP/s of a square matrix product, the faster of float32 and bfloat16."""
+    side = 8192 if device.type == "cuda" else 512
+    best = 0.0
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones((side, side), dtype=dtype, device=device)
+        product = timer(torch.mm, [(a, a)], device)
+        product()
+        best = max(best, *(2 * side**3 / (product().kernel * 1e-6) for _ in range(rounds)))
+    return best
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """PyTorch's profiler prints two lines at every start and stop, from C++."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes that one call holds above what was there, by PyTorch's allocators; None if it used none of them.
+
+    On the CPU the profiler replays allocations; memory of other runtimes (ONNX Runtime) is not seen.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak if events else None
+
+
+def _prepare(candidate: Candidate, arguments: tuple, device: torch.device) -> tuple[Call, dict[str, Any]]:
+    """(call, {"warm_up_s", "error", "tolerance", "parity"})."""
+    began = time.perf_counter()
+    call = candidate.make()
+    call(*arguments)
+    synchronize(device)
+    warm_up = time.perf_counter() - began
+    error = float(candidate.error(call))
+    return call, {
+        "warm_up_s": warm_up,
+        "error": error if math.isfinite(error) else str(error),
+        "tolerance": candidate.tolerance,
+        "parity": error <= candidate.tolerance,
+    }
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool) -> Timer:
+    """A timer that repeats the sets until a sample lasts SAMPLE_US on the CPU, warmed up."""
+    once = timer(call, sets, device, capturable)
+    once()
+    if device.type != "cpu":
+        return once
+    repeats = math.ceil(SAMPLE_US / max(once().wall * len(sets), 1))
+    return timer(call, list(sets) * repeats, device) if repeats > 1 else once
+
+
+def _rounds(
+    timers: Mapping[str, Timer], rounds: int, seconds: float, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Samples of every timer, in rounds of all of them in a seeded random order; stops when the seconds are over.
+
+    On the CPU they are seconds of processor time, so that a busy machine takes longer and not fewer samples.
+    """
+    clock = time.process_time if device.type == "cpu" else time.monotonic
+    samples = {name: {kind: [] for kind in Time._fields} for name in timers}
+    order, began = random.Random(SEED), clock()  # noqa: S311 (no secret)
+    for done in range(rounds):
+        if done >= LEAST_ROUNDS and clock() - began > seconds:
+            break
+        for name in order.sample(list(timers), len(timers)):
+            for kind, value in timers[name]()._asdict().items():
+                samples[name][kind].append(value)
+    return samples
+
+
+def measure(
+    workload: Workload, device: torch.device, rounds: int, seconds: float, ceiling: float
+) -> list[dict[str, Any]]:
+    """One record per competitor, the eager reference first. Nothing that goes wrong inside a workload is raised.
+
+    rounds: at most; it ends after `seconds` (see `_rounds`) if three are done. ceiling: FLOP/s of `matrix_ceiling`.
+    A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
+    """
+    head = {"workload": workload.name, "suite": workload.suite}
+    try:
+        bench = workload.build(device)
+        arguments = bench.sets[0]
+        began = time.perf_counter()
+        bench.reference(*arguments)
+        synchronize(device)
+        prepared = {EAGER: (bench.reference, {"warm_up_s": time.perf_counter() - began, "parity": True})}
+    except Exception as error:
+        return [head | {"candidate": EAGER, "failed": _one_line(error)}]
+    broken = []
+    for name, candidate in bench.candidates.items():
+        try:
+            call, facts = _prepare(candidate, arguments, device)
+        except Exception as error:
+            broken.append(head | {"candidate": name, "failed": _one_line(error)})
+            continue
+        if facts["parity"]:
+            prepared[name] = (call, facts)
+        else:
+            broken.append(head | {"candidate": name} | facts)
+    try:
+        return _timed(head, bench, prepared, device, rounds, seconds, ceiling) + broken
+    except Exception as error:
+        return [head | {"candidate": name, "failed": _one_line(error)} for name in prepared] + broken
+
+
+def _timed(
+    head: dict[str, Any],
+    bench: Bench,
+    prepared: Mapping[str, tuple[Call, dict[str, Any]]],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    ceiling: float,
+) -> list[dict[str, Any]]:
+    half = int(min(max(bench.cost.bytes, 2), COPY_MOST) // 2)
+    buffers = [tuple(torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)) for _ in bench.sets]
+    timers = {name: _sampler(call, bench.sets, device, bench.capturable) for name, (call, _) in prepared.items()}
+    timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
+    timers[YARDSTICK] = _sampler(yardstick(device), [()], device, capturable=False)
+    memory = {name: peak_memory(lambda call=call: call(*bench.sets[0]), device) for name, (call, _) in prepared.items()}
+    samples = _rounds(timers, rounds, seconds, device)
+    copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
+    return [
+        head
+        | {"candidate": name, **facts}
+        | _figures(bench, samples, name, copy_rate, ceiling)
+        | _gate(samples, name, YARDSTICK if name == EAGER or not bench.frozen else EAGER, device)
+        | {"peak_memory_bytes": memory[name]}
+        for name, (_, facts) in prepared.items()
+    ]
+
+
+def _paired(first: list[float], second: list[float]) -> float:
+    """The median over rounds of first / second."""
+    return median(a / b for a, b in zip(first, second, strict=True))
+
+
+def _figures(
+    bench: Bench, samples: Mapping[str, dict[str, list[float]]], name: str, copy_rate: float, ceiling: float
+) -> dict[str, Any]:
+    """Times are microseconds per unit (`Bench.calls`), rates per second."""
+    kernel, wall = samples[name]["kernel"], samples[name]["wall"]
+    seconds = median(kernel) * 1e-6
+    return {
+        "kernel_us": median(kernel) / bench.calls,
+        "wall_us": median(wall) / bench.calls,
+        "images_per_s": None if bench.images is None else bench.images / (median(wall) * 1e-6),
+        "speed_up": None if name == EAGER else _paired(samples[EAGER]["kernel"], kernel),
+        "bytes_per_s": bench.cost.bytes / seconds,
+        "share_of_copy": bench.cost.bytes / seconds / copy_rate,
+        "flops_per_s": bench.cost.flops / seconds,
+        "share_of_product": bench.cost.flops / seconds / ceiling,
+    }
+
+
+def _gate(
+    samples: Mapping[str, dict[str, list[float]]], name: str, against: str, device: torch.device
+) -> dict[str, Any]:
+    """What `compare` takes of a process: the median over rounds of time / time of `against`, and the raw samples.
+
+    On the CPU it is processor time. On a busy machine wall times of one row spread by 30-60% between processes,
+    whatever the statistic, because others take the processor away; processor time counts only while we have it.
+    """
+    kind = "kernel" if device.type == "cuda" else "processor"
+    return {
+        "gate": _paired(samples[name][kind], samples[against][kind]),
+        "against": against,
+        "samples_us": {
+            name: {kind: [round(sample, 3) for sample in values] for kind, values in samples[name].items()}
+            for name in (name, against)
+        },
+    }

@@ -1,0 +1,110 @@
+"""What is measured: suites of workloads, each with an eager reference and the candidates that compete with it.
+
+A suite is a module `bench/suites/NAME.py` with `workloads(quick) -> list[Workload]`. Names are known before anything is
+built, so that `--filter` is cheap and a benchmark that disappeared is noticed.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+
+from bench.timing import Call
+from ddpm.errors import BadInput
+from kernels.backend import Cost
+
+OURS = ("bench", "ddpm", "export", "kernels")
+SUITES = {name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export")}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to do a workload.
+
+    make: builds the call; its seconds plus those of the first call are the warm-up column.
+    error: the parity error of this call, measured before anything is timed; NaN is no parity.
+    tolerance: the largest error that is parity.
+    """
+
+    make: Callable[[], Call]
+    error: Callable[[Call], float]
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A workload that is built.
+
+    sets: argument sets that rotate through `reference` and the candidates. cost: bytes and flops of one call.
+    calls: units (solver steps) in one call; times are divided by it. images: per call, where a call ends in images.
+    frozen: whether the reference consists of plain torch operators written in bench/, so that no change of the
+        packages can slow it; ratios to it show every change. Where it is our own code, as in `step`, a slowdown of
+        what both share would hide in them, and `compare` takes the yardstick (see `bench.measure`).
+    capturable: whether calls can be captured in a CUDA graph, whose replays give the kernel time.
+    """
+
+    sets: Sequence[tuple]
+    reference: Call
+    candidates: Mapping[str, Candidate]
+    cost: Cost
+    calls: int = 1
+    images: int | None = None
+    frozen: bool = False
+    capturable: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """name: unique, begins with the suite ("step/fp32/batch32/guided"). build: makes it on a device, untimed."""
+
+    name: str
+    suite: str
+    build: Callable[[torch.device], Bench]
+
+
+class Unavailable(Exception):
+    """A suite that this installation cannot run: says what is missing."""
+
+
+def load(suite: str, quick: bool) -> list[Workload]:
+    """The workloads of one suite. Raises Unavailable if it, or a package that it needs, is not there.
+
+    An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
+    """
+    try:
+        return import_module(SUITES[suite]).workloads(quick)
+    except ModuleNotFoundError as error:
+        if error.name == SUITES[suite]:
+            raise Unavailable(f"suite {suite}: not built yet") from None
+        if error.name is None or error.name.partition(".")[0] in OURS:
+            raise
+        raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
+
+
+def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dict[str, str]]:
+    """The workloads of a suite (or `all`) whose name matches, and why suites were left out: {suite: reason}.
+
+    Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
+    regular expression or matches nothing.
+    """
+    if suite != "all" and suite not in SUITES:
+        raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all")
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"--filter: {pattern!r} is no regular expression ({error})") from error
+    found, skipped = [], {}
+    for name in SUITES if suite == "all" else [suite]:
+        try:
+            found += load(name, quick)
+        except Unavailable as error:
+            if suite != "all":
+                raise BadInput(f"--suite: {error}") from error
+            skipped[name] = str(error)
+    matching = [workload for workload in found if expression.search(workload.name)]
+    if not matching:
+        names = "; ".join(workload.name for workload in found)
+        raise BadInput(f"--filter: {pattern!r} matches none of: {names}")
+    return matching, skipped

@@ -1,0 +1,119 @@
+"""`ddpm-bench run`: measure the registry and store what was measured."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench import store
+from bench.machine import ROOT, describe
+from bench.measure import matrix_ceiling, measure
+from bench.registry import selected
+from bench.show import run_table
+from ddpm.command_line import FAILED
+from ddpm.errors import BadInput, WorkFailed
+from ddpm.files import write_json
+from ddpm.progress import Bar
+
+ROUNDS, QUICK_ROUNDS = 60, 60
+# Per workload, whichever ends first; the largest CPU workloads then do three rounds.
+SECONDS, QUICK_SECONDS = 30.0, 2.0
+
+
+def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: bool = False) -> store.Content:
+    """Measure the selected workloads in this process, on CUDA where there is one."""
+    workloads, skipped = selected(suite, quick, pattern)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ceiling = matrix_ceiling(device)
+    most = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+    seconds = float("inf") if rounds else (QUICK_SECONDS if quick else SECONDS)
+    records: list[dict[str, Any]] = []
+    with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
+        for done, workload in enumerate(workloads, start=1):
+            records += measure(workload, device, most, seconds, ceiling)
+            bar.update(done, workload.name)
+    return store.content_of(
+        [{"process": 0} | record for record in records],
+        describe(device),
+        skipped,
+        suite=suite,
+        quick=quick,
+        filter=pattern,
+        processes=1,
+        product_flops_per_s=ceiling,
+    )
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This environment with the packages of `root` before all others, and one thread.
+
+    Processor time of several threads counts those that spin while they wait for one that lost its processor.
+    """
+    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def run_child(root: Path, process: int, arguments: list[str]) -> store.Content:
+    """`ddpm-bench run` of the checkout `root` in a process of its own; its records are numbered `process`.
+
+    Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never silent.
+    """
+    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
+        out = Path(folder) / "run.json"
+        command = [sys.executable, "-m", "bench", "run", *arguments, "--quiet", "--out", str(out)]
+        done = subprocess.run(  # noqa: S603
+            command, cwd=root, env=environment(root), capture_output=True, text=True, check=False
+        )
+        if not out.is_file():
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
+            raise (BadInput if done.returncode == 2 else WorkFailed)(reason)
+        content = store.load(out)
+    for record in content["records"]:
+        record["process"] = process
+    return content
+
+
+def merged(contents: list[store.Content]) -> store.Content:
+    """One content from several processes' contents."""
+    first = contents[0]
+    records = [record for content in contents for record in content["records"]]
+    asked = {key: first[key] for key in ("suite", "quick", "filter", "product_flops_per_s")}
+    return store.content_of(records, first["machine"], first["skipped"], **asked, processes=len(contents))
+
+
+def run(
+    out: Annotated[Path, typer.Option(metavar="F.json", help="where the records go")],
+    suite: Annotated[str, typer.Option(help="kernels, step, sampling, training, export or all")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="fewer workloads and rounds")] = False,
+    pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads whose name matches")] = "",
+    rounds: Annotated[int | None, typer.Option(min=1, help="rounds per workload, however long they take")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="repeat in so many fresh processes (for `compare`: 6)")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
+) -> int:
+    """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise BadInput(f"--out: {out} cannot be written, needs a file in a folder that exists")
+    if processes == 1:
+        content = run_here(suite, quick, pattern, rounds, quiet)
+    else:
+        selected(suite, quick, pattern)
+        arguments = ["--suite", suite, "--filter", pattern, *(["--quick"] if quick else [])]
+        arguments += [] if rounds is None else ["--rounds", str(rounds)]
+        contents = []
+        with Bar("bench", processes, "processes/s", quiet=quiet) as bar:
+            for process in range(processes):
+                contents.append(run_child(ROOT, process, arguments))
+                bar.update(process + 1)
+        content = merged(contents)
+    write_json(out, content)
+    for reason in content["skipped"].values():
+        print(f"note: {reason}", file=sys.stderr)
+    if not quiet:
+        run_table(content)
+        print(f"wrote {out}")
+    return 0 if content["parity"] and not content["failed"] else FAILED

@@ -1,0 +1,75 @@
+"""Stored measurements: one JSON object per file, made and checked here.
+
+    format_version, kind, date (UTC), machine (`bench.machine.describe`: commit, dirty, versions, device), command,
+    seed, suite, quick, filter, processes, skipped {suite: reason}, product_flops_per_s, parity, failed, records
+
+A record is one competitor of one workload in one process; `bench.measure` says what is in it.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bench.measure import SEED
+from ddpm.errors import BadInput
+from ddpm.files import read_json
+
+FORMAT_VERSION = 1
+KIND = "fused-ddpm benchmark"
+Content = dict[str, Any]
+
+
+def content_of(
+    records: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], skipped: Mapping[str, str], **asked: Any
+) -> Content:
+    """What a file holds. asked: suite, quick, filter, processes, product_flops_per_s."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": KIND,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": dict(machine),
+        "command": shlex.join(("ddpm-bench", *sys.argv[1:])),
+        "seed": SEED,
+        **asked,
+        "skipped": dict(skipped),
+        "parity": all(record.get("parity", True) for record in records),
+        "failed": sum("failed" in record for record in records),
+        "records": list(records),
+    }
+
+
+def load(path: Path) -> Content:
+    """A stored file. Raises BadInput if it is missing, no JSON, not ours or of another format."""
+    content = read_json(path)
+    if content.get("kind") != KIND or not isinstance(content.get("records"), list):
+        raise BadInput(f"{path}: found another JSON object, needs a file that `ddpm-bench run --out` wrote")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{path}: found format_version {content.get('format_version')}, needs {FORMAT_VERSION}")
+    for record in content["records"]:
+        if not isinstance(record, dict) or not {"workload", "candidate", "process"} <= record.keys():
+            raise BadInput(f"{path}: a record lacks workload, candidate or process, needs a whole file")
+        times = {"gate", "against", "kernel_us"}
+        if "failed" not in record and record.get("parity") and not times <= record.keys():
+            raise BadInput(f"{path}: the record of {row_of(record)} has no times, needs a whole file")
+    return content
+
+
+def row_of(record: Mapping[str, Any]) -> str:
+    """The name of a record's row: workload and candidate."""
+    return f"{record['workload']} {record['candidate']}"
+
+
+def is_good(record: Mapping[str, Any]) -> bool:
+    """Whether a record has times: it ran, with parity."""
+    return "failed" not in record and bool(record.get("parity"))
+
+
+def rows(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Records by row, in order of appearance; the processes of a row together."""
+    grouped: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        grouped.setdefault(row_of(record), []).append(record)
+    return grouped

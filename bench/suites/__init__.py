@@ -1,0 +1,1 @@
+"""One module per suite: `workloads(quick) -> list[Workload]`, see `bench.registry`."""

@@ -1,0 +1,53 @@
+"""Suite `kernels`: every operator against the eager sequence that it replaces, see `bench.kernels`.
+
+On the CPU an operator is its PyTorch reference, so the ratio there says what the noise contract costs (torch.randn is
+cheaper than Philox in torch operators), and a slower operator shows in its own row.
+"""
+
+from functools import partial
+from math import log10
+
+import torch
+
+from bench import kernels
+from bench.registry import Bench, Candidate, Workload
+from kernels.backend import Cost
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = (10**5, 10**6)
+QUICK_SIZES = (10**5,)
+
+
+def _flops(name: str, dtype: torch.dtype, elements: int) -> float:
+    """Floating-point operations of one call, from its cost; 0 where it is not listed here: not counted."""
+    costs = {
+        "q_sample": lambda: kernels.q_sample_cost(dtype, dtype),
+        "q_sample_rows": lambda: kernels.rows_cost(torch.uint8, dtype),
+        "noise_mse": lambda: kernels.noise_mse_cost(dtype),
+        "noise_mse_backward": lambda: kernels.noise_mse_cost(dtype, backward=True),
+        "solver_step": lambda: kernels.solver_cost(dtype, dtype),
+        "group_norm_relu": lambda: kernels.group_norm_cost(dtype),
+        "bottleneck": lambda: kernels.bottleneck_cost(dtype, 128, 1),
+    }
+    return costs[name]().flops * elements if name in costs else 0.0
+
+
+def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -> Bench:
+    found = next(w for w in kernels.workloads(elements, dtype, device) if w.name == name)
+    sets = [found.make(k) for k in range(kernels.sets_for(found, device))]
+    # bench.kernels judges the operator itself, which is what `make` returns.
+    operator = Candidate(lambda: found.fused, lambda _: found.error(sets[0]), kernels.TOLERANCE[dtype])
+    cost = Cost(bytes=found.bytes, flops=_flops(name, dtype, found.elements))
+    return Bench(sets, found.eager, {"operator": operator}, cost, frozen=True, capturable=True)
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Every operator of `bench.kernels` by size and type. Its names come from a tiny instance on the CPU."""
+    names = [w.name for w in kernels.workloads(1, torch.float32, torch.device("cpu"))]
+    types = {"fp32": torch.float32} if quick else TYPES
+    return [
+        Workload(f"kernels/{name}/{label}/1e{round(log10(size))}", "kernels", partial(_build, name, size, dtype))
+        for name in names
+        for label, dtype in types.items()
+        for size in (QUICK_SIZES if quick else SIZES)
+    ]

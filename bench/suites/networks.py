@@ -1,0 +1,66 @@
+"""The network that the suites `step`, `sampling` and `training` share, with random weights, and what it costs."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm import ContextUnet
+from ddpm.engines import ENGINES, choose
+
+SEED = 7
+CHANNELS, SIDE, N_FEAT, N_CFEAT = 3, 16, 64, 5
+TIMESTEPS = 500
+PARITY = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+def network(device: torch.device) -> ContextUnet:
+    """A ContextUnet for [n, 3, 16, 16] in eval mode; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return ContextUnet(CHANNELS, N_FEAT, N_CFEAT, SIDE).eval().to(device)
+
+
+@cache
+def forward_flops() -> float:
+    """Floating-point operations of one image in one call, counted by PyTorch (convolutions and matrix products)."""
+    shape = (1, CHANNELS, SIDE, SIDE)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        ContextUnet(CHANNELS, N_FEAT, N_CFEAT, SIDE).eval()(torch.empty(shape), torch.empty(1), torch.empty(1, N_CFEAT))
+    return float(counter.get_total_flops())
+
+
+def step_bytes(model: ContextUnet, batch: int, dtype: torch.dtype) -> float:
+    """The least a step can move: weights read once, the float32 state read and written."""
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return weights + 2 * 4 * batch * CHANNELS * SIDE * SIDE
+
+
+def contexts(batch: int, device: torch.device) -> Tensor:
+    """One-hot float32 [batch, 5], the classes in turn."""
+    return torch.eye(N_CFEAT, device=device)[torch.arange(batch, device=device) % N_CFEAT]
+
+
+def relative_l2(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, in float64."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def engine_error(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """What PARITY[dtype] bounds: max|difference| / max(1, max|expected|) in float32, the relative L2 below it."""
+    if dtype != torch.float32:
+        return relative_l2(actual, expected)
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
+
+
+def competitors(device: torch.device) -> list[str]:
+    """The engines beside `eager` that this machine can run; `choose` raises RuntimeError for the others."""
+    names = []
+    for name in ENGINES:
+        try:
+            choose(name, device)
+        except RuntimeError:
+            continue
+        names.append(name)
+    return [name for name in names if name != "eager"]

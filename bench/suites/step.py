@@ -1,0 +1,72 @@
+"""Suite `step`: one solver step with its network, through every engine of `ddpm.engines`.
+
+A call is a trajectory of ten rows of the ddpm table, so times are per step. The reference is the eager engine in the
+same type; every candidate is judged against the eager engine in float32.
+"""
+
+from functools import cache, partial
+
+import torch
+
+from bench.registry import Bench, Candidate, Workload
+from bench.suites.networks import (
+    PARITY,
+    SEED,
+    TIMESTEPS,
+    competitors,
+    contexts,
+    engine_error,
+    forward_flops,
+    network,
+    step_bytes,
+)
+from bench.timing import Call
+from ddpm import NoiseSchedule, make_table
+from ddpm.engines import ENGINES
+from ddpm.sampling import philox_noise, sample_shape
+from kernels import philox
+from kernels.backend import Cost
+
+STEPS = 10
+GUIDANCE = {"plain": 1.0, "guided": 2.0}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCHES = (1, 8, 32)
+QUICK_BATCHES = (1, 32)
+
+
+def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:
+    model = network(device)
+    table = make_table(NoiseSchedule.make("linear", TIMESTEPS), "ddpm", STEPS)
+    draw = philox_noise(SEED, device, torch.float32)
+    samples = torch.arange(batch, device=device)
+    context = contexts(batch, device)
+    x = draw(samples, 0, philox.Stream.INITIAL, sample_shape(model))
+
+    def make(engine: str, kind: torch.dtype) -> Call:
+        built = ENGINES[engine](network(device).to(kind), TIMESTEPS, table, kind)
+
+        def call() -> torch.Tensor:
+            with torch.no_grad():
+                return built(x.clone(), samples, context, guidance, draw, None)
+
+        return call
+
+    expected = cache(lambda: make("eager", torch.float32)())
+    candidates = {
+        name: Candidate(partial(make, name, dtype), lambda call: engine_error(call(), expected(), dtype), PARITY[dtype])
+        for name in competitors(device)
+    }
+    calls = 1 if guidance == 1.0 else 2
+    cost = Cost(STEPS * step_bytes(model, batch, dtype), STEPS * calls * batch * forward_flops())
+    return Bench([()], make("eager", dtype), candidates, cost, calls=STEPS)
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Batch x type x guidance."""
+    types = {"fp32": torch.float32} if quick else TYPES
+    return [
+        Workload(f"step/{label}/batch{batch}/{kind}", "step", partial(_build, batch, dtype, guidance))
+        for label, dtype in types.items()
+        for batch in (QUICK_BATCHES if quick else BATCHES)
+        for kind, guidance in GUIDANCE.items()
+    ]

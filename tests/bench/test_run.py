@@ -1,0 +1,186 @@
+"""`ddpm-bench run`: parity before speed, nothing that goes wrong stays silent, what is stored can be read again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import store
+from bench.cli import main
+from bench.machine import ROOT
+from bench.measure import measure, peak_memory
+from bench.registry import SUITES, load, selected
+from ddpm.errors import BadInput
+from kernels.backend import Cost
+
+CPU = torch.device("cpu")
+
+
+def by_row(content):
+    return {store.row_of(record): record for record in content["records"]}
+
+
+def test_a_good_workload_has_every_column(small_registry):
+    workload = load("step", True)[0]
+    eager, double = measure(workload, CPU, rounds=4, seconds=10, ceiling=1e9)
+    assert (eager["candidate"], double["candidate"]) == ("eager", "double")
+    assert eager["speed_up"] is None
+    assert 0.05 < double["speed_up"] < 1  # it does the work three times
+    for record in (eager, double):
+        assert record["parity"]
+        # calls=2: times are per unit; images per call.
+        assert record["images_per_s"] == pytest.approx(3 / (2 * record["wall_us"] * 1e-6))
+        assert record["bytes_per_s"] == pytest.approx(16000 / (2 * record["kernel_us"] * 1e-6))
+        assert record["share_of_product"] == pytest.approx(record["flops_per_s"] / 1e9)
+        assert record["warm_up_s"] > 0
+        assert record["share_of_copy"] > 0
+    assert len(double["samples_us"]["double"]["processor"]) == 4
+    assert double["against"] == "eager"
+    assert eager["against"] == "yardstick"
+
+
+def test_peak_memory_is_what_a_call_holds_at_once():
+    def call():
+        a = torch.empty(1000, 1000)
+        b = a + 1
+        del a
+        return b.sum()
+
+    assert peak_memory(call, CPU) == pytest.approx(8e6, rel=0.01)
+    assert peak_memory(lambda: None, CPU) is None
+
+
+def test_without_parity_there_is_no_time_and_the_run_fails_after_the_rest(small_registry, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert main(["run", "--suite", "step", "--rounds", "2", "--out", str(out)]) == 1
+    content = store.load(out)
+    assert content["parity"] is False
+    assert content["failed"] == 3
+    rows = by_row(content)
+    for candidate in ("cosine", "nan"):
+        assert not store.is_good(rows[f"step/wrong {candidate}"])
+        assert "kernel_us" not in rows[f"step/wrong {candidate}"]
+    assert rows["step/wrong nan"]["error"] == "nan"  # JSON has no NaN
+    for broken in ("step/crashes called", "step/crashes made", "step/unbuilt eager"):
+        assert rows[broken]["failed"] == "RuntimeError: planted crash"
+    for good in ("step/good double", "step/wrong double", "step/crashes double"):
+        assert store.is_good(rows[good])
+    printed = capsys.readouterr().out
+    assert "parity lost: error 0.3 > 1e-06, no speed-up" in printed
+    assert "failed: RuntimeError: planted crash" in printed
+
+
+def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys):
+    out = tmp_path / "r.json"
+    assert main(["run", "--suite", "all", "--filter", "good", "--rounds", "2", "--out", str(out)]) == 0
+    content = store.load(out)
+    assert content["parity"] is True
+    assert content["processes"] == 1
+    assert {"commit", "dirty", "torch", "processor", "device"} <= content["machine"].keys()
+    assert content["command"].startswith("ddpm-bench ")
+    assert content["skipped"]["kernels"] == "suite kernels: needs the package 'nobody_has_it', which is not installed"
+    assert set(content["skipped"]) == set(SUITES) - {"step"}
+    assert "note: suite kernels: needs the package" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--suite", "nonsense"], "got 'nonsense', needs one of kernels, step, sampling, training, export, all"),
+        (["--suite", "kernels"], "needs the package 'nobody_has_it'"),
+        (["--suite", "training"], "not built yet"),
+        (["--suite", "step", "--filter", "["], "'[' is no regular expression"),
+        (["--suite", "step", "--filter", "zzz"], "matches none of: step/good; step/wrong"),
+        (["--suite", "step", "--rounds", "0"], "rounds"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(small_registry, tmp_path, capsys, arguments, words):
+    assert main(["run", *arguments, "--out", str(tmp_path / "r.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_out_is_said_before_anything_is_measured(small_registry, tmp_path, capsys):
+    for out in (tmp_path / "no" / "r.json", tmp_path):
+        assert main(["run", "--suite", "step", "--out", str(out)]) == 2
+        assert "needs a file in a folder that exists" in capsys.readouterr().err
+
+
+def test_a_broken_import_of_our_own_is_no_missing_package(small_registry, monkeypatch):
+
+    def broken(quick):
+        raise ModuleNotFoundError("No module named 'ddpm.gone'", name="ddpm.gone")
+
+    monkeypatch.setattr(sys.modules["small_kernels"], "workloads", broken)
+    with pytest.raises(ModuleNotFoundError):
+        selected("all", True, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("{", "not readable JSON"),
+        ("[]", "needs an object"),
+        ('{"records": []}', "needs a file that `ddpm-bench run --out` wrote"),
+        ('{"kind": "fused-ddpm benchmark", "records": [], "format_version": 99}', "found format_version 99, needs 1"),
+        ('{"kind": "fused-ddpm benchmark", "records": [{}], "format_version": 1}', "a record lacks"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path, text, words):
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(BadInput, match=r"r\.json") as caught:
+        store.load(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training"])
+def test_the_real_suites_build_and_are_named_after_themselves(suite):
+    found = {quick: load(suite, quick) for quick in (True, False)}
+    for workloads in found.values():
+        names = [workload.name for workload in workloads]
+        assert len(set(names)) == len(names)
+        assert all(name.startswith(f"{suite}/") for name in names)
+    bench = found[True][0].build(CPU)
+    assert isinstance(bench.cost, Cost)
+    assert bench.cost.bytes > 0
+    assert bench.cost.flops > 0
+    bench.reference(*bench.sets[0])
+    for candidate in bench.candidates.values():
+        assert candidate.error(candidate.make()) <= candidate.tolerance
+
+
+def test_stored_json_is_plain(small_registry, tmp_path):
+    out = tmp_path / "r.json"
+    main(["run", "--suite", "step", "--rounds", "1", "--out", str(out)])
+    json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.long
+def test_pytest_bench_measures_the_same_registry(tmp_path):
+    result = tmp_path / "pytest.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "noise_mse/", "-p", "no:cacheprovider"]
+    command += ["--benchmark-max-time=0.01", "--benchmark-min-rounds=2", f"--benchmark-json={result}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    names = {line["name"].partition("[")[2] for line in json.loads(result.read_text())["benchmarks"]}
+    assert names == {"kernels/noise_mse/fp32/1e5 eager]", "kernels/noise_mse/fp32/1e5 operator]"}
+
+
+def test_several_processes_are_merged_into_one_file(tmp_path, capsys):
+    out = tmp_path / "r.json"
+    arguments = ["--suite", "kernels", "--quick", "--filter", "group_norm", "--rounds", "1", "--processes", "2"]
+    assert main(["run", *arguments, "--out", str(out)]) == 0
+    content = store.load(out)
+    assert content["processes"] == 2
+    assert [(record["process"], record["candidate"]) for record in content["records"]] == [
+        (process, name) for process in range(2) for name in ("eager", "operator")
+    ]
+    assert content["machine"]["threads"] == 1
