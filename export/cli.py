@@ -97,6 +97,8 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
         "weights": f"sha256 {metadata['weights_sha256']}",
         "made with": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
     }
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table, markup=False)

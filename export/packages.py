@@ -15,6 +15,7 @@ from ddpm.errors import WorkFailed
 from ddpm.files import replacing
 from ddpm.runs import Run
 from export.metadata import describe
+from export.models import quiet
 from export.network import Denoiser
 from export.parity import Denoise, Parity, denoiser_parity, require
 
@@ -34,7 +35,7 @@ def program_of(run: Run) -> ExportedProgram:
     if len(arguments) == 2:
         dynamic["context"] = None
         arguments.append(None)
-    with torch.no_grad():
+    with torch.no_grad(), quiet():
         return torch.export.export(module, tuple(arguments), dynamic_shapes=dynamic)
 
 
@@ -49,7 +50,7 @@ def _denoiser(call: Callable[..., Tensor]) -> Denoise:
 def write_torch(run: Run, path: Path, verify: bool = True) -> Parity | None:
     """torch.export's .pt2, checked after reading it back. Raises WorkFailed if it differs from the run."""
     program, metadata = program_of(run), describe(run, "denoiser", "fp32")
-    with replacing(path) as partial:
+    with replacing(path) as partial, quiet():
         torch.export.save(program, partial, extra_files={METADATA: json.dumps(metadata)})
         if not verify:
             return None
@@ -67,7 +68,7 @@ def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     if shutil.which(compiler) is None:
         raise WorkFailed(f"{path}: AOTInductor needs a C++ compiler, found no {compiler}; install g++ or set CXX")
     program = program_of(run)
-    with replacing(path) as partial, torch.no_grad():
+    with replacing(path) as partial, torch.no_grad(), quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(partial))
         if not verify:
             return None
