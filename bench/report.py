@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from bench import goals, store
+from bench import exports, goals, store
 from bench.interval import measured_by
 from bench.ladder import show as ladder
 from bench.machine import ROOT
@@ -241,6 +241,8 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "peers": (README, peers_table),
     "goals": (README, goals_table),
     "compare": (CI, proof_table),
+    "export-parity": (README, exports.parity_table),
+    "export-speed": (README, exports.speed_table),
 }
 
 

@@ -14,10 +14,15 @@ BAD_INPUT, FAILED, STOPPED = 2, 1, 130
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for what the user can put right (arguments, files, a full disk), 1 for work that failed."""
+    """2 for what the user can put right (arguments, files, a full disk), 1 for work that failed.
+
+    An error class outside the usual two brings its own `exit_code` (those of export/run.py).
+    """
     if isinstance(error, WorkFailed):
         return FAILED
     usage = hasattr(error, "format_message")
+    if not usage and hasattr(error, "exit_code"):
+        return error.exit_code
     return BAD_INPUT if usage or isinstance(error, ValueError | TypeError | OSError) else FAILED
 
 

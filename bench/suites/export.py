@@ -1,0 +1,153 @@
+"""Suite `export`: ONNX Runtime beside PyTorch, both on the CPU with PyTorch's number of threads.
+
+`denoiser` is one network call, in fp32 and int8; `sampler` is a whole trajectory: sampler.onnx, and the Python loop
+around denoiser.onnx (NumPy noise and solver) that it replaces. The sessions do not spin: onnxruntime's threads would
+go on for a while after each call, on the time of what is measured next.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from bench.registry import Bench, Candidate, Workload
+from bench.suites.networks import (
+    PARITY,
+    SEED,
+    SIDE,
+    TIMESTEPS,
+    contexts,
+    engine_error,
+    forward_flops,
+    network,
+    relative_l2,
+    step_bytes,
+)
+from ddpm import NoiseSchedule, make_table, sample
+from ddpm.runs import Run, make_config
+from ddpm.solvers import StepTable
+from export import models, run
+from export.precision import in_precision
+from kernels.backend import Cost
+
+CHANNELS = 3
+BATCHES, QUICK_BATCHES = (1, 8, 32), (1,)
+SAMPLERS, QUICK_SAMPLERS = ((20, 8),), ((4, 2),)  # ddpm steps, images
+DENOISER_TOLERANCE = 1e-5
+INT8_TOLERANCE = 0.15  # relative L2, of random weights; a trained run is judged by `ddpm-export onnx`
+METADATA = {"channels": CHANNELS, "height": SIDE, "width": SIDE, "n_cfeat": 5, "noise": "philox"}
+
+
+@cache
+def _network_graph(precision: str) -> onnx.ModelProto:
+    model, schedule = network(torch.device("cpu")), NoiseSchedule.make("linear", TIMESTEPS)
+    opened = Run(Path(), make_config(model, schedule, "eps", sampling={"clip": 1.0}), model, schedule)
+    return in_precision(models.network_graph(model), precision, opened)
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session as users open it, from a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path)
+        return run.open_session(path, threads=torch.get_num_threads(), spinning=False)
+
+
+def _denoiser(precision: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    model = network(torch.device("cpu"))
+    session = _session(models.denoiser(model, _network_graph(precision), "{}"))
+
+    def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        feeds = {"x": x.numpy(), "t": t.numpy(), "context": context.numpy()}
+        return torch.from_numpy(session.run(["m"], feeds)[0])
+
+    return call
+
+
+def _build_denoiser(batch: int, device: torch.device) -> Bench:
+    model = network(device)
+    generator = torch.Generator().manual_seed(SEED)
+    x = torch.randn(batch, CHANNELS, SIDE, SIDE, generator=generator)
+    inputs = (x, torch.rand(batch, generator=generator).clamp(min=1 / TIMESTEPS), contexts(batch, device))
+
+    @torch.inference_mode()
+    def eager(*arguments: Tensor) -> Tensor:
+        return model(*arguments)
+
+    def exact(call: Callable[..., Tensor]) -> float:
+        return engine_error(call(*inputs), eager(*inputs), torch.float32)
+
+    candidates = {
+        "onnx": Candidate(partial(_denoiser, "fp32"), exact, DENOISER_TOLERANCE),
+        "onnx-int8": Candidate(
+            partial(_denoiser, "int8"), lambda call: relative_l2(call(*inputs), eager(*inputs)), INT8_TOLERANCE
+        ),
+    }
+    cost = Cost(step_bytes(model, batch, torch.float32), batch * forward_flops())
+    return Bench([inputs], eager, candidates, cost, images=batch)
+
+
+def _loop(table: StepTable, context: np.ndarray) -> Callable[[], Tensor]:
+    """The loop that users write around denoiser.onnx."""
+    session = _session(models.denoiser(network(torch.device("cpu")), _network_graph("fp32"), "{}"))
+    rows, samples = table.rows().numpy(), np.arange(len(context))
+    shape = (CHANNELS, SIDE, SIDE)
+
+    def call() -> Tensor:
+        x = run.normals(SEED, samples, 0, 0, shape)
+        x0 = np.zeros_like(x)
+        for c0, c1, c2, c3, c4, c5, c6, t in rows:
+            times = np.full(len(x), t / np.float32(TIMESTEPS), np.float32)
+            (m,) = session.run(["m"], {"x": x, "t": times, "context": context})
+            memory, x0 = x0, c0 * x + c1 * m
+            if table.clip is not None:
+                x0 = x0.clip(-table.clip, table.clip)
+            x = c2 * x + c3 * x0 + c4 * m + c5 * memory
+            if c6 != 0:
+                x = x + c6 * run.normals(SEED, samples, int(t), 1, shape)
+        return torch.from_numpy(x)
+
+    return call
+
+
+def _sampler(table: StepTable, context: np.ndarray) -> Callable[[], Tensor]:
+    model = network(torch.device("cpu"))
+    session = _session(models.sampler(model, _network_graph("fp32"), table, TIMESTEPS, "philox", "{}"))
+    samples = np.arange(len(context))
+    return lambda: torch.from_numpy(run.draw(session, METADATA, samples, context, seed=SEED))
+
+
+def _build_sampler(steps: int, n: int, device: torch.device) -> Bench:
+    model, schedule = network(device), NoiseSchedule.make("linear", TIMESTEPS)
+    context, options = contexts(n, device), {"solver": "ddpm", "steps": steps, "clip": 1.0}
+    table = make_table(schedule, **options)
+    eager = partial(sample, model, schedule, n, context=context, seed=SEED, engine="eager", **options)
+    expected = cache(eager)
+    candidates = {
+        name: Candidate(
+            partial(make, table, context.numpy()),
+            lambda call: engine_error(call(), expected(), torch.float32),
+            PARITY[torch.float32],
+        )
+        for name, make in (("sampler.onnx", _sampler), ("python-loop", _loop))
+    }
+    cost = Cost(steps * step_bytes(model, n, torch.float32), steps * n * forward_flops())
+    return Bench([()], eager, candidates, cost, calls=steps, images=n)
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """The denoiser by batch, the sampler by steps and images; none on a GPU."""
+    on_cpu = [
+        Workload(f"export/denoiser/batch{batch}", "export", partial(_build_denoiser, batch))
+        for batch in (QUICK_BATCHES if quick else BATCHES)
+    ]
+    return on_cpu + [
+        Workload(f"export/sampler/ddpm{steps}/n{n}", "export", partial(_build_sampler, steps, n))
+        for steps, n in (QUICK_SAMPLERS if quick else SAMPLERS)
+    ]

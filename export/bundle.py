@@ -1,0 +1,189 @@
+"""One export: denoiser.onnx, sampler.onnx, step.onnx, run.py and manifest.json of a run, all or none of them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ddpm.errors import BadInput
+from ddpm.files import json_text, locked, replacing_all
+from ddpm.networks import ContextUnet
+from ddpm.runs import Run, make_folder
+from ddpm.solvers import StepTable, make_table
+from export import models, quality, run
+from export.metadata import FORMAT_VERSION, RNG, describe, describe_table, sha256, versions
+from export.parity import (
+    Parity,
+    denoiser_parity,
+    require,
+    sampler_parity,
+    session_denoiser,
+    step_parity,
+    trajectory,
+)
+from export.precision import PRECISIONS, in_precision
+
+DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = "denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `ddpm-export onnx` was asked for. options, table: as `make_table` takes and returns them."""
+
+    options: dict[str, Any]
+    table: StepTable
+    precision: str = "fp32"
+    noise: str = "philox"
+    verify: bool = True
+    evaluate: int = 100
+    data: str | None = None
+    labels: str | None = None
+
+
+def check_network(opened: Run) -> None:
+    """Raise BadInput for a run of points."""
+    if not isinstance(opened.model, ContextUnet):
+        kind = opened.config["model"].get("kind")
+        raise BadInput(f"{opened.folder}: its network is a {kind}, export needs a run of images (context_unet)")
+
+
+def check(opened: Run, request: Request) -> None:
+    """Raise BadInput for what cannot be exported, before any work."""
+    check_network(opened)
+    if request.precision not in PRECISIONS:
+        raise BadInput(f"--precision: got {request.precision!r}, needs one of {', '.join(PRECISIONS)}")
+    if request.noise not in models.NOISE_MODES:
+        raise BadInput(f"--noise: got {request.noise!r}, needs one of {', '.join(models.NOISE_MODES)}")
+    if request.noise == "none" and bool((request.table.coefficients[:, 6] != 0).any()):
+        solver = request.options["solver"]
+        raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
+    if request.evaluate < 2:
+        raise BadInput(f"--evaluate: got {request.evaluate}, needs at least 2 samples for a covariance")
+
+
+def write(opened: Run, out: Path, request: Request) -> dict[str, Any]:
+    """Export a run into the folder `out` and return the manifest.
+
+    Everything is written beside its place, opened and measured there, and renamed only if it passed; otherwise the
+    folder is left as it was. Raises BadInput, or WorkFailed if a comparison fails.
+    """
+    check(opened, request)
+    judged = request.verify and request.precision != "fp32"
+    dataset, skipped = quality.dataset_of(opened, request.data, request.labels) if judged else (None, None)
+    made = not out.exists()
+    make_folder(out)
+    names = (DENOISER, SAMPLER, STEP, RUNNER, MANIFEST)
+    try:
+        with locked(out), replacing_all([out / name for name in names]) as partials:
+            paths = dict(zip(names, partials, strict=True))
+            sampler_metadata = _save_models(opened, request, paths)
+            paths[RUNNER].write_bytes(Path(run.__file__).read_bytes())
+            parity, measured = [], None
+            if request.verify and request.precision == "fp32":
+                parity = measure_parity(opened, paths, sampler_metadata)
+                require(parity)
+            elif request.verify:
+                sessions = [run.open_session(paths[name]) for name in (DENOISER, SAMPLER)]
+                given = (sampler_metadata, opened, request.evaluate, dataset, skipped)
+                measured = quality.measure(request.precision, *sessions, *given)
+                quality.require(measured)
+            manifest = _manifest(opened, request, paths, parity, measured)
+            paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
+    except BaseException:
+        if made and not any(out.iterdir()):
+            out.rmdir()
+        raise
+    return manifest
+
+
+def _save_models(opened: Run, request: Request, paths: dict[str, Path]) -> dict[str, Any]:
+    """Write the three models; returns the sampler's metadata."""
+    network = in_precision(models.network_graph(opened.model), request.precision, opened)
+    table, model, timesteps = request.table, opened.model, opened.schedule.timesteps
+
+    def note(kind: str, noise: str | None) -> dict[str, Any]:
+        more = {} if noise is None else {"noise": noise, "rng": RNG}
+        if noise is not None:
+            more["table"] = describe_table(table, request.options, rows=noise == "input")
+        return describe(opened, kind, request.precision, **more)
+
+    metadata = note("sampler", request.noise)
+    onnx.save(models.denoiser(model, network, json.dumps(note("denoiser", None))), paths[DENOISER])
+    sampler = models.sampler(model, network, table, timesteps, request.noise, json.dumps(metadata))
+    onnx.save(sampler, paths[SAMPLER])
+    onnx.save(models.step(model, network, table, timesteps, json.dumps(note("step", "input"))), paths[STEP])
+    return metadata
+
+
+def denoiser_results(opened: Run, path: Path) -> list[Parity]:
+    """denoiser.onnx at the optimisation level that is shipped (onnxruntime's default) and at none."""
+    return [
+        denoiser_parity(f"denoiser.onnx, {name}", session_denoiser(run.open_session(path, optimise=optimise)), opened)
+        for name, optimise in (("optimised", True), ("not optimised", False))
+    ]
+
+
+def measure_parity(opened: Run, paths: dict[str, Path], metadata: dict[str, Any]) -> list[Parity]:
+    """Every fp32 file against the run."""
+    options = metadata["table"]["options"]
+    table = make_table(opened.schedule, **options)
+    known = trajectory(opened, options, len(table))
+    return [
+        *denoiser_results(opened, paths[DENOISER]),
+        *sampler_parity(run.open_session(paths[SAMPLER]), metadata, known),
+        step_parity(run.open_session(paths[STEP]), table.rows().numpy(), known),
+    ]
+
+
+def _manifest(
+    opened: Run, request: Request, paths: dict[str, Path], parity: list[Parity], measured: quality.Quality | None
+) -> dict[str, Any]:
+    files = {
+        name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items() if name != MANIFEST
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "run": opened.folder.resolve().name,
+        "precision": request.precision,
+        "noise": request.noise,
+        "table": describe_table(request.table, request.options, rows=True),
+        "verified": request.verify,
+        "parity": [result.asdict() for result in parity],
+        "quality": None if measured is None else measured.asdict(),
+        "files": files,
+        "versions": versions(),
+    }
+
+
+def verify(path: Path, opened: Run, data: str | None, labels: str | None, evaluate: int) -> tuple[list[Parity], Any]:
+    """Measure one exported file against a run again: (parities, quality or None).
+
+    A file of lower precision is judged with the denoiser.onnx or sampler.onnx beside it. Raises ModelError, BadInput,
+    WorkFailed.
+    """
+    session = run.open_session(path)
+    metadata = run.metadata_of(session, path)
+    if metadata["model"] != opened.model.config():
+        raise BadInput(f"{path}: holds another network than {opened.folder}, needs the run that it was exported from")
+    if metadata["precision"] != "fp32":
+        others = {DENOISER: path.with_name(DENOISER), SAMPLER: path.with_name(SAMPLER)}
+        sessions = [run.open_session(other) for other in others.values()]
+        sampler_metadata = run.metadata_of(sessions[1], others[SAMPLER], "sampler")
+        dataset, skipped = quality.dataset_of(opened, data, labels)
+        given = (sampler_metadata, opened, evaluate, dataset, skipped)
+        measured = quality.measure(metadata["precision"], *sessions, *given)
+        quality.require(measured)
+        return [], measured
+    if metadata["kind"] == "denoiser":
+        results = denoiser_results(opened, path)
+    else:
+        options = metadata["table"]["options"]
+        table = make_table(opened.schedule, **options)
+        known = trajectory(opened, options, len(table))
+        if metadata["kind"] == "sampler":
+            results = sampler_parity(session, metadata, known)
+        else:
+            results = [step_parity(session, table.rows().numpy(), known)]
+    return results, None

@@ -1,0 +1,197 @@
+"""The command line `ddpm-export`: one function per command. `run` lives in export/run.py, which needs no PyTorch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ddpm import runs
+from ddpm.command_line import run as run_app
+from ddpm.commands.drawing import check_output, table_of
+from ddpm.errors import BadInput
+from export import bundle, packages, quality, run
+from export.parity import Parity, require
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="compare with the run, and keep nothing that differs")
+]
+Data = Annotated[str | None, typer.Option(help="where the training data lies now, for fp16 and int8 [as trained]")]
+Labels = Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")]
+Evaluate = Annotated[int, typer.Option(help="samples that fp16 and int8 are judged by")]
+
+
+@app.command()
+def onnx(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option(help="folder for denoiser.onnx, sampler.onnx, step.onnx, run.py, manifest.json")],
+    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
+    eta: Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")] = None,
+    variance: Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")] = None,
+    clip: Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")] = None,
+    spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8")] = "fp32",
+    noise: Annotated[str, typer.Option(help="philox (in the graph), input, or none (x_T alone)")] = "philox",
+    verify: Verify = True,
+    evaluate: Evaluate = 100,
+    data: Data = None,
+    labels: Labels = None,
+) -> None:
+    """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
+    opened = runs.load_run(folder)
+    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    options, table = table_of(opened, asked)
+    request = bundle.Request(options, table, precision, noise, verify, evaluate, data, labels)
+    manifest = bundle.write(opened, out, request)
+    if manifest["parity"]:
+        print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
+    if manifest["quality"]:
+        print_quality(manifest["quality"])
+    for name, file in manifest["files"].items():
+        print(f"wrote {out / name} ({file['bytes']:,} bytes)")
+    print(f"wrote {out / bundle.MANIFEST}")
+    print(f"run it with: ddpm-export run {out / bundle.SAMPLER} --n 64 --out grid.png")
+
+
+@app.command(
+    "run", context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+)
+def run_model(context: typer.Context) -> int:
+    """Draw samples from a sampler.onnx, without PyTorch (`ddpm-export run --help`)."""
+    return run.main(context.args, prog="ddpm-export run")
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported .onnx")]) -> None:
+    """What an exported file tells of itself."""
+    session = run.open_session(file)
+    metadata = run.metadata_of(session, file)
+    table = Table(title=str(file), show_header=False)
+    rows = {
+        "kind": metadata["kind"],
+        "size": f"{file.stat().st_size:,} bytes",
+        "image": "x".join(str(metadata[side]) for side in ("channels", "height", "width")),
+        "values": "-1..1, not clamped",
+        "classes": ", ".join(metadata["classes"]) or str(metadata["n_cfeat"]),
+        "network": ", ".join(f"{name} {value}" for name, value in metadata["model"].items()),
+        "schedule": ", ".join(f"{name} {value}" for name, value in metadata["schedule"].items()),
+        "prediction": metadata["prediction"],
+        "precision": metadata["precision"],
+    }
+    if "table" in metadata:
+        clip = metadata["table"]["clip"]
+        rows["solver"] = f"{metadata['table']['options']['solver']}, {metadata['table']['steps']} steps, clip {clip}"
+        rows["noise"] = f"{metadata['noise']} ({metadata['rng']})"
+    rows |= {
+        "inputs": "\n".join(f"{value.name} {value.type} {value.shape}" for value in session.get_inputs()),
+        "overridable": "\n".join(
+            f"{value.name} {value.type} {value.shape}" for value in session.get_overridable_initializers()
+        ),
+        "outputs": "\n".join(f"{value.name} {value.type} {value.shape}" for value in session.get_outputs()),
+        "weights": f"sha256 {metadata['weights_sha256']}",
+        "made with": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
+    }
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table, markup=False)
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported .onnx")],
+    folder: RunFolder,
+    evaluate: Evaluate = 100,
+    data: Data = None,
+    labels: Labels = None,
+) -> int:
+    """Measure again how far an exported file is from the run."""
+    if evaluate < 2:
+        raise BadInput(f"--evaluate: got {evaluate}, needs at least 2")
+    opened = runs.load_run(folder)
+    parity, measured = bundle.verify(file, opened, data, labels, evaluate)
+    if measured is not None:
+        print_quality(measured.asdict())
+        return 0
+    print_parity(parity)
+    require(parity)
+    return 0
+
+
+@app.command()
+def torch(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="file to write, .pt2 [RUN/denoiser.pt2]")] = None,
+    verify: Verify = True,
+) -> None:
+    """Write the denoiser as a torch.export program."""
+    _package(folder, out or folder / "denoiser.pt2", packages.write_torch, verify)
+
+
+@app.command()
+def aoti(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="file to write, .pt2 [RUN/denoiser.aoti.pt2]")] = None,
+    verify: Verify = True,
+) -> None:
+    """Compile the denoiser with AOTInductor for this machine's CPU (needs a C++ compiler; about a minute)."""
+    _package(folder, out or folder / "denoiser.aoti.pt2", packages.write_aoti, verify)
+
+
+def _package(folder: Path, out: Path, write: packages.Writer, verify: bool) -> None:
+    check_output(out, "--out", ".pt2")
+    opened = runs.load_run(folder)
+    bundle.check_network(opened)
+    parity = write(opened, out, verify)
+    if parity is not None:
+        print_parity([parity])
+    print(f"wrote {out} ({out.stat().st_size:,} bytes)")
+
+
+def print_parity(results: Sequence[Parity]) -> None:
+    """A table of comparisons, and which failed."""
+    table = Table(title="max|difference| / max(1, max|reference|)")
+    for heading, side in (("", "left"), ("measured", "right"), ("allowed", "right"), ("", "left")):
+        table.add_column(heading, justify=side)
+    for result in results:
+        table.add_row(result.name, f"{result.error:.1e}", f"{result.tolerance:.0e}", "" if result.good else "FAILED")
+    Console().print(table)
+
+
+def print_quality(measured: dict) -> None:
+    """A table of what a precision costs, and gives."""
+    floor = quality.FLOORS[measured["precision"]]
+    recipe = f"{measured['samples']} samples, {measured['solver']}, {measured['steps']} steps"
+    table = Table(title=f"{measured['precision']}: {recipe}, guidance {measured['guidance']:g}")
+    for heading in ("", measured["precision"], "eager fp32", "floor"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row("PSNR of samples", f"{measured['psnr_db']:.1f} dB", "", f"{floor.psnr_db:g} dB")
+    table.add_row("relative L2 of the network", f"{measured['relative_l2']:.2g}", "", f"{floor.relative_l2:g}")
+    if measured["skipped"] is None:
+        if measured["accuracy"] is not None:
+            lowest = f"{measured['accuracy_fp32'] - floor.accuracy_loss:.1%}"
+            row = (f"{measured[name]:.1%}" for name in ("accuracy", "accuracy_fp32"))
+            table.add_row("read as the class asked for", *row, lowest)
+        table.add_row("Frechet distance", f"{measured['frechet']:.2f}", f"{measured['frechet_fp32']:.2f}", "")
+    name = f"batch of {measured['batch']}"
+    table.add_row(name, f"{measured['denoiser_ms']:.1f} ms", f"{measured['eager_ms']:.1f} ms", "")
+    Console().print(table)
+    if measured["skipped"] is not None:
+        print(f"note: class accuracy and Frechet distance were not measured: {measured['skipped']}")
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+    """Take a trained run out of PyTorch."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    return run_app(app, "ddpm-export", arguments)

@@ -1,0 +1,117 @@
+"""A small builder of ONNX graphs: operators as calls, constants and copied weights as initialisers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+OPSET = 20  # keeps GroupNorm as Reshape + InstanceNormalization (21 expands it) and has Gelu
+IR_VERSION = 10  # what goes with opset 20-22: every onnxruntime since 1.18 reads it
+FLOAT, FLOAT16, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE
+INT64, UINT64 = onnx.TensorProto.INT64, onnx.TensorProto.UINT64
+
+
+class Builder:
+    """Nodes and initialisers of one graph; values are names. A body gets its own Builder with another prefix."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.initialisers: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self._known: dict[tuple, str] = {}
+        self._count = 0
+
+    def _name(self, kind: str) -> str:
+        self._count += 1
+        return f"{self.prefix}{kind}_{self._count}"
+
+    def many(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
+        """An operator with several outputs: their names."""
+        names = [self._name(kind) for _ in range(outputs)]
+        self.nodes.append(helper.make_node(kind, inputs, names, name=names[0], **attributes))
+        return names
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """An operator with one output: its name."""
+        return self.many(kind, *inputs, outputs=1, **attributes)[0]
+
+    def constant(self, value: Any, dtype: Any) -> str:
+        """An initialiser, shared by equal constants."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._known:
+            self._known[key] = self._name("constant")
+            self.initialisers.append(numpy_helper.from_array(array, self._known[key]))
+        return self._known[key]
+
+    def integers(self, *values: int) -> str:
+        """An int64 vector."""
+        return self.constant(values, np.int64)
+
+    def sum_of(self, *terms: str) -> str:
+        """Left to right, as the eager path adds."""
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.op("Add", total, term)
+        return total
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str], default: Any = None) -> str:
+        """A graph input; with a default it is also an initialiser, which a caller may override."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        if default is not None:
+            array = np.asarray(default, helper.tensor_dtype_to_np_dtype(dtype))
+            self.initialisers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def output(self, value: str, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+        """A graph output of this name."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"{self.prefix}{name}"))
+        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+
+    def inline(self, graph: onnx.GraphProto, arguments: Sequence[str], prefix: str) -> list[str]:
+        """Copy a flat graph with its weights into this one, its inputs bound in order: the names of its outputs."""
+        prefix = self.prefix + prefix
+        initialised = {tensor.name for tensor in graph.initializer}
+        names = {"": ""} | {name: prefix + name for name in initialised}
+        open_inputs = [value.name for value in graph.input if value.name not in initialised]
+        names |= dict(zip(open_inputs, arguments, strict=True))
+        for tensor in graph.initializer:
+            copied = self.initialisers
+            copied.append(onnx.TensorProto())
+            copied[-1].CopyFrom(tensor)
+            copied[-1].name = names[tensor.name]
+            copied[-1].doc_string = ""
+        for node in graph.node:
+            names |= {output: prefix + output for output in node.output if output}
+            self.nodes.append(plain_node(node, names, prefix))
+        return [names[value.name] for value in graph.output]
+
+    def graph(self, name: str) -> onnx.GraphProto:
+        return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initialisers)
+
+
+def plain_node(node: onnx.NodeProto, names: dict[str, str], prefix: str) -> onnx.NodeProto:
+    """The node under new names, without what exporters note in it: stack traces hold local paths."""
+    plain = onnx.NodeProto(op_type=node.op_type, domain=node.domain, name=prefix + node.name)
+    plain.input.extend(names[value] for value in node.input)
+    plain.output.extend(names[value] if value else "" for value in node.output)
+    plain.attribute.extend(node.attribute)
+    return plain
+
+
+def model_of(builder: Builder, name: str, metadata: str) -> onnx.ModelProto:
+    """The model of a finished graph, checked; `metadata` is stored under the key `fused_ddpm`."""
+    model = helper.make_model(
+        builder.graph(name),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="fused-ddpm",
+        model_version=1,
+    )
+    helper.set_model_props(model, {"fused_ddpm": metadata})
+    onnx.checker.check_model(model)
+    return model

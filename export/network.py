@@ -1,0 +1,131 @@
+"""The network as it is exported: `ddpm.inference` in operators that ONNX has, each step exact.
+
+- BatchNorm is folded into its convolution before any cast.
+- The encoder, up0 and every skip see neither time nor context: they are computed once for all halves of guidance.
+- A convolution over cat(a, b) is a sum of two convolutions, so a skip's share is not repeated either.
+- ConvTranspose of kernel = stride is a 1x1 convolution and a pixel shuffle, which runtimes run and quantise as any
+  other convolution; up0, whose input is one pixel, is a matrix product.
+
+Time and context enter as gates, one per gated level: up <- context * up + time.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.inference import fold_batch_norm
+from ddpm.networks import ContextUnet, EmbedFC
+
+GATED_LEVELS = 2
+
+
+def _upsampling_weight(weight: Tensor) -> Tensor:
+    """ConvTranspose2d weight [in, out, k, k] with stride k as that of a 1x1 convolution: [out * k * k, in, 1, 1]."""
+    return weight.permute(1, 2, 3, 0).flatten(0, 2)[:, :, None, None].contiguous()
+
+
+def _conv(weight: Tensor, bias: Tensor | None, padding: int) -> nn.Conv2d:
+    out_channels, in_channels, kernel, _ = weight.shape
+    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=padding, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
+def _upsampling(transposed: nn.ConvTranspose2d) -> tuple[nn.Conv2d, nn.Conv2d]:
+    """The two shares of a transposed convolution over cat(x, skip): of x, without bias, and of the skip, with it."""
+    weight = _upsampling_weight(transposed.weight.detach())
+    half = weight.shape[1] // 2
+    bias = transposed.bias.detach().repeat_interleave(transposed.stride[0] ** 2)
+    return _conv(weight[:, :half], None, 0), _conv(weight[:, half:], bias, 0)
+
+
+class GatedNetwork(nn.Module):
+    """A ContextUnet whose conditions are gates: forward(x, *gates) -> m.
+
+    x: [n, C, H, W]. gates: time1, time2 [1 or n, width], then for a conditional network context1, context2
+    [copies, n, width]; width as of the gated level. Returns m [copies * n, C, H, W]: all of copy 0 first. copies is 2
+    under guidance and 1 without; an unconditional network has one copy.
+    """
+
+    def __init__(self, model: ContextUnet) -> None:
+        super().__init__()
+        model = fold_batch_norm(model).float()
+        self.depth, self.conditional = model.depth, bool(model.n_cfeat)
+        self.init_conv, self.to_vec = model.init_conv, model.to_vec
+        self.downs = nn.ModuleList(getattr(model, f"down{level}") for level in range(1, self.depth + 1))
+        bottleneck, self.up0_norm, _ = model.up0
+        self.side = bottleneck.stride[0]
+        weight = bottleneck.weight.detach().flatten(1)
+        self.up0 = nn.Linear(*weight.shape)
+        self.up0.weight = nn.Parameter(weight.T.contiguous(), requires_grad=False)
+        self.up0.bias = nn.Parameter(bottleneck.bias.detach().repeat_interleave(self.side**2), requires_grad=False)
+        ups = [getattr(model, f"up{level}").model for level in range(1, self.depth + 1)]
+        shares = [_upsampling(up[0]) for up in ups]
+        self.up_shares = nn.ModuleList(share for share, _ in shares)
+        self.skip_shares = nn.ModuleList(share for _, share in shares)
+        self.up_blocks = nn.ModuleList(up[1:] for up in ups)
+        first, *self_rest = model.out
+        weight, half = first.weight.detach(), first.in_channels // 2
+        self.out_share = _conv(weight[:, :half], None, 1)
+        self.features_share = _conv(weight[:, half:], first.bias.detach(), 1)
+        self.out = nn.Sequential(*self_rest)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What neither time nor context changes: (up0's output, the share of each skip from the deepest on)."""
+        features = self.init_conv(x)
+        skips = [features]
+        for down in self.downs:
+            skips.append(down(skips[-1]))
+        vector = self.up0(self.to_vec(skips[-1]).flatten(1))
+        up = torch.relu(self.up0_norm(vector.unflatten(1, (-1, self.side, self.side))))
+        shares = [F.pixel_shuffle(share(skips[-k]), 2) for k, share in enumerate(self.skip_shares, start=1)]
+        return up, [*shares, self.features_share(features)]
+
+    def decode(self, up: Tensor, shares: list[Tensor], gates: tuple[Tensor, ...]) -> Tensor:
+        """m from what `encode` returned and the gates."""
+        for level in range(self.depth):
+            if level < GATED_LEVELS:
+                up = self._gate(level, up, gates)
+            up = self._sum(F.pixel_shuffle(self.up_shares[level](up), 2), shares[level])
+            up = self.up_blocks[level](up)
+        return self.out(self._sum(self.out_share(up), shares[-1]))
+
+    def forward(self, x: Tensor, *gates: Tensor) -> Tensor:
+        return self.decode(*self.encode(x), gates)
+
+    def _gate(self, level: int, up: Tensor, gates: tuple[Tensor, ...]) -> Tensor:
+        time = gates[level][:, :, None, None]
+        if not self.conditional:
+            return up + time
+        context = gates[GATED_LEVELS + level][..., None, None]
+        shared = up[None] if level == 0 else up.unflatten(0, context.shape[:2])
+        return (context * shared + time).flatten(0, 1)
+
+    def _sum(self, many: Tensor, one: Tensor) -> Tensor:
+        """Every copy's rows plus the rows that all copies share."""
+        if not self.conditional:
+            return many + one
+        return (many.unflatten(0, (-1, one.shape[0])) + one).flatten(0, 1)
+
+
+def embeddings(model: ContextUnet, kind: str) -> list[EmbedFC]:
+    """The embedding of each gated level; kind is `time` or `context`."""
+    return [getattr(model, f"{kind}embed{level}") for level in range(1, GATED_LEVELS + 1)]
+
+
+class Denoiser(nn.Module):
+    """The folded network with its embeddings: forward(x, t[, context]) -> m, as the ContextUnet's own forward."""
+
+    def __init__(self, model: ContextUnet) -> None:
+        super().__init__()
+        self.network = GatedNetwork(model)
+        self.time = nn.ModuleList(copy.deepcopy(embeddings(model, "time")))
+        self.context = nn.ModuleList(copy.deepcopy(embeddings(model, "context")) if model.n_cfeat else [])
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        contexts = [embed(context)[None] for embed in self.context]
+        return self.network(x, *(embed(t) for embed in self.time), *contexts)

@@ -1,0 +1,192 @@
+"""What a lower precision costs and gives: PSNR, relative L2, class accuracy, Frechet distance, beside speed.
+
+Samples of both are drawn from the same noise by the run's own solver, in fewer steps, so they differ by the precision
+alone.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+
+import numpy as np
+import onnxruntime
+import torch
+
+from ddpm import evaluation, fitting
+from ddpm.data import Dataset
+from ddpm.errors import BadInput, WorkFailed
+from ddpm.progress import Bar
+from ddpm.runs import Run
+from ddpm.sampling import sample
+from ddpm.solvers import make_table
+from export.parity import session_denoiser
+from export.precision import trajectory_calls
+from export.run import draw
+
+# Another seed than the calibration's: the calls that are judged were not calibrated on.
+SEED, GUIDANCE, CHUNK = 2_000_003, 2.0, 20
+STEPS = 50
+PEAK = 2.0  # of images in [-1, 1]
+TIMED_BATCH, TIMED_ROUNDS = 8, 7
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Below which an export fails: PSNR of samples, relative L2 of the network's output, accuracy lost to fp32."""
+
+    psnr_db: float
+    relative_l2: float
+    accuracy_loss: float
+
+
+# Measured on the sprites run, with room: see README.md.
+FLOORS = {"fp16": Floor(45.0, 0.005, 0.02), "int8": Floor(25.0, 0.06, 0.03)}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A precision against the eager fp32 run. Figures of evaluation are None where `skipped` says why."""
+
+    precision: str
+    samples: int
+    solver: str
+    steps: int
+    guidance: float
+    psnr_db: float
+    relative_l2: float
+    accuracy: float | None
+    accuracy_fp32: float | None
+    frechet: float | None
+    frechet_fp32: float | None
+    eager_ms: float
+    denoiser_ms: float
+    skipped: str | None
+
+    def asdict(self) -> dict[str, object]:
+        return asdict(self) | {"batch": TIMED_BATCH}
+
+
+def dataset_of(run: Run, data: str | None, labels: str | None) -> tuple[Dataset | None, str | None]:
+    """The data that the run was trained on, or why it is not there."""
+    if not isinstance(run.config.get("training"), dict):
+        return None, "an imported run knows no training data"
+    moved = {name: value for name, value in (("data", data), ("labels", labels)) if value is not None}
+    try:
+        dataset = replace(fitting.resumed_options(run.folder, {}), **moved).load_data()
+    except BadInput as error:
+        if moved:
+            raise
+        return None, f"{error} (--data, --labels)"
+    if dataset.digest() != run.config["data"]["digest"]:
+        raise BadInput(
+            f"{run.folder}: was trained on other data than {dataset.name}, needs the same (--data, --labels)"
+        )
+    return dataset, None
+
+
+def _relative_l2(denoiser: onnxruntime.InferenceSession, run: Run) -> float:
+    """|m - m_fp32| / |m_fp32| over the calls of trajectories."""
+    denoise, difference, norm = session_denoiser(denoiser), 0.0, 0.0
+    with torch.no_grad():
+        for x, t, c in trajectory_calls(run, SEED):
+            c = torch.zeros(len(x), run.model.n_cfeat) if c is None and run.model.n_cfeat else c
+            reference = run.model(x, t, c).double().numpy()
+            difference += float(np.square(denoise(x, t, c) - reference).sum())
+            norm += float(np.square(reference).sum())
+    return (difference / norm) ** 0.5
+
+
+def _times(denoiser: onnxruntime.InferenceSession, run: Run) -> tuple[float, float]:
+    """Milliseconds of a call of a batch, eager and exported, in alternating rounds: medians."""
+    x, t = torch.zeros(TIMED_BATCH, *run.model.sample_shape), torch.ones(TIMED_BATCH)
+    c = torch.zeros(TIMED_BATCH, run.model.n_cfeat) if run.model.n_cfeat else None
+    denoise = session_denoiser(denoiser)
+
+    def seconds(call: Callable[..., object]) -> float:
+        began = time.perf_counter()
+        call(x, t, c)
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        rounds = [(seconds(run.model), seconds(denoise)) for _ in range(TIMED_ROUNDS + 1)][1:]
+    return tuple(1e3 * median(column) for column in zip(*rounds, strict=True))
+
+
+def measure(
+    precision: str,
+    denoiser: onnxruntime.InferenceSession,
+    sampler: onnxruntime.InferenceSession,
+    metadata: dict[str, object],
+    run: Run,
+    samples: int,
+    dataset: Dataset | None,
+    skipped: str | None,
+) -> Quality:
+    """Draw `samples` samples with both and compare them. dataset None: no evaluation, `skipped` says why."""
+    steps = min(STEPS, run.sampling["steps"] or run.schedule.timesteps)
+    options = run.sampling | {"steps": steps, "spacing": "trailing"}
+    table = make_table(run.schedule, **options)
+    classes = run.model.n_cfeat
+    asked = torch.arange(samples) % classes if classes else None
+    context = torch.eye(classes)[asked] if classes else None
+    guidance = GUIDANCE if classes else 1.0
+    found, reference = [], []
+    with Bar(f"quality {precision}", samples, "images/s") as bar:
+        for start in range(0, samples, CHUNK):
+            part = slice(start, min(start + CHUNK, samples))
+            numbers, c = np.arange(part.start, part.stop), None if context is None else context[part]
+            eager = sample(
+                run.model,
+                run.schedule,
+                len(numbers),
+                context=c,
+                guidance=guidance,
+                seed=SEED,
+                first_sample=start,
+                engine="eager",
+                **options,
+            )
+            rows = None if c is None else c.numpy()
+            given = {"seed": SEED, "guidance": guidance, "table": table.rows().numpy(), "clip": table.clip}
+            found.append(draw(sampler, metadata, numbers, rows, **given))
+            reference.append(eager.numpy())
+            bar.update(part.stop)
+    images, exact = np.concatenate(found), np.concatenate(reference)
+    mse = float(np.square(images.clip(-1, 1) - exact.clip(-1, 1)).mean())
+    judged = [evaluation.evaluate(torch.from_numpy(i), dataset, asked) for i in (images, exact)] if dataset else None
+    eager_ms, denoiser_ms = _times(denoiser, run)
+    return Quality(
+        precision=precision,
+        samples=samples,
+        solver=options["solver"],
+        steps=steps,
+        guidance=guidance,
+        psnr_db=10 * float(np.log10(PEAK**2 / max(mse, 1e-20))),
+        relative_l2=_relative_l2(denoiser, run),
+        accuracy=judged and judged[0].accuracy,
+        accuracy_fp32=judged and judged[1].accuracy,
+        frechet=judged and judged[0].frechet,
+        frechet_fp32=judged and judged[1].frechet,
+        eager_ms=eager_ms,
+        denoiser_ms=denoiser_ms,
+        skipped=skipped,
+    )
+
+
+def require(quality: Quality) -> None:
+    """Raise WorkFailed if a figure is below the precision's floor."""
+    floor = FLOORS[quality.precision]
+    lost = None if quality.accuracy is None else quality.accuracy_fp32 - quality.accuracy
+    problems = [
+        f"PSNR {quality.psnr_db:.1f} dB, needs {floor.psnr_db:g}" if not quality.psnr_db >= floor.psnr_db else "",
+        f"relative L2 {quality.relative_l2:.2g}, needs at most {floor.relative_l2:g}"
+        if not quality.relative_l2 <= floor.relative_l2
+        else "",
+        f"class accuracy {lost:.1%} below fp32, needs at most {floor.accuracy_loss:.0%}"
+        if lost is not None and not lost <= floor.accuracy_loss
+        else "",
+    ]
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise WorkFailed(f"quality of {quality.precision}: {'; '.join(problems)}; the files that were there stay")

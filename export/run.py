@@ -1,0 +1,398 @@
+"""Draw samples from a sampler.onnx of `ddpm-export`, without PyTorch: numpy, pillow and onnxruntime are all it needs.
+
+    python run.py --n 64 --seed 7 --out grid.png          the copy of this file beside sampler.onnx
+    ddpm-export run DIR/sampler.onnx --n 64 --seed 7 --context 3 --out grid.png
+
+Exit codes: 2 usage, 3 a bad model file, 4 the provider is missing, 1 the run failed. Errors are one line on stderr.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image
+
+KEY = "fused_ddpm"  # of the metadata
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+# Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
+PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}, "cpu": {}, "tensorrt": {}}
+# Rows per call of the model. Untuned; results do not depend on it, memory and the progress bar do.
+BATCH_SIZE = 16
+CELL_PIXELS, GAP = 64, 4
+FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
+
+
+class UsageError(Exception):
+    """Arguments that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(Exception):
+    """A model file that cannot be used."""
+
+    exit_code = 3
+
+
+class ProviderError(Exception):
+    """What was asked to compute is not there."""
+
+    exit_code = 4
+
+
+class RunError(Exception):
+    """The model failed while running."""
+
+    exit_code = 1
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:300]
+
+
+def open_session(
+    path: str | Path,
+    provider: str = "cpu",
+    threads: int = 0,
+    allow_fallback: bool = False,
+    optimise: bool = True,
+    cuda_graph: bool = False,
+    spinning: bool = True,
+) -> ort.InferenceSession:
+    """A session of a file on the provider, or an error: onnxruntime would fall back to the CPU silently.
+
+    threads: of one operator, 0 = as many as cores. optimise False switches the graph optimisations off. spinning False
+    lets waiting threads sleep at once: slower in a process of its own, fairer beside others.
+    Raises ModelError, ProviderError, UsageError.
+    """
+    path = Path(path)
+    if provider not in PROVIDERS:
+        raise UsageError(f"--provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
+    if threads < 0:
+        raise UsageError(f"--threads: got {threads}, needs 0 (all cores) or more")
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file, needs a model that `ddpm-export onnx` wrote")
+    if path.stat().st_size == 0:
+        raise ModelError(f"{path}: is empty, needs to be exported again")
+    name, cpu = PROVIDERS[provider], PROVIDERS["cpu"]
+    if name not in ort.get_available_providers():
+        if not allow_fallback:
+            raise ProviderError(
+                f"{path}: {provider} was asked for, but this onnxruntime {ort.__version__} was built without it; "
+                "install onnxruntime-gpu, or use --provider cpu or --allow-fallback"
+            )
+        name = cpu
+    options = ort.SessionOptions()
+    options.log_severity_level = FATAL
+    options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+    if name != cpu and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries out of the wheels of PyTorch or NVIDIA, where they are installed
+    providers = [(name, settings), (cpu, {})] if name != cpu else [cpu]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise _model_error(path, error) from error
+    if session.get_providers()[0] != name and not allow_fallback:
+        raise ProviderError(
+            f"{path}: {provider} was asked for, but onnxruntime {ort.__version__} could not start it (no device, "
+            "driver or library); use --provider cpu or --allow-fallback"
+        )
+    if PROVIDERS[provider] != session.get_providers()[0]:
+        print(f"note: {provider} is not available, runs on {session.get_providers()[0]}", file=sys.stderr)
+    return session
+
+
+def _model_error(path: Path, error: Exception) -> ModelError:
+    """What onnxruntime found, in our words."""
+    text = str(error)
+    if "opset" in text.lower() or "ir_version" in text.lower() or "ir version" in text.lower():
+        return ModelError(
+            f"{path}: needs a newer runtime than onnxruntime {ort.__version__} ({_first_line(error)}); upgrade it"
+        )
+    return ModelError(
+        f"{path}: not a whole ONNX model ({_first_line(error)}); damaged or another kind of file, export it again"
+    )
+
+
+def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """What `ddpm-export` noted in the file. Raises ModelError if there is nothing, or another kind is needed."""
+    text = session.get_modelmeta().custom_metadata_map.get(KEY)
+    if text is None:
+        raise ModelError(f"{path}: has no {KEY!r} metadata, needs a model that `ddpm-export onnx` wrote")
+    try:
+        metadata = json.loads(text)
+        found = metadata["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: its {KEY!r} metadata is damaged ({error}), export it again") from error
+    if kind is not None and found != kind:
+        raise ModelError(f"{path}: is a {found}, needs a {kind}.onnx")
+    return metadata
+
+
+# The noise contract, for models with `--noise input`: see kernels/philox.py.
+_MASK, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+
+
+def words(seed: int, samples: np.ndarray, step: int, stream: int, blocks: int) -> np.ndarray:
+    """Philox4x32-10 words of samples int64 [n]: uint64 [n, blocks, 4], each below 2^32."""
+    samples = np.asarray(samples, np.uint64)[:, None]
+    high = samples >> _HALF << np.uint64(8) | np.uint64(stream)
+    counter = (np.arange(blocks, dtype=np.uint64)[None], np.uint64(step), samples & _MASK, high)
+    c0, c1, c2, c3 = np.broadcast_arrays(*counter)
+    k0, k1 = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = p1 >> _HALF ^ c1 ^ k0, p1 & _MASK, p0 >> _HALF ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = k0 + _WEYL[0] & _MASK, k1 + _WEYL[1] & _MASK
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def normals(seed: int, samples: np.ndarray, step: int, stream: int, shape: Sequence[int]) -> np.ndarray:
+    """float32 [n, *shape] by Box-Muller, the uniforms in float32 as the contract says."""
+    numel = math.prod(shape)
+    pairs = words(seed, samples, step, stream, -(-numel // 4)).reshape(len(samples), -1, 2).astype(np.float32)
+    u1 = (pairs[..., 0] * np.float32(2.0**-32) + np.float32(2.0**-33)).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log(u1)), 2 * np.pi * (pairs[..., 1] * np.float32(2.0**-32)).astype(np.float64)
+    z = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(len(samples), -1)
+    return z[:, :numel].reshape(len(samples), *shape).astype(np.float32)
+
+
+def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) -> np.ndarray | None:
+    """float32 [n, n_cfeat] of a class by name or number, `v1,v2,..`, `all` (sample k: class k % n_cfeat) or None."""
+    size, names = metadata["n_cfeat"], metadata["classes"]
+    if size == 0:
+        if text is not None:
+            raise UsageError(f"--context: got {text!r}, but this model was trained without classes")
+        return None
+    if text is None:
+        return np.zeros((len(samples), size), np.float32)
+    if text == "all":
+        return np.eye(size, dtype=np.float32)[samples % size]
+    known = f"a class ({', '.join(names) or f'0..{size - 1}'}), all, or {size} finite numbers"
+    if text in names:
+        row = np.eye(size)[names.index(text)]
+    elif text.isdecimal() and int(text) < size and size > 1:
+        row = np.eye(size)[int(text)]
+    else:
+        try:
+            row = np.array([float(part) for part in text.split(",")])
+        except ValueError:
+            raise UsageError(f"--context: got {text!r}, needs {known}") from None
+        if row.shape != (size,) or not np.isfinite(row).all():
+            raise UsageError(f"--context: got {text!r}, needs {known}")
+    return np.tile(row.astype(np.float32), (len(samples), 1))
+
+
+def draw(
+    session: ort.InferenceSession,
+    metadata: dict[str, Any],
+    samples: np.ndarray,
+    context: np.ndarray | None,
+    *,
+    seed: int = 0,
+    guidance: float = 1.0,
+    table: np.ndarray | None = None,
+    clip: float | None = None,
+) -> np.ndarray:
+    """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n]. table [steps, 8] and clip override.
+
+    Raises UsageError for values that onnxruntime would take silently, RunError if the model fails.
+    """
+    needed = (len(samples), metadata["n_cfeat"])
+    if context is not None and not (context.shape == needed and np.isfinite(context).all()):
+        raise UsageError(f"context: got {list(context.shape)}, needs finite values {list(needed)}")
+    shape = (metadata["channels"], metadata["height"], metadata["width"])
+    feeds: dict[str, np.ndarray] = {}
+    if table is not None:
+        feeds["table"] = np.asarray(table, np.float32)
+        feeds["clip"] = np.array(np.inf if clip is None else clip, np.float32)
+    if context is not None:
+        feeds |= {"context": context.astype(np.float32), "guidance": np.array(guidance, np.float32)}
+    if metadata["noise"] == "input":
+        rows = np.asarray(metadata["table"]["rows"] if table is None else table, np.float32)
+        feeds["x_T"] = normals(seed, samples, 0, 0, shape)
+        feeds["noise"] = np.zeros((len(rows), len(samples), *shape), np.float32)
+        for i, row in enumerate(rows):
+            if row[6] != 0:
+                feeds["noise"][i] = normals(seed, samples, int(row[7]), 1, shape)
+    else:
+        feeds |= {"seed": np.array(seed, np.int64), "first_sample": np.array(samples[0], np.int64)}
+        if context is None:
+            feeds["n"] = np.array(len(samples), np.int64)
+    try:
+        (images,) = session.run(["images"], feeds)
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise RunError(f"the model failed ({_first_line(error)})") from error
+    if not np.isfinite(images).all():
+        raise RunError("the samples have NaN or infinite values: try less guidance or another solver")
+    return images
+
+
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Slices of at most `size`, with a line of progress on stderr where it takes over two seconds."""
+    began, live = time.monotonic(), sys.stderr.isatty()
+    shown = False
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+        done, elapsed = min(start + size, total), time.monotonic() - began
+        if elapsed > 2 and (shown or done < total):
+            left = elapsed * (total - done) / done
+            line = f"sample {100 * done // total:3d}%  {done}/{total}  {done / elapsed:.3g} images/s  {left:.0f} s left"
+            print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+            shown = True
+    if shown and live:
+        print(file=sys.stderr)
+
+
+def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
+    """A picture of images [n, C, H, W] in [-1, 1], clamped; square unless columns says otherwise."""
+    pixels = np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    if pixels.shape[-1] not in (1, 3):
+        raise UsageError(f"--out: images have {pixels.shape[-1]} channels, a picture needs 1 or 3 (use --npy)")
+    pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+    n, height, width = pixels.shape[:3]
+    columns = columns or math.ceil(math.sqrt(n))
+    scale = max(1, CELL_PIXELS // height)
+    high, wide = height * scale + GAP, width * scale + GAP
+    canvas = Image.new("RGB", (min(columns, n) * wide + GAP, math.ceil(n / columns) * high + GAP), "white")
+    for k in range(n):
+        tile = Image.fromarray(pixels[k]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        canvas.paste(tile, (GAP + k % columns * wide, GAP + k // columns * high))
+    return canvas
+
+
+def _write(path: Path, suffix: str, save: Any) -> None:
+    """Write beside the file, then rename over it: never half a file."""
+    partial = path.with_name(f".{path.stem}.partial{suffix}")
+    try:
+        save(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"wrote {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    made = _Parser(prog=prog, description="Draw samples from a sampler.onnx, without PyTorch.")
+    beside = Path(__file__).with_name("sampler.onnx")
+    made.add_argument("model", nargs="?", type=Path, default=beside, help="sampler.onnx [the one beside this file]")
+    made.add_argument("--n", type=int, default=64, help="how many [64]")
+    made.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^63; the same seed gives the same pictures [0]")
+    made.add_argument("--context", help="class by name or number, v1,v2,.., or all (sample k: class k %% K)")
+    made.add_argument("--guidance", type=float, default=1.0, help="w of classifier-free guidance [1 = none]")
+    made.add_argument("--first-sample", type=int, default=0, help="global index of the first sample [0]")
+    made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"changes nothing but memory [{BATCH_SIZE}]")
+    made.add_argument("--table", type=Path, help="another solver table: .npy, float [steps, 8]")
+    made.add_argument("--clip", type=float, default=0.0, help="bound of x0 with --table [0 = none]")
+    made.add_argument("--out", type=Path, help="picture of all samples, .png")
+    made.add_argument("--npy", type=Path, help="samples as float32 [n, C, H, W], not clamped")
+    made.add_argument("--columns", type=int, help="of the picture [square, or one per class]")
+    made.add_argument("--provider", default="cpu", help=f"{', '.join(PROVIDERS)} [cpu]")
+    made.add_argument("--allow-fallback", action="store_true", help="run on the CPU where the provider is missing")
+    made.add_argument("--threads", type=int, default=0, help="of one operator [0 = all cores]")
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise UsageError for arguments out of range, before anything is loaded."""
+    if given.out is None and given.npy is None:
+        raise UsageError("--out, --npy: got neither, needs at least one to write")
+    for option, path, suffix in (("--out", given.out, ".png"), ("--npy", given.npy, ".npy")):
+        if path is not None and (path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir()):
+            raise UsageError(f"{option}: got {path}, needs a file name ending in {suffix} in an existing folder")
+    limits = {"n": (1, 2**31), "seed": (0, 2**63 - 1), "first_sample": (0, 2**56 - given.n), "batch_size": (1, 2**31)}
+    limits |= {"columns": (1, 2**31)} if given.columns is not None else {}
+    for name, (low, high) in limits.items():
+        if not low <= getattr(given, name) <= high:
+            raise UsageError(f"--{name.replace('_', '-')}: got {getattr(given, name)}, needs {low}..{high}")
+    if not math.isfinite(given.guidance):
+        raise UsageError(f"--guidance: got {given.guidance}, needs a finite number")
+    if given.guidance != 1.0 and given.context is None:
+        raise UsageError(f"--guidance: got {given.guidance} without --context, needs a context to guide towards")
+    if given.clip < 0 or not math.isfinite(given.clip) or (given.clip and given.table is None):
+        raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 and a --table")
+
+
+def read_table(path: Path | None, noise: str) -> np.ndarray | None:
+    """The rows [steps, 8] of a .npy file. Raises UsageError."""
+    if path is None:
+        return None
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not a readable .npy ({_first_line(error)})") from error
+    floats = table.dtype.kind == "f" and np.isfinite(table).all()
+    if not floats or table.ndim != 2 or table.shape[1] != 8 or not len(table):
+        raise UsageError(f"{path}: got {table.dtype} {list(table.shape)}, needs finite floats [steps, 8]")
+    if noise == "none" and (table[:, 6] != 0).any():
+        raise UsageError(f"{path}: has noise (column 6), but the model was exported with --noise none")
+    return table
+
+
+def sample(given: argparse.Namespace) -> None:
+    """The command."""
+    _check(given)
+    session = open_session(given.model, given.provider, given.threads, given.allow_fallback)
+    metadata = metadata_of(session, given.model, "sampler")
+    if session.get_providers()[0] != PROVIDERS["cpu"] and metadata["noise"] == "philox":
+        print("note: this model draws its noise on the CPU; `--noise input` exports run faster here", file=sys.stderr)
+    samples = np.arange(given.first_sample, given.first_sample + given.n)
+    context = contexts(given.context, metadata, samples)
+    table = read_table(given.table, metadata["noise"])
+    options = {"seed": given.seed, "guidance": given.guidance, "table": table, "clip": given.clip or None}
+    drawn = [
+        draw(session, metadata, samples[part], None if context is None else context[part], **options)
+        for part in chunks(given.n, given.batch_size)
+    ]
+    images = np.concatenate(drawn)
+    if given.npy is not None:
+        _write(given.npy, ".npy", lambda path: np.save(path, images))
+    if given.out is not None:
+        columns = given.columns or (metadata["n_cfeat"] if given.context == "all" else None)
+        picture = grid(images, columns)
+        _write(given.out, ".png", lambda path: picture.save(path, format="PNG"))
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    ort.set_default_logger_severity(FATAL)
+    try:
+        sample(parser(prog).parse_args(arguments))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    except (UsageError, ModelError, ProviderError, RunError) as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""`ddpm-export` from outside: what it writes, what it refuses, and that nothing half-written is left."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from PIL import Image
+
+from ddpm.networks import PointMLP
+from ddpm.runs import load_run
+from export import bundle, quality
+from export.metadata import sha256
+from export.parity import Parity
+
+
+def line(answer, code):
+    """The one line of an error, with its exit code."""
+    assert answer.code == code, answer
+    lines = [text for text in answer.err.splitlines() if not text.startswith("eager reference")]
+    assert len(lines) == 1, answer.err
+    assert lines[0].startswith("error: "), answer.err
+    return lines[0]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_manifest_describes_the_files(exported, opened):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    assert sorted(path.name for path in exported.iterdir()) == sorted([*manifest["files"], "manifest.json"])
+    for name, file in manifest["files"].items():
+        assert (exported / name).stat().st_size == file["bytes"]
+        assert sha256(exported / name) == file["sha256"]
+    assert len(manifest["table"]["rows"]) == manifest["table"]["steps"] == 12
+    assert len(manifest["parity"]) == 5
+    assert all(result["good"] and 0 < result["error"] <= result["tolerance"] for result in manifest["parity"])
+    assert manifest["versions"]["torch"] == torch.__version__
+
+
+def test_run_draws_what_ddpm_sample_draws(exported, opened, export, tmp_path):
+    from ddpm import sample
+
+    arguments = ("--n", 5, "--seed", 7, "--context", "b", "--guidance", 2, "--first-sample", 3, "--batch-size", 2)
+    answer = export(
+        "run", exported / "sampler.onnx", *arguments, "--out", tmp_path / "g.png", "--npy", tmp_path / "g.npy"
+    )
+    assert answer.code == 0, answer.err
+    found = np.load(tmp_path / "g.npy")
+    options = opened.sampling | {"context": torch.eye(3)[1], "guidance": 2.0, "seed": 7, "first_sample": 3}
+    reference = sample(opened.model, opened.schedule, 5, **options).numpy()
+    assert np.abs(found - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
+    picture = np.asarray(Image.open(tmp_path / "g.png"))
+    assert picture.shape == (2 * 68 + 4, 3 * 68 + 4, 3)
+    pixel = np.rint((found[0, :, 0, 0].clip(-1, 1) + 1) * 127.5)
+    assert picture[4, 4].tolist() == pixel.tolist()
+
+
+def test_info_is_readable(exported, export):
+    answer = export("info", exported / "sampler.onnx")
+    assert answer.code == 0
+    for text in ("sampler", "3x16x16", "a, b, c", "ddpm, 12 steps, clip 1.0", "guidance", "table", "images"):
+        assert text in answer.out
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", "sampler.onnx", "step.onnx"])
+def test_verify_measures_again(exported, run_folder, export, name):
+    answer = export("verify", exported / name, run_folder)
+    assert answer.code == 0, answer.err
+    assert name in answer.out
+
+
+def test_verify_fails_on_other_weights(exported, run_folder, export, tmp_path):
+    other = load_run(run_folder)
+    with torch.no_grad():
+        other.model.out[3].weight.mul_(1.01)
+    folder = tmp_path / "other"
+    from ddpm.runs import start_run
+
+    folder.mkdir()
+    start_run(folder, other.config, other.model)
+    assert "parity" in line(export("verify", exported / "denoiser.onnx", folder), 1)
+
+
+def test_a_failed_verification_leaves_what_was_there(copied, run_folder, export, monkeypatch):
+    before = contents(copied)
+    monkeypatch.setattr(bundle, "step_parity", lambda *_: Parity("step.onnx", 1.0, 1e-4))
+    assert "step.onnx is off by 1" in line(export("onnx", run_folder, "--out", copied, "--steps", 4), 1)
+    assert contents(copied) == before
+
+
+def test_a_failed_verification_makes_no_folder(run_folder, export, monkeypatch, tmp_path):
+    monkeypatch.setattr(bundle, "step_parity", lambda *_: Parity("step.onnx", float("nan"), 1e-4))
+    line(export("onnx", run_folder, "--out", tmp_path / "new", "--steps", 2), 1)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_verify_says_so_in_the_manifest(run_folder, export, tmp_path):
+    answer = export(
+        "onnx", run_folder, "--out", tmp_path, "--no-verify", "--solver", "ddim", "--steps", 3, "--noise", "none"
+    )
+    assert answer.code == 0, answer.err
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["verified"] is False
+    assert manifest["parity"] == []
+
+
+def test_runs_of_points_are_refused(export, make_run, tmp_path):
+    folder = make_run(tmp_path / "roll", PointMLP())
+    for command in (("onnx", folder, "--out", tmp_path / "x"), ("torch", folder)):
+        assert "point_mlp" in line(export(*command), 2)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--precision", "int4"), "--precision"),
+        (("--noise", "pink"), "--noise"),
+        (("--noise", "none"), "adds noise"),
+        (("--steps", "99"), "steps"),
+        (("--solver", "euler"), "solver"),
+        (("--precision", "int8", "--evaluate", "1"), "--evaluate"),
+    ],
+)
+def test_bad_options_are_named(run_folder, export, tmp_path, arguments, says):
+    assert says in line(export("onnx", run_folder, "--out", tmp_path / "x", *arguments), 2)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_run_is_named(export, tmp_path):
+    assert "no such run folder" in line(export("onnx", tmp_path / "nothing", "--out", tmp_path / "x"), 2)
+
+
+def damaged(folder, how):
+    """sampler.onnx of the folder, damaged."""
+    path = folder / "sampler.onnx"
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "garbage":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    else:
+        model = onnx.load_from_string(content)
+        if how == "newer opset":
+            model.opset_import[0].version = 99
+        elif how == "newer ir":
+            model.ir_version = 99
+        elif how == "foreign":
+            del model.metadata_props[:]
+        elif how == "damaged metadata":
+            model.metadata_props[0].value = "{"
+        elif how == "denoiser":
+            model = onnx.load(folder / "denoiser.onnx")
+        path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("missing", "no such file"),
+        ("empty", "is empty"),
+        ("truncated", "not a whole ONNX model"),
+        ("garbage", "not a whole ONNX model"),
+        ("newer opset", "newer runtime"),
+        ("newer ir", "newer runtime"),
+        ("foreign", "no 'fused_ddpm' metadata"),
+        ("damaged metadata", "damaged"),
+        ("denoiser", "is a denoiser"),
+    ],
+)
+def test_bad_models_exit_with_3(copied, run_folder, export, how, says):
+    path = damaged(copied, how)
+    answer = line(export("run", path, "--n", 1, "--out", copied / "g.png"), 3)
+    assert says in answer
+    assert str(path) in answer
+    assert not (copied / "g.png").exists()
+    if how != "denoiser":
+        assert says in line(export("info", path), 3)
+        assert says in line(export("verify", path, run_folder), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--n", "0"), "--n: got 0"),
+        (("--n", "x"), "--n"),
+        (("--seed", "-1"), "--seed"),
+        (("--seed", str(2**63)), "--seed"),
+        (("--context", "nan,0,0"), "--context"),
+        (("--context", "3"), "--context"),
+        (("--context", "dragon"), "a, b, c"),
+        (("--context", "1,2"), "--context"),
+        (("--context", "a", "--guidance", "nan"), "--guidance"),
+        (("--guidance", "2"), "without --context"),
+        (("--provider", "abacus"), "--provider"),
+        (("--threads", "-1"), "--threads"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--table", "nothing.npy"), "nothing.npy"),
+        (("--clip", "1"), "--clip"),
+        (("--frobnicate",), "frobnicate"),
+    ],
+)
+def test_bad_arguments_of_run_exit_with_2(exported, export, tmp_path, arguments, says):
+    answer = line(export("run", exported / "sampler.onnx", "--out", tmp_path / "g.png", *arguments), 2)
+    assert says in answer
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_needs_something_to_write(exported, export, tmp_path):
+    assert "--out, --npy" in line(export("run", exported / "sampler.onnx"), 2)
+    assert "existing folder" in line(export("run", exported / "sampler.onnx", "--out", tmp_path / "no" / "g.png"), 2)
+
+
+def test_tables_of_noise_are_refused_where_there_is_none(run_folder, export, tmp_path):
+    assert export("onnx", run_folder, "--out", tmp_path, "--no-verify", "--solver", "ddim", "--noise", "none").code == 0
+    table = np.zeros((2, 8), np.float32)
+    table[0, 6] = 1
+    np.save(tmp_path / "t.npy", table)
+    arguments = ("--table", tmp_path / "t.npy", "--out", tmp_path / "g.png")
+    assert "has noise" in line(export("run", tmp_path / "sampler.onnx", *arguments), 2)
+
+
+def test_nan_in_the_model_fails_the_run(copied, export):
+    model = onnx.load(copied / "sampler.onnx")
+    table = next(tensor for tensor in model.graph.initializer if tensor.name == "table")
+    table.CopyFrom(onnx.numpy_helper.from_array(np.full((12, 8), np.nan, np.float32), "table"))
+    onnx.save(model, copied / "sampler.onnx")
+    assert "NaN" in line(export("run", copied / "sampler.onnx", "--n", 1, "--out", copied / "g.png"), 1)
+    assert not (copied / "g.png").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_is_never_silently_the_cpu(exported, export, tmp_path, monkeypatch):
+    arguments = ("run", exported / "sampler.onnx", "--n", 1, "--out", tmp_path / "g.png", "--provider", "cuda")
+    assert "cuda was asked for" in line(export(*arguments), 4)
+    assert not (tmp_path / "g.png").exists()
+    answer = export(*arguments, "--allow-fallback")
+    assert answer.code == 0, answer.err
+    assert "note: cuda is not available, runs on CPUExecutionProvider" in answer.err
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "built without it" in line(export(*arguments), 4)
+
+
+def test_fp16_and_int8_are_judged(exported, run_folder, export, tmp_path, monkeypatch):
+    """Random weights quantise badly, so the floor is lowered here; its effect is the next test."""
+    monkeypatch.setitem(quality.FLOORS, "int8", quality.Floor(-50.0, 5.0, 1.0))
+    sizes = {}
+    for precision in ("fp16", "int8"):
+        out = tmp_path / precision
+        answer = export("onnx", run_folder, "--out", out, "--precision", precision, "--evaluate", 4)
+        assert answer.code == 0, answer.err
+        manifest = json.loads((out / "manifest.json").read_text())
+        measured = manifest["quality"]
+        assert "imported run" in measured["skipped"]
+        assert "were not measured" in answer.out
+        assert 0 < measured["relative_l2"] < (0.01 if precision == "fp16" else 5)
+        sizes[precision] = manifest["files"]["denoiser.onnx"]["bytes"]
+        operators = {node.op_type for node in onnx.load(out / "denoiser.onnx").graph.node}
+        assert ("QuantizeLinear" in operators) == (precision == "int8")
+    whole = (exported / "denoiser.onnx").stat().st_size
+    assert sizes["fp16"] < 0.7 * whole
+    assert sizes["int8"] < whole
+
+
+def test_below_the_floor_nothing_is_written(run_folder, export, tmp_path, monkeypatch):
+    monkeypatch.setitem(quality.FLOORS, "fp16", quality.Floor(500.0, 1.0, 1.0))
+    answer = export("onnx", run_folder, "--out", tmp_path / "x", "--precision", "fp16", "--evaluate", 2)
+    assert answer.code == 1
+    assert "PSNR" in answer.err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def test_torch_export_reads_back(run_folder, opened, export, tmp_path):
+    answer = export("torch", run_folder, "--out", tmp_path / "d.pt2")
+    assert answer.code == 0, answer.err
+    module = torch.export.load(tmp_path / "d.pt2").module()
+    x, t, c = torch.randn(4, 3, 16, 16), torch.rand(4), torch.rand(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, t, c), opened.model(x, t, c), rtol=0, atol=1e-5)
+
+
+def test_aoti_needs_a_compiler(run_folder, export, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in line(export("aoti", run_folder, "--out", tmp_path / "d.pt2"), 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_aoti_runs_without_the_module(run_folder, opened, export, tmp_path):
+    answer = export("aoti", run_folder, "--out", tmp_path / "d.pt2")
+    assert answer.code == 0, answer.err
+    package = torch._inductor.aoti_load_package(str(tmp_path / "d.pt2"))
+    x, t, c = torch.randn(4, 3, 16, 16), torch.rand(4), torch.rand(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(package(x, t, c), opened.model(x, t, c), rtol=0, atol=1e-5)
