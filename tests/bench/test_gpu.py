@@ -15,8 +15,8 @@ OPERATORS = NOISE | NETWORK
 
 
 def test_the_kernel_benchmark_runs_and_records(triton_device, tmp_path):
-    sizes, types = (800, 1600), (torch.float32, torch.float16)
-    content = run_kernels(tmp_path, triton_device, sizes, types, rounds=2)
+    sizes, types = (800,), (torch.float32, torch.float16)
+    content = run_kernels(tmp_path, triton_device, sizes, types, rounds=1)
     stored = json.loads((tmp_path / "kernels.json").read_text())
     assert stored == content
     records = stored["records"]
@@ -26,7 +26,7 @@ def test_the_kernel_benchmark_runs_and_records(triton_device, tmp_path):
     assert len(records) == len(OPERATORS) * len(sizes) * len(types)
     for record in records:
         assert record["parity"]
-        assert len(record["kernel_us"]["samples"]) == 2
+        assert len(record["kernel_us"]["samples"]) == 1
         assert record["ratio_to_eager"] > 0
     assert len(table(records).splitlines()) == 1 + len(records)
 
