@@ -143,6 +143,7 @@ def test_one_rung_is_timed_beside_eager_in_its_process(job):
     assert len(records[1]["samples_us"]["shared"]["wall"]) == 3
 
 
+@pytest.mark.long
 def test_a_ladder_is_stored_shown_and_drawn(run, few_rungs, monkeypatch, tmp_path, capsys):
     in_this_process(monkeypatch, run, few_rungs)
     out, picture = tmp_path / "l.json", tmp_path / "l.png"
@@ -165,6 +166,7 @@ def test_a_ladder_is_stored_shown_and_drawn(run, few_rungs, monkeypatch, tmp_pat
     assert all(len(row.cells()) == len(HEADINGS) for row in rows)
 
 
+@pytest.mark.long
 def test_a_rung_without_parity_has_no_ratio_and_the_ladder_fails(run, few_rungs, monkeypatch, tmp_path, capsys):
     in_this_process(monkeypatch, run, few_rungs)
 
@@ -186,6 +188,7 @@ def test_a_rung_without_parity_has_no_ratio_and_the_ladder_fails(run, few_rungs,
     plot(content, tmp_path / "l.png")  # a rung without a time is drawn as such
 
 
+@pytest.mark.long
 def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypatch, tmp_path):
     in_this_process(monkeypatch, run, few_rungs)
     whole = command.run_child

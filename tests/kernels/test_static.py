@@ -133,9 +133,14 @@ def test_accesses_of_the_networks_operators(records):
             assert set(record["store_widths"]) == {"128"}
             # Weights, biases and gains of a group are 16 channels; the pooled pixels of 7x7 images lie 256 bytes apart
             # and a thread takes one channel of each.
-            narrow = {bits: number for bits, number in record["load_widths"].items() if bits != "128"}
-            expected = {"bottleneck fp32": {"64": 20}, "bottleneck bf16": {"32": 4, "64": 8}}
-            assert narrow == ({"16": 49, "64": 4} if name.endswith("28x28") else expected.get(name, {})), name
+            # How many of each depends on Triton's version; `static --check` counts them against the baseline.
+            narrow = set(record["load_widths"]) - {"128"}
+            expected = {
+                "bottleneck fp32": {"64"},
+                "bottleneck bf16": {"32", "64"},
+                "bottleneck bf16 28x28": {"16", "64"},
+            }
+            assert narrow == expected.get(name, set()), name
 
 
 @pytest.mark.parametrize("name", ["q_sample bf16", "solver_step fp32"])
