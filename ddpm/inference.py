@@ -23,9 +23,9 @@ from ddpm.networks import GROUPS, ContextUnet, ResidualConvBlock, build_network
 from kernels import bottleneck, group_norm_relu
 
 
-def fold_batch_norm(model: ContextUnet) -> ContextUnet:
-    """A copy in eval mode with every BatchNorm folded into its convolution, in float64 whatever the model's type."""
-    dtype = next(model.parameters()).dtype
+def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> ContextUnet:
+    """A copy in eval mode, every BatchNorm folded into its convolution in float64; of `dtype`, default the model's."""
+    dtype = dtype or next(model.parameters()).dtype
     model = copy.deepcopy(model).double().eval().requires_grad_(False)
     for block in model.modules():
         if isinstance(block, ResidualConvBlock):
@@ -128,6 +128,11 @@ class Conditions:
     tables: tuple[Tensor, ...]
     rows: tuple[Tensor, ...] | None
 
+    @property
+    def halves(self) -> int:
+        """2 under guidance, else 1."""
+        return 1 if self.rows is None else self.rows[0].shape[0]
+
     def at(self, index: Tensor) -> tuple[Tensor, ...]:
         """The tables' rows [1, ...] at an index int64 [1], which may live on a device."""
         return tuple(table.index_select(0, index) for table in self.tables)
@@ -173,7 +178,7 @@ class InferenceUnet(nn.Module):
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:
         """Fold the model's present weights. Shapes stay, so what compiled this network serves on."""
-        model = fold_batch_norm(model)
+        model = fold_batch_norm(model, torch.float64)
         dtype, layout = self.dtype, self.channels_last
 
         def load(sequence: nn.Sequential, *blocks: ResidualConvBlock) -> None:
@@ -193,12 +198,13 @@ class InferenceUnet(nn.Module):
         memory_format = torch.channels_last if layout else torch.contiguous_format
         _store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         _store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
-        self.eps = norm.eps
+        self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
         self.head.load(model.out[0], dtype, layout)
         _store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
         self.last.load(model.out[3], dtype, layout)
-        # Not registered: only `conditions` calls them, in the model's own type.
-        self.embeddings = dict(model.named_children())
+        # Not registered: only `conditions` calls them, at least in float32.
+        kind = torch.promote_types(dtype, torch.float32)
+        self.embeddings = {name: child.to(kind) for name, child in model.named_children() if "embed" in name}
 
     @torch.no_grad()
     def conditions(self, times: Tensor, context: Tensor | None, n: int, guided: bool) -> Conditions:
@@ -207,6 +213,8 @@ class InferenceUnet(nn.Module):
         times = times.to(like).reshape(-1, 1)
         shifts = tuple(self.embeddings[f"timeembed{level}"](times).to(self.dtype) for level in (1, 2))
         if self.n_cfeat == 0:
+            if context is not None and context.shape != (n, 0):
+                raise ValueError(f"c: got shape {list(context.shape)}, needs [{n}, 0]")
             return Conditions(shifts, None)
         rows = _context_rows(context, n, self.n_cfeat, guided, like)
         scales = (self.embeddings[f"contextembed{level}"](rows).to(self.dtype) for level in (1, 2))
@@ -228,7 +236,7 @@ class InferenceUnet(nn.Module):
             up = self.ups[level](self.upsamplings[level](up, downs[-1 - level]))
         features = features.repeat(halves, 1, 1, 1) if halves > 1 else features
         hidden = self.head(torch.cat((up, features), dim=1))
-        return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.eps))
+        return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The features at full size, then those of each level."""
@@ -242,7 +250,7 @@ class InferenceUnet(nn.Module):
         """From the deepest features to the first gate, once for each half's scale: [n, ...] -> [k * n, ...]."""
         up0 = (self.up0_weight, self.up0_bias, self.up0_gain, self.up0_offset)
         scales = (None,) if rows is None else rows[0].unbind()
-        gated = [bottleneck(x, *up0, scale, shift, GROUPS, self.eps) for scale in scales]
+        gated = [bottleneck(x, *up0, scale, shift, GROUPS, self.up0_eps) for scale in scales]
         return gated[0] if len(gated) == 1 else torch.cat(gated)
 
     @staticmethod
@@ -258,12 +266,8 @@ class PlainForm(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.refresh(model)
-
-    def refresh(self, model: nn.Module) -> None:
-        """Take over the model's present weights."""
-        kind = next(model.parameters(), torch.empty(0, dtype=self.dtype)).dtype
-        self.model = model if kind == self.dtype else copy.deepcopy(model).to(self.dtype)
+        kind = next(model.parameters(), torch.empty(0, dtype=dtype)).dtype
+        self.model = model if kind == dtype else copy.deepcopy(model).to(dtype)
 
     def conditions(self, times: Tensor, context: Tensor | None, n: int, guided: bool) -> Conditions:
         """As in `InferenceUnet`."""
@@ -290,22 +294,25 @@ def _is_plain_unet(model: nn.Module) -> bool:
     with torch.device("meta"):
         fresh = build_network(model.config())
     kinds = {name: type(module) for name, module in fresh.named_modules()}
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
     return not hooked and kinds == {name: type(module) for name, module in model.named_modules()}
 
 
 Form = InferenceUnet | PlainForm
-_forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Form]] = WeakKeyDictionary()
+# Not of plain forms, which hold the network: as values they would keep their own key alive.
+_forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], InferenceUnet]] = WeakKeyDictionary()
 
 
 def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
-    """The network's inference form with its present weights; kept with the model, so compiling it is not lost."""
-    device = next(model.parameters(), torch.empty(0)).device
+    """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost."""
+    if not _is_plain_unet(model):
+        return PlainForm(model, dtype)
     forms = _forms.setdefault(model, {})
-    kind = InferenceUnet if _is_plain_unet(model) else PlainForm
-    form = forms.get((dtype, device))
-    if isinstance(form, kind):
-        form.refresh(model)
+    key = dtype, next(model.parameters()).device
+    if key in forms:
+        forms[key].refresh(model)
     else:
-        form = forms[dtype, device] = kind(model, dtype)
-    return form
+        forms[key] = InferenceUnet(model, dtype)
+    return forms[key]

@@ -36,6 +36,18 @@ def chunk_size(shape: tuple[int, ...]) -> int:
     return max(1, CHUNK_PIXELS // math.prod(shape[1:]))
 
 
+def _checked(noise: Noise, dtype: torch.dtype) -> Noise:
+    """The same noise in the state's type; ValueError if it comes in another shape."""
+
+    def draw(samples: Tensor, step: int, stream: int, shape: tuple[int, ...]) -> Tensor:
+        z = noise(samples, step, stream, shape)
+        if tuple(z.shape) != (len(samples), *shape):
+            raise ValueError(f"noise: returned {list(z.shape)}, needs {[len(samples), *shape]}")
+        return z.to(dtype)
+
+    return draw
+
+
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; for CPU tensors PyTorch has no exception of its own."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -47,7 +59,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in modes:
@@ -128,19 +140,17 @@ def sample(
     if batch_size is None:
         batch_size = chunk_size(shape)
     state_dtype = torch.promote_types(dtype, torch.float32)
-    draw = noise or PhiloxNoise(seed, state_dtype)
+    draw = PhiloxNoise(seed, state_dtype) if noise is None else _checked(noise, state_dtype)
 
     with evaluating(model):
-        run = choose(engine, device, dtype)(model, schedule.timesteps, table, dtype)
+        run = choose(engine, device, dtype, own_noise=noise is not None)(model, schedule.timesteps, table, dtype)
         chunks, start = [], 0
         while start < n:
             stop = min(start + batch_size, n)
             samples = torch.arange(first_sample + start, first_sample + stop, device=device)
             c = None if contexts is None else contexts[start:stop]
             try:
-                x = draw(samples, 0, philox.Stream.INITIAL, shape).to(state_dtype)
-                if tuple(x.shape) != (stop - start, *shape):
-                    raise ValueError(f"noise: returned {list(x.shape)}, needs {[stop - start, *shape]}")
+                x = draw(samples, 0, philox.Stream.INITIAL, shape)
                 chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
             except (MemoryError, RuntimeError) as error:
                 if stop - start == 1 or not _out_of_memory(error):

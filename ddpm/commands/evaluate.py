@@ -25,7 +25,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
-    engine: Annotated[str, typer.Option(help="auto or eager")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Class accuracy by an independent classifier, and a Frechet distance between pixel features."""

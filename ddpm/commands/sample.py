@@ -36,7 +36,7 @@ def sample(
     first_sample: Annotated[int, typer.Option(help="global index of the first sample")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="samples at a time; changes nothing else")] = None,
     columns: Annotated[int | None, typer.Option(help="of the picture [square, or one per class]")] = None,
-    engine: Annotated[str, typer.Option(help="auto or eager")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""

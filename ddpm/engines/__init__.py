@@ -26,10 +26,12 @@ ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """What this machine lacks to run an engine in a type, or None."""
+def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32, own_noise: bool = False) -> str | None:
+    """What an engine lacks to run here in a type, with a noise of the caller's own or with Philox; None if nothing."""
     if name == "graph" and device.type != "cuda":
         return f"a CUDA device, the model is on {device}"
+    if name == "graph" and (own_noise or dtype == torch.float64):
+        return "Philox noise and a state in float32, which its kernel draws and holds"
     if name != "eager" and device.type == "cuda" and backend.triton is None:
         return "Triton, which is not installed"
     if name == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
@@ -39,18 +41,21 @@ def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32)
     return None
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> type[Engine]:
+def choose(
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, own_noise: bool = False
+) -> type[Engine]:
     """The engine of this name; `auto` takes the fastest that needs no long warm-up and logs which, and why.
 
     Raises ValueError for an unknown name, RuntimeError for an engine or type that this machine cannot run.
     """
     if name == "auto":
-        graph = missing("graph", device, dtype)
-        name, why = ("graph", "CUDA is there") if graph is None else ("fused", "no CUDA; compile takes long to warm up")
-        logger.info("engine auto: %s on %s (%s)", name, device, why)
+        lacks = {engine: missing(engine, device, dtype, own_noise) for engine in ("graph", "fused", "eager")}
+        name = next((engine for engine, lack in lacks.items() if lack is None), "eager")
+        better = "; ".join(f"{engine} needs {lack}" for engine, lack in lacks.items() if lack is not None)
+        logger.info("engine auto: %s on %s (%s)", name, device, better or "the fastest")
     if name not in ENGINES:
         raise ValueError(f"engine: got {name!r}, needs one of auto, {', '.join(ENGINES)}")
-    lack = missing(name, device, dtype)
+    lack = missing(name, device, dtype, own_noise)
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
     if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():

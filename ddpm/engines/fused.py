@@ -54,7 +54,7 @@ class FusedEngine:
         advance = prepare(x, samples, guidance, noise, callback is not None or self.memory)
         for i, index in enumerate(torch.arange(len(self.steps), device=x.device).split(1)):
             m = self.network(x, conditions.at(index), conditions.rows)
-            x, x0 = advance(i, index, x, *m.chunk(2 if guided else 1))
+            x, x0 = advance(i, index, x, *m.chunk(conditions.halves))
             if callback is not None:
                 callback(i, x0)
         return x

@@ -45,19 +45,20 @@ class Capture:
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
+                self.index.zero_()  # a table may have fewer rows
                 self._step()
         torch.cuda.current_stream(x.device).wait_stream(side)
-        self.graphs = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        pool = torch.cuda.graph_pool_handle()
         for steps in (1, STEPS_PER_GRAPH):
             self.graphs[steps] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool, stream=side):
                 for _ in range(steps):
                     self._step()
 
     def _step(self) -> None:
         m = self.form(self.x, self.conditions.at(self.index), self.conditions.rows)
-        halves = 1 if self.conditions.rows is None else self.conditions.rows[0].shape[0]
-        m, *uncond = m.chunk(halves)
+        m, *uncond = m.chunk(self.conditions.halves)
         solver_step(
             self.x,
             m,
@@ -118,21 +119,24 @@ class GraphEngine(FusedEngine):
         guided = guidance != 1.0 and context is not None
         conditions = self.form.conditions(self.times.to(x.device), context, x.shape[0], guided)
         keeps_x0 = callback is not None or self.memory
-        capture = self._capture(x, conditions, keeps_x0)
-        capture.load(x, samples, noise.seed, guidance, self.table.rows(x.device), conditions)
-        done, steps = 0, len(self.steps)
-        while done < steps:
-            some = STEPS_PER_GRAPH if callback is None and steps - done >= STEPS_PER_GRAPH else 1
-            capture.graphs[some].replay()
-            done += some
-            if callback is not None:
-                callback(done - 1, capture.x0)
-        return capture.x.clone()
+        with torch.cuda.device(x.device):
+            capture = self._capture(x, conditions, keeps_x0)
+            capture.load(x, samples, noise.seed, guidance, self.table.rows(x.device), conditions)
+            done, steps = 0, len(self.steps)
+            while done < steps:
+                some = STEPS_PER_GRAPH if callback is None and steps - done >= STEPS_PER_GRAPH else 1
+                capture.graphs[some].replay()
+                done += some
+                if callback is not None:
+                    callback(done - 1, capture.x0)
+            return capture.x.clone()
 
     def _capture(self, x: Tensor, conditions: Conditions, keeps_x0: bool) -> Capture:
         captures = self.form.captures
         rows = None if conditions.rows is None else tuple(row.shape for row in conditions.rows)
-        key = (x.shape, rows, self.timesteps, keeps_x0, self.table.clip)
+        # Where the weights lie: a graph reads the memory that it was captured with.
+        weights = tuple(tensor.data_ptr() for tensor in (*self.form.parameters(), *self.form.buffers()))
+        key = (x.shape, rows, self.timesteps, keeps_x0, self.table.clip, weights)
         if key in captures:
             captures.move_to_end(key)
         else:

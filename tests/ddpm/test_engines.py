@@ -279,3 +279,54 @@ def test_a_graph_s_memory_comes_back():
     gc.collect()
     torch.cuda.empty_cache()
     assert torch.cuda.memory_allocated() - before < 1 << 22
+
+
+def test_a_model_in_bfloat16_is_folded_before_it_is_rounded(model):
+    import copy
+
+    small = copy.deepcopy(model).to(torch.bfloat16)
+    expected = draw(small, engine="eager", solver="ddim", steps=5)
+    assert distance(draw(small, engine="fused", solver="ddim", steps=5), expected) < 1e-4
+
+
+def test_inference_mode_leaves_the_model_usable(model):
+    with torch.inference_mode():
+        inside = draw(model, engine="fused", steps=3)
+    assert torch.equal(draw(model, engine="fused", steps=3), inside)
+
+
+def test_noise_of_another_shape_or_type(model):
+    def wide(samples, step, stream, shape):
+        return torch.ones(len(samples), *shape, dtype=torch.float64)
+
+    assert draw(model, engine="eager", steps=3, noise=wide).dtype == torch.float32
+
+    def one(samples, step, stream, shape):
+        return torch.zeros(len(samples) if stream == 0 else 1, *shape)
+
+    for engine in ("eager", "fused"):
+        with pytest.raises(ValueError, match=r"noise: returned \[1, 3, 16, 16\], needs \[3, 3, 16, 16\]"):
+            draw(model, engine=engine, steps=3, noise=one)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own_noise", "triton", "chosen"),
+    [
+        (torch.float32, False, True, "graph"),
+        (torch.float64, False, True, "fused"),
+        (torch.float32, True, True, "fused"),
+        (torch.float32, False, False, "eager"),
+    ],
+)
+def test_auto_takes_what_can_run(monkeypatch, dtype, own_noise, triton, chosen):
+    if not triton:
+        monkeypatch.setattr(engines.backend, "triton", None)
+    assert engines.choose("auto", torch.device("cuda"), dtype, own_noise) is engines.ENGINES[chosen]
+
+
+def test_an_unconditional_network_ignores_guidance():
+    model = unet(n_cfeat=0)
+    options = {"context": torch.zeros(0), "guidance": 2.0, "steps": 3}
+    assert distance(draw(model, 2, engine="fused", **options), draw(model, 2, engine="eager", **options)) < 1e-5
+    with pytest.raises(ValueError, match=r"got shape \[2, 3\], needs \[2, 0\]"):
+        draw(model, 2, engine="fused", context=torch.zeros(3))

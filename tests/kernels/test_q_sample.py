@@ -158,3 +158,10 @@ def test_bad_arguments(change, message):
     good = {"x0": X0, "t": T, "alpha_bars": ALPHA_BARS, "seed": 0, "samples": SAMPLES}
     with pytest.raises((TypeError, ValueError), match=message):
         q_sample(**good | change)
+
+
+def test_the_gradient_to_x0_by_gradcheck():
+    x0 = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    t, samples = torch.tensor([3, 9]), torch.arange(2)
+    alpha_bars = torch.linspace(1, 0.05, 11)
+    assert torch.autograd.gradcheck(lambda x: q_sample(x, t, alpha_bars, 7, samples, torch.float64)[0], x0)
