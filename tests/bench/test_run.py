@@ -156,7 +156,10 @@ def test_foreign_files_are_refused(tmp_path, text, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training"])
+# All but the kernels compile.
+@pytest.mark.parametrize(
+    "suite", ["kernels", *(pytest.param(name, marks=pytest.mark.long) for name in ("step", "sampling", "training"))]
+)
 def test_the_real_suites_build_and_are_named_after_themselves(suite):
     found = {quick: load(suite, quick) for quick in (True, False)}
     for workloads in found.values():
