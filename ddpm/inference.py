@@ -110,9 +110,10 @@ class Upsampling(nn.Module):
         (rows, _, h, w), halves = x.shape, x.shape[0] // skip.shape[0]
         shared = torch.addmm(self.bias, _pixels(skip), self.of_skip)
         if halves == 1:
-            out = torch.addmm(shared, _pixels(x), self.of_x)
+            out = shared.addmm_(_pixels(x), self.of_x)
         else:
-            out = (_pixels(x) @ self.of_x).unflatten(0, (halves, -1)) + shared
+            out = (_pixels(x) @ self.of_x).unflatten(0, (halves, -1)).add_(shared)
+        del shared
         out = out.reshape(rows, h, w, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
         return out.reshape(rows, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
@@ -234,8 +235,10 @@ class InferenceUnet(nn.Module):
             if level == 1:
                 up = self.gate(up, at[1], rows)
             up = self.ups[level](self.upsamplings[level](up, downs[-1 - level]))
-        features = features.repeat(halves, 1, 1, 1) if halves > 1 else features
-        hidden = self.head(torch.cat((up, features), dim=1))
+        both = torch.cat((up, features.repeat(halves, 1, 1, 1) if halves > 1 else features), dim=1)
+        del up, features, downs  # the widest tensors: here memory is at its peak
+        hidden = self.head(both)
+        del both
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
