@@ -42,7 +42,7 @@ demo: setup
 	@echo "         $(BIN)/ddpm evaluate $(RUN) --guidance 2"
 
 test: setup
-	$(BIN)/pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n auto --dist loadfile --benchmark-disable
 
 test-long: setup
 	$(BIN)/pytest -m long

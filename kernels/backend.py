@@ -53,7 +53,9 @@ def runs_triton(tensor: Tensor) -> bool:
 
 def reads_values(tensor: Tensor) -> bool:
     """Whether argument values are checked: always on the CPU, on CUDA only under FUSED_DDPM_DEBUG=1."""
-    return tensor.device.type == "cpu" or (DEBUG and not torch.cuda.is_current_stream_capturing())
+    if tensor.device.type == "cpu":
+        return True
+    return DEBUG and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def same_device(first: Tensor, **others: Tensor | None) -> None:
