@@ -5,11 +5,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import store
 from bench.machine import ROOT
 from ddpm.files import read_json
 
-# {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
+# The machine whose records the documents show; others have a folder of their own beside it.
 MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
+# {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 SPEED = MACHINE / "export.json"
 UNITS = {"denoiser": "a call", "sampler": "a step"}
@@ -55,7 +57,7 @@ def speed_table(path: Path = SPEED) -> str:
     content = read_json(path)
     times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in content["records"]:
-        if "failed" in record or not record.get("parity", True):
+        if not store.is_good(record):
             raise ValueError(f"{path.name}: {record['workload']} {record['candidate']} failed, needs a whole run")
         times[record["workload"]][record["candidate"]].append(record["wall_us"])
     machine = content["machine"]

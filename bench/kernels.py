@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.timing import interleaved, summary
+from bench.timing import interleaved, summary, timer
 from kernels import bottleneck, group_norm_relu, philox, q_sample, q_sample_rows, solver_step
 from kernels import noise_mse as noise_mse_function
 from kernels.bottleneck import cost as bottleneck_cost
@@ -323,7 +323,10 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
         "eager": (workload.eager, sets),
         "copy": (lambda to, source: to.copy_(source), buffers),
     }
-    samples = interleaved(candidates, device, rounds)
+    timers = {name: timer(call, rotated, device, capturable=True) for name, (call, rotated) in candidates.items()}
+    for warm_up in timers.values():
+        warm_up()
+    samples = interleaved(timers, rounds)
     record |= {
         "kernel_us": summary(samples["fused"]["kernel"]),
         "wall_us": summary(samples["fused"]["wall"]),

@@ -7,7 +7,6 @@ torch. `time / yardstick` of two versions can be compared on one machine whateve
 
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.registry import Bench, Candidate, Workload
-from bench.timing import Call, Time, Timer, synchronize, timer
+from bench.timing import Call, Timer, interleaved, synchronize, timer
 
 SEED = 0
 EAGER, YARDSTICK = "eager", "yardstick"
@@ -141,20 +140,13 @@ def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable
 def _rounds(
     timers: Mapping[str, Timer], rounds: int, seconds: float, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
-    """Samples of every timer, in rounds of all of them in a seeded random order; stops when the seconds are over.
+    """`interleaved` samples; stops when the seconds are over.
 
     On the CPU they are seconds of processor time, so that a busy machine takes longer and not fewer samples.
     """
     clock = time.process_time if device.type == "cpu" else time.monotonic
-    samples = {name: {kind: [] for kind in Time._fields} for name in timers}
-    order, began = random.Random(SEED), clock()  # noqa: S311 (no secret)
-    for done in range(rounds):
-        if done >= LEAST_ROUNDS and clock() - began > seconds:
-            break
-        for name in order.sample(list(timers), len(timers)):
-            for kind, value in timers[name]()._asdict().items():
-                samples[name][kind].append(value)
-    return samples
+    began = clock()
+    return interleaved(timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds)
 
 
 def measure(

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import exports, goals, store
+from bench.exports import MACHINE
 from bench.interval import measured_by
-from bench.ladder import show as ladder
 from bench.machine import ROOT
 from bench.profile import by_operator
 from bench.show import RUN_HEADINGS, microseconds, run_cells
@@ -21,14 +21,10 @@ from ddpm.files import read_json, write_text
 README = ROOT / "README.md"
 CI = ROOT / "docs" / "ci.md"
 STATIC = ROOT / "bench" / "results" / "static.json"
-# The machine whose records the documents show; others have a folder of their own beside it.
-MACHINE = ROOT / "bench" / "results" / "xeon-2.5ghz-2-cores"
 RUN = MACHINE / "run.json"
 PEERS = MACHINE / "peers.json"
 STEP = MACHINE / "step.json"
 STEP_BF16 = MACHINE / "step_bf16.json"
-LADDER = MACHINE / "ladder.json"
-LADDER_PLOT = ROOT / "docs" / "ladder.png"
 PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
@@ -141,6 +137,12 @@ def _markdown(headings: tuple[str, ...], rows: list[list[str]], left: int) -> st
     return "\n".join([f"| {' | '.join(headings)} |", f"|{marks}|", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def _recipe(content: store.Content) -> str:
+    """The command of a stored run, and where it ran."""
+    machine = content["machine"]
+    return f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
 def bench_table() -> str:
     """The stored `ddpm-bench run`. Raises ValueError if a row of it did not run or lost parity."""
     content = store.load(RUN)
@@ -148,9 +150,7 @@ def bench_table() -> str:
     for row in rows:
         if len(row) != len(RUN_HEADINGS):
             raise ValueError(f"{RUN.name}: {' '.join(row)}; needs a run without failures")
-    machine = content["machine"]
-    recipe = f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-    return f"{recipe}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
+    return f"{_recipe(content)}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
 
 
 def peers_table() -> str:
@@ -167,32 +167,16 @@ def peers_table() -> str:
     batches = list(dict.fromkeys(batch for row in cells.values() for batch in row))
     rows = [[*key, *(row.get(batch, "") for batch in batches)] for key, row in cells.items()]
     headings = ("solver and steps", "a step (times eager)", *(batch.replace("batch", "batch ") for batch in batches))
-    machine = content["machine"]
     notes = "".join(f" {reason}." for reason in content["skipped"].values())
-    recipe = f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-    return f"{recipe}.{notes}\n\n{_markdown(headings, rows, 2)}"
+    return f"{_recipe(content)}.{notes}\n\n{_markdown(headings, rows, 2)}"
 
 
 def goals_table() -> str:
     """The stored runs of suite `step` beside what the step must reach."""
     contents = [store.load(path) for path in (STEP, STEP_BF16)]
-    lines = []
-    for content in contents:
-        machine = content["machine"]
-        lines.append(
-            f"- `{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch"
-            f" {machine['torch']}: {measured_by(content['processes'])}"
-        )
+    lines = [f"- {_recipe(content)}: {measured_by(content['processes'])}" for content in contents]
     cells = goals.goal_cells([record for content in contents for record in content["records"]])
     return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])
-
-
-def ladder_table() -> str:
-    """The stored `ddpm-bench ladder`: the table, what each rung adds, and its notes."""
-    content = store.load(LADDER)
-    rows = [[*row.cells(), content["rungs"][row.name]] for row in ladder.rows_of(content)]
-    table = _markdown((*ladder.HEADINGS, "what it adds"), rows, 1)
-    return "\n".join([f"{ladder.recipe(content)}:", "", table, "", *(f"- {line}" for line in ladder.notes(content))])
 
 
 def proof_table() -> str:
@@ -262,6 +246,6 @@ def filled(text: str, path: Path = README) -> str:
 
 
 def write() -> None:
-    """Fill the blocks of every file in place, and draw the ladder."""
+    """Fill the blocks of every file in place."""
     for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
         write_text(path, filled(path.read_text(encoding="utf-8"), path))

@@ -103,23 +103,20 @@ def _events(call: Call, sets: Sequence[tuple]) -> float:
 
 
 def interleaved(
-    candidates: Mapping[str, tuple[Call, Sequence[tuple]]], device: torch.device, rounds: int
+    timers: Mapping[str, Timer], rounds: int, seed: int = 0, enough: Callable[[int], bool] = lambda done: False
 ) -> dict[str, dict[str, list[float]]]:
-    """Samples of every candidate, (call, argument sets), in rounds of all of them in a seeded random order.
+    """Samples of every timer, in rounds of all of them in a seeded random order, until `enough(rounds done)`.
 
-    Returns: name -> {"kernel": microseconds per call on the device alone, "wall": as a loop sees them}.
+    Returns: name -> field of `Time` -> microseconds per call, one per round.
     """
-    replays = {name: _prepare(call, sets, device) for name, (call, sets) in candidates.items()}
-    for name, (call, sets) in candidates.items():
-        replays[name]()
-        _wall(call, sets[:WARM_UP], device)
-    samples = {name: {"kernel": [], "wall": []} for name in candidates}
-    order = random.Random(0)  # noqa: S311 (no secret)
-    for _ in range(rounds):
-        for name in order.sample(list(candidates), len(candidates)):
-            call, sets = candidates[name]
-            samples[name]["kernel"].append(replays[name]())
-            samples[name]["wall"].append(_wall(call, sets, device))
+    samples = {name: {kind: [] for kind in Time._fields} for name in timers}
+    order = random.Random(seed)  # noqa: S311 (no secret)
+    for done in range(rounds):
+        if enough(done):
+            break
+        for name in order.sample(list(timers), len(timers)):
+            for kind, value in timers[name]()._asdict().items():
+                samples[name][kind].append(value)
     return samples
 
 

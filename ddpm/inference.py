@@ -11,7 +11,9 @@
 """
 
 import copy
+import json
 from dataclasses import dataclass
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -149,7 +151,7 @@ def _context_rows(context: Tensor | None, n: int, n_cfeat: int, guided: bool, li
 
 
 class InferenceUnet(nn.Module):
-    """A ContextUnet for sampling: forward(x, index, conditions) -> m [k * n, C, H, W] for x [n, C, H, W].
+    """A ContextUnet for sampling: forward(x, at, rows) -> m [k * n, C, H, W] for x [n, C, H, W].
 
     Args:
         model: the network, on its device; it is not changed.
@@ -213,11 +215,9 @@ class InferenceUnet(nn.Module):
         like = next(self.embeddings["timeembed1"].parameters())
         times = times.to(like).reshape(-1, 1)
         shifts = tuple(self.embeddings[f"timeembed{level}"](times).to(self.dtype) for level in (1, 2))
-        if self.n_cfeat == 0:
-            if context is not None and context.shape != (n, 0):
-                raise ValueError(f"c: got shape {list(context.shape)}, needs [{n}, 0]")
-            return Conditions(shifts, None)
         rows = _context_rows(context, n, self.n_cfeat, guided, like)
+        if self.n_cfeat == 0:
+            return Conditions(shifts, None)
         scales = (self.embeddings[f"contextembed{level}"](rows).to(self.dtype) for level in (1, 2))
         return Conditions(shifts, tuple(scale.unflatten(0, rows.shape[:2]) for scale in scales))
 
@@ -290,17 +290,25 @@ class PlainForm(nn.Module):
         return m
 
 
+def _kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+@cache
+def _kinds_as_built(config: str) -> dict[str, type]:
+    """The classes of a network's modules by their paths; config: its `config()` as JSON."""
+    with torch.device("meta"):
+        return _kinds(build_network(json.loads(config)))
+
+
 def _is_plain_unet(model: nn.Module) -> bool:
     """Whether this is a ContextUnet as built: no subclass, no exchanged module, no hook that folding would pass by."""
     if type(model) is not ContextUnet:
         return False
-    with torch.device("meta"):
-        fresh = build_network(model.config())
-    kinds = {name: type(module) for name, module in fresh.named_modules()}
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
     )
-    return not hooked and kinds == {name: type(module) for name, module in model.named_modules()}
+    return not hooked and _kinds(model) == _kinds_as_built(json.dumps(model.config()))
 
 
 Form = InferenceUnet | PlainForm

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ddpm.engines.fused import AHEAD
-from ddpm.solvers import StepTable, _ddim_rows, _ddpm_rows
+from ddpm.noise import PhiloxNoise
+from ddpm.solvers import StepTable, ddim_rows, ddpm_rows
 from kernels import philox, solver_step
 from kernels.solver_step import reference
 
@@ -137,20 +138,13 @@ class _Fused:
         return self._seed
 
     def _noise(self, index: int, seed: Tensor, samples: Tensor, sample: Tensor) -> Tensor:
-        """The noise of a row on the CPU, drawn for several rows at once: a single small draw is all overhead."""
+        """The noise of a row on the CPU, drawn for several rows at once."""
         start, shape, drawn = self._drawn or (0, None, ())
         if shape != sample.shape or not start <= index < start + len(drawn):
             rows = max(1, AHEAD // sample.numel())
-            steps = torch.tensor(self._grid[index : index + rows]) + 1
-            n = len(samples)
-            drawn = philox.normal(
-                seed,
-                samples.repeat(len(steps)),
-                steps.repeat_interleave(n),
-                philox.Stream.SAMPLING,
-                tuple(sample.shape[1:]),
-                dtype=torch.promote_types(sample.dtype, torch.float32),
-            ).split(n)
+            steps = [t + 1 for t in self._grid[index : index + rows]]
+            noise = PhiloxNoise(seed, torch.promote_types(sample.dtype, torch.float32))
+            drawn = noise.of_steps(samples, steps, tuple(sample.shape[1:]))
             start = index
             self._drawn = (start, sample.shape, drawn)
         return drawn[index - start]
@@ -234,7 +228,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
     def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
         s = self._alpha_bars[previous] if previous >= 0 else 1.0
         prediction, variance = PREDICTIONS[self.config.prediction_type], VARIANCES[self.config.variance_type]
-        rows = _ddpm_rows([self._alpha_bars[t], s], prediction, variance)
+        rows = ddpm_rows([self._alpha_bars[t], s], prediction, variance)
         if t == 0:
             rows[0][6] = 0.0  # diffusers adds no noise here, and with fixed_large at the end of every other grid
         return rows
@@ -289,7 +283,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
 
     def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
         s = self._alpha_bars[previous] if previous >= 0 else float(self.final_alpha_cumprod)
-        return _ddim_rows([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta)
+        return ddim_rows([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta)
 
     def step(
         self,

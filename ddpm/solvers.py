@@ -87,7 +87,7 @@ def _to_eps(prediction: str, a: float) -> tuple[float, float]:
     return 1 / math.sqrt(1 - a), -math.sqrt(a) / math.sqrt(1 - a)
 
 
-def _ddpm_rows(alpha_bars: list[float], prediction: str, variance: str) -> list[list[float]]:
+def ddpm_rows(alpha_bars: list[float], prediction: str, variance: str) -> list[list[float]]:
     """The posterior q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7, between any two timesteps."""
     rows = []
     for a, s in pairwise(alpha_bars):
@@ -98,7 +98,7 @@ def _ddpm_rows(alpha_bars: list[float], prediction: str, variance: str) -> list[
     return rows
 
 
-def _ddim_rows(alpha_bars: list[float], prediction: str, eta: float) -> list[list[float]]:
+def ddim_rows(alpha_bars: list[float], prediction: str, eta: float) -> list[list[float]]:
     """Song, Meng, Ermon 2021, equations 12 and 16; the direction keeps the network's own eps."""
     rows = []
     for a, s in pairwise(alpha_bars):
@@ -167,9 +167,9 @@ def make_table(
     timesteps = timestep_grid(schedule.timesteps, schedule.timesteps if steps is None else steps, spacing)
     alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
     if solver == "ddpm":
-        rows = _ddpm_rows(alpha_bars, prediction, variance)
+        rows = ddpm_rows(alpha_bars, prediction, variance)
     elif solver == "ddim":
-        rows = _ddim_rows(alpha_bars, prediction, eta)
+        rows = ddim_rows(alpha_bars, prediction, eta)
     else:
         rows = _dpmpp_2m_rows(alpha_bars, prediction)
     coefficients = torch.tensor(rows, dtype=torch.float64)

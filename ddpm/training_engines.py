@@ -291,7 +291,6 @@ def make_trainer(
         lack = f"a single process, there are {world.size} ranks: take compile or eager"
     if lack is not None:
         raise BadInput(f"--engine: {options.engine!r} needs {lack}")
-    emulated = options.precision == "bf16" and device.type == "cpu" and not engines.has_bfloat16()
-    if emulated and world.is_main:
-        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
+    if options.precision == "bf16" and world.is_main:
+        engines.say_if_emulated(device)
     return TRAINERS[options.engine](network, dataset, schedule, options, device, world)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.ladder.rungs import EAGER, RUNGS, Job
-from bench.suites.networks import PARITY
+from bench.suites.networks import PARITY, distance
 from ddpm import evaluation, fitting
 from ddpm.data import Dataset
 from ddpm.errors import BadInput
@@ -20,12 +20,6 @@ from ddpm.progress import Bar
 TIMES_EAGER, SLACK = 4.0, 1e-6
 # The two types are judged by the same engine; another seed shows what is noise.
 JUDGED = {"fp32": ("compile", 0), "fp32, another seed": ("compile", 1), "bf16": ("bf16", 0)}
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """max|difference| / max(1, max|expected|), in float64."""
-    actual, expected = actual.double(), expected.double()
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 def psnr(actual: Tensor, expected: Tensor) -> float | None:

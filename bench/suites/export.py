@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bench.registry import Bench, Candidate, Workload
 from bench.suites.networks import (
+    CHANNELS,
+    N_CFEAT,
     PARITY,
     SEED,
     SIDE,
@@ -36,12 +38,11 @@ from export import models, run
 from export.precision import in_precision
 from kernels.backend import Cost
 
-CHANNELS = 3
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1,)
 SAMPLERS, QUICK_SAMPLERS = ((20, 8),), ((4, 2),)  # ddpm steps, images
 DENOISER_TOLERANCE = 1e-5
 INT8_TOLERANCE = 0.15  # relative L2, of random weights; a trained run is judged by `ddpm-export onnx`
-METADATA = {"channels": CHANNELS, "height": SIDE, "width": SIDE, "n_cfeat": 5, "noise": "philox"}
+METADATA = {"channels": CHANNELS, "height": SIDE, "width": SIDE, "n_cfeat": N_CFEAT, "noise": "philox"}
 
 
 @cache

@@ -58,14 +58,20 @@ def choose(
     lack = missing(name, device, dtype, own_noise)
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
-    if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
-        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
+    if dtype == torch.bfloat16:
+        say_if_emulated(device)
     return ENGINES[name]
 
 
 def has_float16() -> bool:
     """Whether oneDNN computes float16 on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def say_if_emulated(device: torch.device) -> None:
+    """Log it where bfloat16 works and does not pay."""
+    if device.type == "cpu" and not has_bfloat16():
+        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
 
 
 def has_bfloat16() -> bool:

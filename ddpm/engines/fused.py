@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ddpm.inference import Form, inference_form
+from ddpm.inference import Conditions, Form, inference_form
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.solvers import StepTable
 from kernels import philox, solver_step
@@ -47,8 +47,7 @@ class FusedEngine:
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """x [n, ...] at t = timesteps[0] -> x at t = 0. A callback costs a second state in memory, x0."""
-        guided = guidance != 1.0 and context is not None
-        conditions = self.form.conditions(self.times.to(x.device), context, x.shape[0], guided)
+        conditions = self.conditions(x, context, guidance)
         by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(noise, PhiloxNoise)
         prepare = self.in_kernel if by_kernel else self.in_reference
         advance = prepare(x, samples, guidance, noise, callback is not None or self.memory)
@@ -58,6 +57,11 @@ class FusedEngine:
             if callback is not None:
                 callback(i, x0)
         return x
+
+    def conditions(self, x: Tensor, context: Tensor | None, guidance: float) -> Conditions:
+        """Of a chunk x: guided if there is a context to guide towards and a weight that is not 1."""
+        guided = guidance != 1.0 and context is not None
+        return self.form.conditions(self.times.to(x.device), context, x.shape[0], guided)
 
     def network(self, x: Tensor, at: tuple[Tensor, ...], rows: tuple[Tensor, ...] | None) -> Tensor:
         """The network's output [k * n, ...]."""
@@ -95,14 +99,10 @@ class FusedEngine:
 
     def _draws(self, noise: Noise, samples: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """The noise of the noisy steps; Philox for several steps at once, which is the same noise."""
-        n = len(samples)
-        ahead = max(1, AHEAD // (n * math.prod(shape))) if isinstance(noise, PhiloxNoise) else 1
         steps = [step for step, noisy in zip(self.steps, self.noisy, strict=True) if noisy]
+        if not isinstance(noise, PhiloxNoise):
+            yield from (noise(samples, step, philox.Stream.SAMPLING, shape) for step in steps)
+            return
+        ahead = max(1, AHEAD // (len(samples) * math.prod(shape)))
         for start in range(0, len(steps), ahead):
-            some = steps[start : start + ahead]
-            if ahead == 1:
-                yield noise(samples, some[0], philox.Stream.SAMPLING, shape)
-                continue
-            step = torch.tensor(some, device=samples.device).repeat_interleave(n)
-            drawn = noise(samples.repeat(len(some)), step, philox.Stream.SAMPLING, shape)
-            yield from drawn.split(n)
+            yield from noise.of_steps(samples, steps[start : start + ahead], shape)

@@ -116,8 +116,7 @@ class GraphEngine(FusedEngine):
         """As `EagerEngine`."""
         if not (isinstance(noise, PhiloxNoise) and x.dtype == torch.float32):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
-        guided = guidance != 1.0 and context is not None
-        conditions = self.form.conditions(self.times.to(x.device), context, x.shape[0], guided)
+        conditions = self.conditions(x, context, guidance)
         keeps_x0 = callback is not None or self.memory
         with torch.cuda.device(x.device):
             capture = self._capture(x, conditions, keeps_x0)
