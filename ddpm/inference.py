@@ -4,8 +4,8 @@
         w' = w gamma / sqrt(var + eps)      b' = (b - mean) gamma / sqrt(var + eps) + beta
     t takes S values in a run, so the time embeddings are tables [S, C]; the context embeddings are computed once.
     Encoder, bottleneck and its normalisation see neither, so guidance shares them between its two halves.
-    A transposed convolution with kernel = stride = 2 is a product with W [C_in, 2, 2, C_out] at every pixel, and over
-        cat(x, skip) it is a sum of two, W_x x + W_skip skip. Guidance shares the skip's half.
+    A transposed convolution with kernel = stride = 2 is a product with W [C_in, 2, 2, C_out] at every pixel.
+    Over cat(x, skip) a convolution of either kind is a sum of two, W_x x + W_skip skip. Guidance shares the latter.
 
 `refresh` folds the weights anew, so nothing can be stale: `sample` calls it at its start.
 """
@@ -58,7 +58,7 @@ def _store(module: nn.Module, **tensors: Tensor) -> None:
 class Convolution(nn.Module):
     """A convolution with stride 1 that keeps the size, bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
 
-    def __init__(self, gelu: bool) -> None:
+    def __init__(self, gelu: bool = False) -> None:
         super().__init__()
         self.gelu = gelu
         self.padding = 0
@@ -66,25 +66,38 @@ class Convolution(nn.Module):
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
 
-    def load(self, conv: nn.Conv2d, dtype: torch.dtype, channels_last: bool) -> None:
-        """Take over a convolution's weights."""
-        weight, self.padding = conv.weight.to(dtype), conv.padding[0]
+    def load(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, channels_last: bool) -> None:
+        """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd."""
+        self.padding = weight.shape[-1] // 2
+        weight = weight.to(dtype)
         # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
         self.packed = channels_last and min(weight.shape[:2]) > 1 and packs(weight.device, dtype)
         if self.packed:
-            pad, one = [self.padding] * 2, [1, 1]
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, pad, one, one, 1, None)
+            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(), None)
         elif channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        _store(self, weight=weight, bias=conv.bias.to(dtype))
+        _store(self, weight=weight)
+        if bias is not None:
+            _store(self, bias=bias.to(dtype))
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, stride, dilation, groups."""
+        return [self.padding] * 2, [1, 1], [1, 1], 1
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
-            after, how = ("gelu", "none") if self.gelu else ("none", "")
-            pad, one = [self.padding] * 2, [1, 1]
-            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, pad, one, one, 1, after, [], how)
+            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._geometry(), *after)
         y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
         return F.gelu(y) if self.gelu else y
+
+    def added_to(self, sum_: Tensor, x: Tensor) -> Tensor:
+        """sum_ + the convolution of x (without GELU), in the memory of sum_."""
+        if self.packed and not torch.compiler.is_compiling():  # which cannot trace it, and fuses the sum by itself
+            after = ("add", 1.0, None, [], None)
+            convolve = torch.ops.mkldnn._convolution_pointwise_.binary
+            return convolve(sum_, x, self.weight, self.bias, *self._geometry(), *after)
+        return sum_.add_(self(x))
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -164,12 +177,12 @@ class InferenceUnet(nn.Module):
         super().__init__()
         self.dtype, self.channels_last, self.shared = dtype, channels_last, shared
         self.depth, self.n_cfeat = model.depth, model.n_cfeat
-        self.shortcut = None if isinstance(model.init_conv.shortcut, nn.Identity) else Convolution(gelu=False)
+        self.shortcut = None if isinstance(model.init_conv.shortcut, nn.Identity) else Convolution()
         self.initial = self._blocks(1)
         self.downs = nn.ModuleList(self._blocks(2) for _ in range(self.depth))
         self.upsamplings = nn.ModuleList(Upsampling() for _ in range(self.depth))
         self.ups = nn.ModuleList(self._blocks(2) for _ in range(self.depth))
-        self.head, self.last = Convolution(gelu=False), Convolution(gelu=False)
+        self.head_of_x, self.head_of_skip, self.last = Convolution(), Convolution(), Convolution()
         for name in ("up0_weight", "up0_bias", "up0_gain", "up0_offset", "head_gain", "head_offset"):
             self.register_buffer(name, None)
         self.refresh(model)
@@ -187,11 +200,11 @@ class InferenceUnet(nn.Module):
         def load(sequence: nn.Sequential, *blocks: ResidualConvBlock) -> None:
             convs = [half[0] for block in blocks for half in (block.conv1, block.conv2)]
             for own, conv in zip(sequence, convs, strict=True):
-                own.load(conv, dtype, layout)
+                own.load(conv.weight, conv.bias, dtype, layout)
 
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
-            self.shortcut.load(model.init_conv.shortcut, dtype, layout)
+            self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
             load(self.downs[level - 1], down[0], down[1])
@@ -202,9 +215,11 @@ class InferenceUnet(nn.Module):
         _store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         _store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
-        self.head.load(model.out[0], dtype, layout)
+        of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
+        self.head_of_x.load(of_x, None, dtype, layout)
+        self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout)
         _store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
-        self.last.load(model.out[3], dtype, layout)
+        self.last.load(model.out[3].weight, model.out[3].bias, dtype, layout)
         # Not registered: only `conditions` calls them, at least in float32.
         kind = torch.promote_types(dtype, torch.float32)
         self.embeddings = {name: child.to(kind) for name, child in model.named_children() if "embed" in name}
@@ -235,16 +250,17 @@ class InferenceUnet(nn.Module):
             if level == 1:
                 up = self.gate(up, at[1], rows)
             up = self.ups[level](self.upsamplings[level](up, downs[-1 - level]))
-        both = torch.cat((up, features.repeat(halves, 1, 1, 1) if halves > 1 else features), dim=1)
-        del up, features, downs  # the widest tensors: here memory is at its peak
-        hidden = self.head(both)
-        del both
+        hidden = self.head_of_skip(features)
+        hidden = torch.cat((hidden,) * halves) if halves > 1 else hidden
+        del features, downs  # the widest tensors: here memory is at its peak
+        hidden = self.head_of_x.added_to(hidden, up)
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The features at full size, then those of each level."""
         hidden = self.initial(x)
-        skips = [((x if self.shortcut is None else self.shortcut(x)) + hidden) / 1.414]
+        hidden = hidden.add_(x) if self.shortcut is None else self.shortcut.added_to(hidden, x)
+        skips = [hidden.div_(1.414)]
         for blocks in self.downs:
             skips.append(F.max_pool2d(blocks(skips[-1]), 2))
         return skips

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import load_run, sample
+from ddpm import engines, load_run, sample
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -89,3 +89,27 @@ def test_trained_samples_do_not_depend_on_batches_splits_or_threads(demo, recipe
     torch.set_num_threads(before)
     for other in (split, batched, lone):
         assert (other - whole).abs().max() <= 1e-5 * max(1, whole.abs().max())
+
+
+RECIPES = ({"solver": "ddpm"}, {"solver": "ddim", "steps": 50}, {"solver": "dpmpp_2m", "steps": 30})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe["solver"])
+def test_every_engine_draws_eagers_pictures_with_trained_weights(demo, recipe, guidance):
+    """The design's bounds: 1e-4, and from eager no further than four times its own distance from float64, plus 1e-6."""
+    run = load_run(demo[0])
+    options = run.sampling | recipe | {"guidance": guidance, "seed": 3, "context": torch.eye(10)[[0, 3, 7, 8]]}
+
+    def draw(engine, dtype=torch.float32):
+        return sample(run.model, run.schedule, 4, engine=engine, dtype=dtype, **options)
+
+    def distance(images, others):
+        return float((images - others).abs().max() / others.abs().max().clamp(min=1))
+
+    eager = draw("eager")
+    allowed = min(1e-4, 4 * distance(eager, draw("eager", torch.float64)) + 1e-6)
+    found = {name: draw(name) for name in engines.ENGINES if engines.missing(name, torch.device("cpu")) is None}
+    assert {"eager", "fused"} <= found.keys()
+    assert {name: distance(images, eager) for name, images in found.items() if distance(images, eager) > allowed} == {}

@@ -86,10 +86,10 @@ def notes(content: store.Content) -> list[str]:
         count = next(iter(content["evaluation"].values()))["n"]
         lines.append(f"{count} samples each: {'; '.join(parts)}.")
     memory = content["memory"]
-    if memory is not None and None not in memory["engines"].values():
+    if memory is not None and all(memory["engines"].values()):
         parts = [
-            f"{engine} {peak / 2**20:.0f} MiB ({(peak - before) / 2**20:.0f} of them sampling)"
-            for engine, (peak, before) in ((e, (f["peak"], f["before"])) for e, f in memory["engines"].items())
+            f"{engine} {median_interval([found['peak'] / 2**20 for found in processes]).text(0)} MiB"
+            for engine, processes in memory["engines"].items()
         ]
         lines.append(f"Peak memory of a process that samples a batch of {memory['batch']}: {', '.join(parts)}.")
     lines += [f"Rung `{name}` is left out: it needs {lack}." for name, lack in content["left_out"].items()]

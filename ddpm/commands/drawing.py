@@ -14,6 +14,7 @@ from ddpm.sampling import chunk_size, sample
 from ddpm.solvers import StepTable, make_table
 
 ALL = "all"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_output(path: Path | None, option: str, suffix: str) -> None:
@@ -57,6 +58,7 @@ def draw(
     *,
     first_sample: int = 0,
     batch_size: int | None = None,
+    precision: str = "fp32",
     keep: bool = False,
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -66,6 +68,8 @@ def draw(
     """
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
+    if precision not in PRECISIONS:
+        raise BadInput(f"--precision: got {precision!r}, needs one of {', '.join(PRECISIONS)}")
     shape = run.model.sample_shape
     part = world.share(n)
     count = part.stop - part.start
@@ -99,6 +103,7 @@ def draw(
                 context=None if context is None else context[part],
                 first_sample=first_sample + part.start,
                 batch_size=batch_size,
+                dtype=PRECISIONS[precision],
                 callback=callback,
                 **options,
                 **more,

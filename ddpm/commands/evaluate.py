@@ -26,6 +26,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
     engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
+    precision: Annotated[str, typer.Option(help="of the network: fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Class accuracy by an independent classifier, and a Frechet distance between pixel features."""
@@ -54,10 +55,12 @@ def evaluate(
         guidance=guidance,
         seed=seed,
         engine=engine,
+        precision=precision,
     )
     classes = cycled_classes(opened, 0, n) if conditional else None
     result = evaluation.evaluate(images, dataset, classes)
-    shown = Table(title=f"{run}: {n} samples, {options['solver']}, {len(table)} steps, guidance {guidance:g}")
+    how = f"{options['solver']}, {len(table)} steps, guidance {guidance:g}, {precision}"
+    shown = Table(title=f"{run}: {n} samples, {how}")
     for heading in ("", "samples", "real data"):
         shown.add_column(heading, justify="left" if not heading else "right")
     shown.add_row("Frechet distance of pixel features", f"{result.frechet:.3f}", f"{result.frechet_real:.3f}")
@@ -66,5 +69,6 @@ def evaluate(
     Console().print(shown)
     if json is not None:
         settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}
+        settings["precision"] = precision
         write_json(json, settings | result.asdict())
         print(f"wrote {json}")

@@ -37,6 +37,7 @@ def sample(
     batch_size: Annotated[int | None, typer.Option(help="samples at a time; changes nothing else")] = None,
     columns: Annotated[int | None, typer.Option(help="of the picture [square, or one per class]")] = None,
     engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
+    precision: Annotated[str, typer.Option(help="of the network: fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""
@@ -70,6 +71,7 @@ def sample(
             guidance=guidance,
             seed=seed,
             engine=engine,
+            precision=precision,
         )
         if not ranks.is_main:
             return

@@ -251,6 +251,7 @@ BAD_SAMPLING = [
     ("--context nan,0,0,0,0,0,0,0,0,0", "--context", "nan", "finite"),
     ("--context 1,,0", "--context", "'1,,0'"),
     ("--engine warp", "engine", "'warp'", "eager"),
+    ("--precision int8", "--precision", "'int8'", "fp32, bf16, fp16"),
     ("--device tpu", "--device", "'tpu'", "cpu"),
     ("--npy old.png", "--npy", "old.png", ".npy"),
     ("--gif x.png", "--gif", "x.png", ".gif"),
@@ -285,6 +286,7 @@ BAD_RUNS = [
     ("evaluate run --n 1", "--n", "1", "at least 2"),
     ("evaluate run --n 2 --json nowhere/x.json", "--json", "nowhere/x.json"),
     ("evaluate run --n 2 --solver euler", "solver", "'euler'"),
+    ("evaluate run --n 2 --precision half", "--precision", "'half'", "fp32, bf16, fp16"),
     ("evaluate roll --n 2 --guidance 2", "guidance", "2.0", "context"),
     ("evaluate imported --n 4", "imported/config.json", "no training data"),
     ("evaluate moved --n 4", "gone.npy", "no such file"),
@@ -611,13 +613,25 @@ def test_evaluate_prints_both_figures_beside_those_of_real_data(digits_run, ddpm
     answer = ddpm("evaluate", digits_run, "--n", 30, "--steps", 5, "--guidance", 2, "--seed", 1, "--json", path)
     assert answer.code == 0
     figures = json.loads(path.read_text())
-    settings = {"solver": "ddpm", "steps": 5, "guidance": 2.0, "seed": 1, "n": 30, "real": 1797}
+    settings = {"solver": "ddpm", "steps": 5, "guidance": 2.0, "seed": 1, "precision": "fp32", "n": 30, "real": 1797}
     assert {name: figures[name] for name in settings} == settings
     for name in ("frechet", "frechet_real"):
         assert f"{figures[name]:.3f}" in answer.out
     for name in ("accuracy", "accuracy_real"):
         assert f"{figures[name]:.1%}" in answer.out
     assert figures["accuracy_real"] > 0.95
+
+
+def test_bfloat16_is_asked_for_and_judged_beside_float32(digits_run, ddpm, draw, tmp_path):
+    how = ("--n", 30, "--steps", 5, "--context", "all", "--guidance", 2)
+    fp32, bf16 = draw(digits_run, *how), draw(digits_run, *how, "--precision", "bf16")
+    error = np.abs(bf16 - fp32).max() / np.abs(fp32).max()
+    assert 1e-4 < error < 0.1  # bfloat16 keeps 8 bits
+    path = tmp_path / "figures.json"
+    answer = ddpm("evaluate", digits_run, "--n", 30, "--steps", 5, "--precision", "bf16", "--json", path)
+    assert answer.code == 0
+    assert "bf16" in answer.out
+    assert json.loads(path.read_text())["precision"] == "bf16"
 
 
 def test_evaluate_without_classes_has_a_distance_alone(roll_run, ddpm, tmp_path):
