@@ -27,7 +27,7 @@ OPERATORS = ("q_sample", "solver_step", "group_norm_relu")
 FILTER = f"^kernels/({'|'.join(OPERATORS)})/"
 LOAD_SECONDS = 900
 
-# Burns a tenth of the processor time that the operator itself took: 10% slower at any size on any machine.
+# Burns a share of the processor time that the operator itself took: that much slower at any size on any machine.
 SLOWER = """
 
 import time as _time
@@ -39,7 +39,7 @@ def {name}(*arguments, **options):
     began = _time.process_time()
     result = _as_it_was(*arguments, **options)
     now = _time.process_time()
-    while _time.process_time() - now < 0.1 * (now - began):
+    while _time.process_time() - now < {share} * (now - began):
         pass
     return result
 """
@@ -92,12 +92,12 @@ def make_repository(root):
     commit(root, "base")
 
 
-def plant(root, branch, planted):
-    """A commit on top of base; planted: {operator: text appended to its file}."""
+def plant(root, branch, planted, share=0.1):
+    """A commit on top of base; planted: {operator: text appended to its file}, share: of its time, for SLOWER."""
     git(root, "checkout", "-q", "--detach", "base")
     for name, text in planted.items():
         with (root / "kernels" / f"{name}.py").open("a") as file:
-            file.write(text.format(name=name))
+            file.write(text.format(name=name, share=share))
     commit(root, branch)
 
 
@@ -137,10 +137,10 @@ def same(root, workers=1):
         return compare(root, "same")
 
 
-def slower(root, operator, workers=1):
-    """One comparison with 10% planted into one operator, on the busy machine."""
+def slower(root, branch, workers=1):
+    """One comparison with a branch into which slowness was planted, on the busy machine."""
     with busy(workers):
-        return compare(root, f"slower_{operator}")
+        return compare(root, branch)
 
 
 def branches(root):
@@ -149,6 +149,7 @@ def branches(root):
     git(root, "branch", "same")
     for name in OPERATORS:
         plant(root, f"slower_{name}", {name: SLOWER})
+    plant(root, "much_slower", {"solver_step": SLOWER}, share=0.3)
     plant(root, "broken", {"q_sample": CRASHING, "group_norm_relu": WRONG})
     git(root, "checkout", "-q", "--detach", "base")
     suite = root / "bench" / "suites" / "kernels.py"
@@ -161,7 +162,7 @@ def line_of(kind, operator, done):
     code, content, seconds, output = done
     if content is None:
         raise RuntimeError(f"compare wrote nothing: {output[-2000:]}")
-    keys = ("row", "status", "ratio", "p")
+    keys = ("row", "status", "ratio", "p", "detail")
     rows = [{key: row[key] for key in keys} for row in content["rows"]]
     return {"kind": kind, "operator": operator, "exit": code, "seconds": round(seconds), "rows": rows}
 
@@ -185,7 +186,7 @@ def main():
         for _ in range(asked.times):
             turn = sum(line["kind"] == "slower" for line in record["comparisons"])
             operator = None if asked.kind == "same" else OPERATORS[turn % len(OPERATORS)]
-            done = same(root, asked.workers) if operator is None else slower(root, operator, asked.workers)
+            done = same(root, asked.workers) if operator is None else slower(root, f"slower_{operator}", asked.workers)
             record["comparisons"].append(line_of(asked.kind, operator, done))
             write_json(asked.out, record)
             print(record["comparisons"][-1], flush=True)

@@ -219,7 +219,7 @@ def test_outside_a_checkout_refs_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, content, capsys):
-    """The whole command with made-up processes: interleaved, then once more for what looked slower."""
+    """The whole command with made-up processes: interleaved, then twice as many more for what looked slower."""
     calls = []
 
     def run_child(root, process, arguments):
@@ -242,10 +242,9 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     monkeypatch.setattr(compare, "selected", lambda *_: None)
     assert main(["compare", "one", "two", "--processes", "6"]) == 1
     first, second = calls[:12], calls[12:]
-    assert len(second) == 12
-    for part in (first, second):
+    for part, processes in ((first, 6), (second, 2 * 6)):
         assert sorted((side, process) for side, process, _ in part) == sorted(
-            (side, process) for side in ("base", "head") for process in range(6)
+            (side, process) for side in ("base", "head") for process in range(processes)
         )
         assert len({side for side, _, _ in part[::2]}) == 2  # not always the same side first
     assert second[0][2][3] == "^(" + re.escape(SLOW) + ")$"

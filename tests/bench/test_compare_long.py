@@ -26,8 +26,9 @@ def test_the_same_code_raises_no_alarm(repository):
     assert len(content["rows"]) == 2 * len(OPERATORS)
 
 
-def test_ten_percent_are_caught_on_the_operators_own_row(repository):
-    code, content, _, output = slower(repository, "solver_step")
+def test_a_slower_operator_is_caught_on_its_own_row(repository):
+    """30%: 10% are found nine times in ten on a busy machine (docs/ci.md), too seldom for a test."""
+    code, content, _, output = slower(repository, "much_slower")
     assert code == 1, output
     assert [own(row, "solver_step") for row in content["rows"] if row["status"] == "slower"] == [True]
 
