@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import sides, store, verdicts
-from bench.registry import selected
+from bench.registry import is_file, selected
 from bench.show import compare_markdown, compare_table
 from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
@@ -39,6 +39,7 @@ def compare_refs(
     base: str, head: str, suite: str, quick: bool, pattern: str, processes: int, thresholds: Thresholds
 ) -> tuple[dict, dict, list[Verdict]]:
     """Verdicts on two git refs; a row that the first round of processes calls slower is measured once more."""
+    suite = str(Path(suite).resolve()) if is_file(suite) else suite  # one file for both sides
     commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
     sides.refuse_dirty()
     selected(suite, quick, pattern)
@@ -50,7 +51,7 @@ def compare_refs(
         found = verdicts.judge(*contents.values(), thresholds)
         suspects = verdicts.suspects(found)
         if suspects:
-            names = sorted({re.escape(row.rpartition(" ")[0]) for row in suspects})
+            names = sorted({re.escape(row.partition(" ")[0]) for row in suspects})
             arguments = ["--suite", suite, "--filter", f"^({'|'.join(names)})$", *options]
             again = sides.measure_sides(roots, AGAIN * processes, arguments, "confirm", SECOND_ROUND)
             found = verdicts.confirmed(found, verdicts.judge(*again.values(), thresholds))
@@ -63,7 +64,7 @@ def compare_refs(
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="a file of `run --processes`, or a git ref")],
     head: Annotated[str, typer.Argument(metavar="HEAD", help="the same kind")],
-    suite: Annotated[str, typer.Option(help="refs: as in `run`")] = "kernels",
+    suite: Annotated[str, typer.Option(help="refs: as in `run`, or a suite of your own, FILE.py")] = "kernels",
     quick: Annotated[bool, typer.Option("--quick/--full", help="refs: as in `run`")] = True,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="refs: workloads whose name matches")] = "",
     processes: Annotated[int, typer.Option(min=LEAST_PROCESSES, help="refs: fresh processes a side")] = PROCESSES,
@@ -85,8 +86,13 @@ def compare(
             before, after, found = compare_files(Path(base), Path(head), thresholds)
         else:
             before, after, found = compare_refs(base, head, suite, quick, pattern, processes, thresholds)
-    except WorkFailed as error:
-        sys.stderr.write(f"error: {error}\n")
+    except BadInput:
+        raise
+    except Exception as error:  # whatever it was, it must not look like a verdict: 1 says "slower"
+        reason = str(error) if isinstance(error, WorkFailed) else f"{type(error).__name__}: {error}"
+        sys.stderr.write(f"error: {reason}\n")
+        if markdown is not None:
+            write_text(markdown, f"**Nothing was compared**: {reason}\n")
         return NOT_RUN
     code = verdicts.exit_code(found)
     result = {

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,25 @@ from kernels import backend
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _git(*arguments: str) -> str | None:
-    git = shutil.which("git")
-    if git is None or not (ROOT / ".git").exists():
+def git(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[bytes] | None:
+    """git in the repository, or in another folder; None where there is no git."""
+    program = shutil.which("git")
+    if program is None:
         return None
-    done = subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)  # noqa: S603
-    return done.stdout.strip() if done.returncode == 0 else None
+    command = [program, "-C", str(folder or repository()), *arguments]
+    return subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+
+
+@cache
+def repository() -> Path:
+    """The git checkout whose code is measured: the one around the working directory, else this project's folder."""
+    done = git("rev-parse", "--show-toplevel", folder=Path.cwd())
+    return Path(done.stdout.decode().strip()) if done is not None and done.returncode == 0 else ROOT
+
+
+def _said(*arguments: str) -> str | None:
+    done = git(*arguments)
+    return None if done is None or done.returncode else done.stdout.decode().strip()
 
 
 def _processor() -> str:
@@ -31,9 +45,9 @@ def _processor() -> str:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the commit (None outside a checkout) of a measurement."""
-    status = _git("status", "--porcelain")
+    status = _said("status", "--porcelain")
     record = {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _said("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -69,7 +69,7 @@ def _contract_noise(steps: list[int]) -> Iterator[None]:
 class Field(nn.Module):
     """The network as other libraries call it: (x [n, C, h, w], t int64 [n] from 0) -> eps, guided as our eager engine.
 
-    channels, self_condition and random_or_learned_sinusoidal_cond are what denoising-diffusion-pytorch asks for.
+    channels, out_dim, self_condition, random_or_learned_sinusoidal_cond: what denoising-diffusion-pytorch asks for.
     """
 
     self_condition = random_or_learned_sinusoidal_cond = False
@@ -77,7 +77,7 @@ class Field(nn.Module):
     def __init__(self, model: ContextUnet, timesteps: int, context: Tensor, guidance: float) -> None:
         super().__init__()
         self.model, self.timesteps, self.context, self.guidance = model, timesteps, context, guidance
-        self.channels = sample_shape(model)[0]
+        self.channels = self.out_dim = sample_shape(model)[0]
 
     def forward(self, x: Tensor, t: Tensor, *_: object) -> Tensor:
         """eps of x's shape."""
@@ -181,20 +181,21 @@ def _build(run: Path | None, solver: str, steps: int, batch: int, guidance: floa
 def _gaussian_entry(kind: type, field: Field, schedule: NoiseSchedule, steps: int, x: Tensor) -> Candidate:
     """denoising-diffusion-pytorch's own ddim loop; parity is x0 at t = T, of T - 1 in its count."""
     options = {"timesteps": schedule.timesteps, "sampling_timesteps": steps, "beta_schedule": "linear"}
-    diffusion = kind(field, image_size=x.shape[-1], auto_normalize=False, **options).to(x.device)
+    options |= {"objective": "pred_noise", "image_size": x.shape[-1], "auto_normalize": False}
+    built = cache(lambda: kind(field, **options).to(x.device))
 
     def error(_: Call) -> float:
         t = torch.full((x.shape[0],), schedule.timesteps - 1, device=x.device)
         a = schedule.alpha_bars[-1].item()
         with torch.no_grad():
             expected = (x - (1 - a) ** 0.5 * field(x, t)) / a**0.5
-            return engine_error(diffusion.model_predictions(x, t).pred_x_start, expected, FLOAT)
+            return engine_error(built().model_predictions(x, t).pred_x_start, expected, FLOAT)
 
     def make() -> Call:
         from denoising_diffusion_pytorch import denoising_diffusion_pytorch as module
 
         module.tqdm = lambda values, **_: values  # its progress bar is not part of the comparison
-        return partial(diffusion.ddim_sample, tuple(x.shape))
+        return partial(built().ddim_sample, tuple(x.shape))
 
     return Candidate(make, error, PARITY[FLOAT])
 

@@ -1,13 +1,17 @@
 """What is measured: suites of workloads, each with an eager reference and the candidates that compete with it.
 
-A suite is a module `bench/suites/NAME.py` with `workloads(quick) -> list[Workload]`. Names are known before anything is
-built, so that `--filter` is cheap and a benchmark that disappeared is noticed.
+A suite is a module `bench/suites/NAME.py`, or a FILE.py of another project, with `workloads(quick) -> list[Workload]`.
+Names are known before anything is built, so that `--filter` is cheap and a benchmark that disappeared is noticed.
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -68,11 +72,32 @@ class Unavailable(Exception):
     """A suite that this installation cannot run: says what is missing."""
 
 
+def is_file(suite: str) -> bool:
+    """Whether a suite is asked for by the path of its file."""
+    return suite.endswith(".py")
+
+
+def _module_of(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise BadInput(f"--suite: {path}: no such file")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    spec = spec_from_file_location(f"suite_{path.stem}", path)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "workloads"):
+        raise BadInput(f"--suite: {path}: has no workloads(quick) -> list[Workload]")
+    return module
+
+
 def load(suite: str, quick: bool) -> list[Workload]:
     """The workloads of one suite. Raises Unavailable if it, or a package that it needs, is not there.
 
+    suite: a name of SUITES, or the path of a Python file, which imports what lies in the working directory.
     An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
     """
+    if is_file(suite):
+        return _module_of(Path(suite)).workloads(quick)
     try:
         return import_module(SUITES[suite]).workloads(quick)
     except ModuleNotFoundError as error:
@@ -89,8 +114,8 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
     regular expression or matches nothing.
     """
-    if suite != "all" and suite not in SUITES:
-        raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all")
+    if suite != "all" and suite not in SUITES and not is_file(suite):
+        raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
     try:
         expression = re.compile(pattern)
     except re.error as error:

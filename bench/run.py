@@ -14,7 +14,7 @@ import typer
 from bench import store
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
-from bench.registry import selected
+from bench.registry import is_file, selected
 from bench.show import run_table
 from ddpm.command_line import FAILED
 from ddpm.errors import BadInput, WorkFailed
@@ -66,7 +66,7 @@ def _beside_convolutions(measured: Callable[[], list[dict[str, Any]]], device: t
 
 
 def environment(root: Path, threads: int = 1) -> dict[str, str]:
-    """This environment with the packages of `root` before all others, and so many threads.
+    """This environment with the packages of `root` and `root/src` before all others, and so many threads.
 
     One, because processor time of several threads counts those that spin while they wait for one that lost its
     processor; wall times, as the figures of `step` and the ladder are, may take more. With one, memory stays with the
@@ -75,7 +75,10 @@ def environment(root: Path, threads: int = 1) -> dict[str, str]:
     """
     count = str(threads)
     kept = KEPT if threads == 1 else {}
-    return os.environ | kept | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
+    paths = os.pathsep.join((str(root), str(root / "src")))
+    # As users run it: a benchmark of Triton's interpreter is of no use to anybody.
+    fixed = {"PYTHONPATH": paths, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0"}
+    return os.environ | kept | fixed
 
 
 def run_child(root: Path, process: int, arguments: list[str], command: str = "run", threads: int = 1) -> store.Content:
@@ -90,7 +93,7 @@ def run_child(root: Path, process: int, arguments: list[str], command: str = "ru
         done = subprocess.run(  # noqa: S603
             line, cwd=root, env=environment(root, threads), capture_output=True, text=True, check=False
         )
-        if not out.is_file():
+        if done.returncode not in (0, FAILED) or not out.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
             raise (BadInput if done.returncode == 2 else WorkFailed)(reason)
@@ -110,7 +113,7 @@ def merged(contents: list[store.Content]) -> store.Content:
 
 def run(
     out: Annotated[Path, typer.Option(metavar="F.json", help="where the records go")],
-    suite: Annotated[str, typer.Option(help="kernels, step, sampling, training, export or all")] = "all",
+    suite: Annotated[str, typer.Option(help="kernels, step, sampling, training, export, all or FILE.py")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="fewer workloads and rounds")] = False,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads whose name matches")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds per workload, however long they take")] = None,
@@ -121,6 +124,7 @@ def run(
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
     if not out.parent.is_dir() or out.is_dir():
         raise BadInput(f"--out: {out} cannot be written, needs a file in a folder that exists")
+    suite = str(Path(suite).resolve()) if is_file(suite) else suite
     if processes == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         content = run_here(suite, quick, pattern, rounds, quiet)

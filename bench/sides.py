@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from bench import store
+from bench import machine, store
 from bench.machine import ROOT
 from bench.run import environment, merged, run_child
 from ddpm.errors import BadInput, WorkFailed
@@ -28,16 +28,16 @@ RESULTS = "bench/results"
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    git = shutil.which("git")
-    if git is None:
+    done = machine.git(*arguments)
+    if done is None:
         raise BadInput("git refs were given, needs git in the PATH or two stored files")
-    return subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, check=False)  # noqa: S603
+    return done
 
 
 def commit_of(ref: str) -> str:
     """The full hash of a ref. Raises BadInput if there is none of that name here."""
     if _git("rev-parse", "--git-dir").returncode:
-        raise BadInput(f"{ref}: not a file, and this installation is no git checkout: needs two stored files")
+        raise BadInput(f"{ref}: not a file, and this folder is in no git checkout: needs two stored files")
     found = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     if found.returncode:
         raise BadInput(f"{ref}: neither a file nor a commit of this repository")
@@ -45,8 +45,9 @@ def commit_of(ref: str) -> str:
 
 
 def refuse_dirty() -> None:
-    """Raise BadInput if what is measured has changes that no ref contains."""
-    changed = _git("status", "--porcelain", "--", *MEASURED, f":(exclude){RESULTS}").stdout.decode().splitlines()
+    """Raise BadInput if what is measured has changes that no ref contains: of another project, any tracked file."""
+    paths = ["--", *MEASURED, f":(exclude){RESULTS}"] if machine.repository() == ROOT else ["--untracked-files=no"]
+    changed = _git("status", "--porcelain", *paths).stdout.decode().splitlines()
     if changed:
         raise BadInput(
             f"{changed[0][3:]}: is changed in no ref ({len(changed)} such file(s)), needs a commit or a stash, or"

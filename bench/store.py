@@ -6,6 +6,7 @@
 A record is one competitor of one workload in one process; `bench.measure` says what is in it.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ddpm.files import read_json
 
 FORMAT_VERSION = 1
 KIND = "fused-ddpm benchmark"
+NEEDED = ("date", "machine", "processes")
 Content = dict[str, Any]
 
 
@@ -48,13 +50,20 @@ def load(path: Path) -> Content:
         raise BadInput(f"{path}: found another JSON object, needs a file that `ddpm-bench run --out` wrote")
     if content.get("format_version") != FORMAT_VERSION:
         raise BadInput(f"{path}: found format_version {content.get('format_version')}, needs {FORMAT_VERSION}")
+    lacking = [key for key in NEEDED if key not in content]
+    if lacking:
+        raise BadInput(f"{path}: lacks {', '.join(lacking)}, needs a whole file")
     for record in content["records"]:
         if not isinstance(record, dict) or not {"workload", "candidate", "process"} <= record.keys():
             raise BadInput(f"{path}: a record lacks workload, candidate or process, needs a whole file")
-        times = {"gate", "against", "kernel_us"}
-        if "failed" not in record and record.get("parity") and not times <= record.keys():
-            raise BadInput(f"{path}: the record of {row_of(record)} has no times, needs a whole file")
+        times = [record.get(key) for key in ("gate", "kernel_us")]
+        if is_good(record) and not ("against" in record and all(map(_is_time, times))):
+            raise BadInput(f"{path}: the record of {row_of(record)} has no times above 0, needs a whole file")
     return content
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, float | int) and 0 < value < math.inf
 
 
 def row_of(record: Mapping[str, Any]) -> str:

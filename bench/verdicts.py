@@ -92,6 +92,9 @@ def _judge(
     broken = _trouble(row, "base", base, processes[0])
     if broken is not None:  # if it never ran in base, head has mended it and there is nothing to compare with
         return broken if any(store.is_good(record) for record in base) else replace(broken, status="new")
+    against = {record["against"] for record in (*base, *head)}
+    if len(against) > 1:
+        return Verdict(row, "failed", detail=f"timed against {' and '.join(sorted(against))}, needs the same")
     before, after = [[record["gate"] for record in records] for records in (base, head)]
     ratio = median(after) / median(before)
     from scipy.stats import mannwhitneyu  # half a second that the measuring processes need not spend
@@ -151,10 +154,12 @@ def confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdi
     broke in the second round is broken.
     """
     again = {verdict.row: verdict for verdict in second}
-    return [_final(verdict, again[verdict.row]) if verdict.status == "slower" else verdict for verdict in first]
+    return [_final(verdict, again.get(verdict.row)) if verdict.status == "slower" else verdict for verdict in first]
 
 
-def _final(first: Verdict, second: Verdict) -> Verdict:
+def _final(first: Verdict, second: Verdict | None) -> Verdict:
+    if second is None:
+        return replace(first, status="failed", detail="no second round")
     if second.status == "slower":
         return replace(second, detail=f"{first.ratio - 1:+.1%} in the first round")
     if second.ratio is None:

@@ -12,6 +12,7 @@
 
 import copy
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -23,6 +24,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ddpm.networks import GROUPS, ContextUnet, ResidualConvBlock, build_network
 from kernels import bottleneck, group_norm_relu
+
+logger = logging.getLogger("ddpm")
 
 
 def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> ContextUnet:
@@ -55,6 +58,10 @@ def _store(module: nn.Module, **tensors: Tensor) -> None:
             held.copy_(tensor)
 
 
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
 class Convolution(nn.Module):
     """A convolution with stride 1 that keeps the size, bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
 
@@ -84,20 +91,20 @@ class Convolution(nn.Module):
         """Padding, stride, dilation, groups."""
         return [self.padding] * 2, [1, 1], [1, 1], 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
-            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._geometry(), *after)
-        y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
-        return F.gelu(y) if self.gelu else y
-
-    def added_to(self, sum_: Tensor, x: Tensor) -> Tensor:
-        """sum_ + the convolution of x (without GELU), in the memory of sum_."""
-        if self.packed and not torch.compiler.is_compiling():  # which cannot trace it, and fuses the sum by itself
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """onto: a tensor that the result (without GELU) is added to, in its memory."""
+        if onto is not None and self.packed and not torch.compiler.is_compiling():
+            # torch.compile cannot trace this operator, and fuses the sum by itself.
             after = ("add", 1.0, None, [], None)
             convolve = torch.ops.mkldnn._convolution_pointwise_.binary
-            return convolve(sum_, x, self.weight, self.bias, *self._geometry(), *after)
-        return sum_.add_(self(x))
+            return convolve(onto, x, self.weight, self.bias, *self._geometry(), *after)
+        if self.packed:
+            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            y = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._geometry(), *after)
+        else:
+            y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
+            y = F.gelu(y) if self.gelu else y
+        return y if onto is None else onto.add_(y)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -185,6 +192,7 @@ class InferenceUnet(nn.Module):
         self.head_of_x, self.head_of_skip, self.last = Convolution(), Convolution(), Convolution()
         for name in ("up0_weight", "up0_bias", "up0_gain", "up0_offset", "head_gain", "head_offset"):
             self.register_buffer(name, None)
+        self.folded: list[Tensor] = []
         self.refresh(model)
 
     @staticmethod
@@ -193,7 +201,11 @@ class InferenceUnet(nn.Module):
 
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:
-        """Fold the model's present weights. Shapes stay, so what compiled this network serves on."""
+        """Fold the model's present weights, if they changed. Shapes stay, so what compiled this network serves on."""
+        present = [*model.parameters(), *model.buffers()]
+        if self.folded and all(map(_same, present, self.folded)):
+            return
+        self.folded = [tensor.clone() for tensor in present]
         model = fold_batch_norm(model, torch.float64)
         dtype, layout = self.dtype, self.channels_last
 
@@ -253,13 +265,13 @@ class InferenceUnet(nn.Module):
         hidden = self.head_of_skip(features)
         hidden = torch.cat((hidden,) * halves) if halves > 1 else hidden
         del features, downs  # the widest tensors: here memory is at its peak
-        hidden = self.head_of_x.added_to(hidden, up)
+        hidden = self.head_of_x(up, onto=hidden)
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The features at full size, then those of each level."""
         hidden = self.initial(x)
-        hidden = hidden.add_(x) if self.shortcut is None else self.shortcut.added_to(hidden, x)
+        hidden = hidden.add_(x) if self.shortcut is None else self.shortcut(x, onto=hidden)
         skips = [hidden.div_(1.414)]
         for blocks in self.downs:
             skips.append(F.max_pool2d(blocks(skips[-1]), 2))
@@ -306,19 +318,34 @@ class PlainForm(nn.Module):
         return m
 
 
-def _kinds(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules()}
+# What says nothing of a forward pass in eval mode.
+IRRELEVANT = {"training", "momentum", "inplace"}
+
+
+def _kinds(model: nn.Module) -> dict[str, tuple[type, dict[str, object]]]:
+    """The class and the plain attributes (sizes, modes, switches) of every module, by its path."""
+    return {
+        path: (
+            type(module),
+            {
+                name: value
+                for name, value in vars(module).items()
+                if isinstance(value, int | float | str | tuple | None) and name not in IRRELEVANT
+            },
+        )
+        for path, module in model.named_modules()
+    }
 
 
 @cache
-def _kinds_as_built(config: str) -> dict[str, type]:
-    """The classes of a network's modules by their paths; config: its `config()` as JSON."""
+def _kinds_as_built(config: str) -> dict[str, tuple[type, dict[str, object]]]:
+    """What `_kinds` says of a fresh network; config: its `config()` as JSON."""
     with torch.device("meta"):
         return _kinds(build_network(json.loads(config)))
 
 
 def _is_plain_unet(model: nn.Module) -> bool:
-    """Whether this is a ContextUnet as built: no subclass, no exchanged module, no hook that folding would pass by."""
+    """Whether this is a ContextUnet as built: no subclass, nothing exchanged or set, no hook for folding to miss."""
     if type(model) is not ContextUnet:
         return False
     hooked = any(
@@ -333,13 +360,24 @@ _forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Infe
 
 
 def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
-    """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost."""
+    """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost.
+
+    Only those of the device that the model is on, and until `release`.
+    """
     if not _is_plain_unet(model):
+        logger.info("nothing is folded: %s is no ContextUnet as built", type(model).__name__)
         return PlainForm(model, dtype)
     forms = _forms.setdefault(model, {})
     key = dtype, next(model.parameters()).device
+    for left in [other for other in forms if other[1] != key[1]]:
+        del forms[left]
     if key in forms:
         forms[key].refresh(model)
     else:
         forms[key] = InferenceUnet(model, dtype)
     return forms[key]
+
+
+def release(model: nn.Module) -> None:
+    """Forget what was kept to sample this network: folded weights, compiled code, CUDA graphs and their memory."""
+    _forms.pop(model, None)

@@ -50,16 +50,18 @@ def _checked(noise: Noise, dtype: torch.dtype) -> Noise:
 
 def _out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed; for CPU tensors PyTorch has no exception of its own."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without gradients; every submodule gets its own mode back."""
+    """The model in eval mode, without gradients or autocast; every submodule gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters(), torch.empty(0)).device.type
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             yield
     finally:
         for module, training in modes:

@@ -82,7 +82,7 @@ class GatedNetwork(nn.Module):
             skips.append(down(skips[-1]))
         vector = self.up0(self.to_vec(skips[-1]).flatten(1))
         up = torch.relu(self.up0_norm(vector.unflatten(1, (-1, self.side, self.side))))
-        shares = [F.pixel_shuffle(share(skips[-k]), 2) for k, share in enumerate(self.skip_shares, start=1)]
+        shares = [share(skips[-k]) for k, share in enumerate(self.skip_shares, start=1)]
         return up, [*shares, self.features_share(features)]
 
     def decode(self, up: Tensor, shares: list[Tensor], gates: tuple[Tensor, ...]) -> Tensor:
@@ -90,7 +90,7 @@ class GatedNetwork(nn.Module):
         for level in range(self.depth):
             if level < GATED_LEVELS:
                 up = self._gate(level, up, gates)
-            up = self._sum(F.pixel_shuffle(self.up_shares[level](up), 2), shares[level])
+            up = F.pixel_shuffle(self._sum(self.up_shares[level](up), shares[level]), 2)
             up = self.up_blocks[level](up)
         return self.out(self._sum(self.out_share(up), shares[-1]))
 

@@ -74,8 +74,8 @@ def _matrix(name: str, dims: Dims) -> tuple[int, int] | None:
     if name == "linear":
         rows = math.prod(dims[0][:-1])
         inner, columns = dims[1][1], dims[1][0]
-    elif name in ("mm", "addmm"):
-        left, right = dims[1:3] if name == "addmm" else dims[:2]
+    elif name in ("mm", "addmm", "addmm_"):
+        left, right = dims[:2] if name == "mm" else dims[1:3]
         rows, inner, columns = left[0], left[1], right[1]
     elif name in ("bmm", "matmul") and all(len(shape) >= 2 for shape in dims[:2]):
         rows, inner, columns = math.prod(dims[0][:-1]), dims[0][-1], dims[1][-1]
@@ -90,7 +90,8 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     dims, types, concrete: the trace's "Input Dims", "Input type" and "Concrete Inputs", one entry per argument.
     """
     space, _, short = name.partition("::")
-    packed = name == "mkldnn::_convolution_pointwise"
+    packed, added = short == "_convolution_pointwise", short == "_convolution_pointwise_"
+    packed = space == "mkldnn" and (packed or added)
     if not dims or not (space == "aten" or packed):
         return None
     if FREE.fullmatch(short):
@@ -100,10 +101,12 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     read = sum(math.prod(shape) * size for shape, size in tensors)
     # Compiled code calls `convolution`, whose seventh argument says whether it is transposed: that one is not counted.
     if packed:
-        padding, stride, dilation = (_numbers(text) for text in concrete[3:6])
-        flops, outputs = _convolution(dims[0], dims[1], stride, padding, dilation)
-        weight_and_bias = math.prod(dims[1]) + dims[1][0]
-        return Work(float(flops), float((math.prod(dims[0]) + weight_and_bias + outputs) * (item or 0)))
+        # In place, the first argument is what the result is added to: read and written.
+        x, weight = dims[added : added + 2]
+        padding, stride, dilation = (_numbers(text) for text in concrete[3 + added : 6 + added])
+        flops, outputs = _convolution(x, weight, stride, padding, dilation)
+        moved = math.prod(x) + math.prod(weight) + weight[0] + (1 + added) * outputs
+        return Work(float(flops), float(moved * (item or 0)))
     forward = short == "conv2d" or (short == "convolution" and concrete[6] == "False")
     if forward and all(text.startswith("[") for text in concrete[3:6]):  # padding may be "same"
         stride, padding, dilation = (_numbers(text) for text in concrete[3:6])

@@ -39,10 +39,13 @@ COMPONENTS = {
     "downs": "encoder",
     "upsamplings": "decoder",
     "ups": "decoder",
-    "head": "head",
+    "head_of_x": "head",
+    "head_of_skip": "head",
     "last": "head",
     "": "decoder",
 }
+# Operators that the inference form calls by itself, between its modules.
+OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_relu": "head"}
 
 
 def part_of(path: str) -> str:

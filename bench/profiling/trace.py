@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.profiling.operators import Work, work_of
-from bench.profiling.ranges import MODULE, OTHER, PARTS, STEP, part_of
+from bench.profiling.ranges import MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
 
 RANGE, OPERATOR = "user_annotation", "cpu_op"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -127,7 +127,8 @@ def calls_of(step: Span, launched: Mapping[int, float] | None) -> list[Call]:
                 part = part_of(module)
         compiled = span.name.startswith(COMPILED)
         if span.category == OPERATOR and not compiled:
-            calls.append(_call(span, part or ("solver" if returned else OTHER), module, launched))
+            part = OPERATORS.get(span.name, part) or ("solver" if returned else OTHER)
+            calls.append(_call(span, part, module, launched))
             return
         for child in span.children:
             visit(child, part, module)

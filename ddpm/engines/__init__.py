@@ -32,6 +32,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32,
         return f"a CUDA device, the model is on {device}"
     if name == "graph" and (own_noise or dtype == torch.float64):
         return "Philox noise and a state in float32, which its kernel draws and holds"
+    if name != "eager" and device.type == "cuda" and dtype == torch.float64:
+        return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
     if name != "eager" and device.type == "cuda" and backend.triton is None:
         return "Triton, which is not installed"
     if name == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):

@@ -135,7 +135,8 @@ class GraphEngine(FusedEngine):
         rows = None if conditions.rows is None else tuple(row.shape for row in conditions.rows)
         # Where the weights lie: a graph reads the memory that it was captured with.
         weights = tuple(tensor.data_ptr() for tensor in (*self.form.parameters(), *self.form.buffers()))
-        key = (x.shape, rows, self.timesteps, keeps_x0, self.table.clip, weights)
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        key = (x.shape, rows, self.timesteps, keeps_x0, self.table.clip, weights, tf32)
         if key in captures:
             captures.move_to_end(key)
         else:

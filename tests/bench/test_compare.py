@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench import compare, sides
+from bench import compare, machine, sides
 from bench.cli import main
 from bench.verdicts import Thresholds, confirmed, exit_code, judge
 from ddpm.errors import BadInput, WorkFailed
@@ -35,8 +35,8 @@ def test_two_hundred_same_comparisons_raise_no_confirmed_alarm(content):
     alarms = 0
     for seed in range(200):
         rounds = [
-            judge(content(ROWS, 6, 0.04, 4 * seed + k), content(ROWS, 6, 0.04, 4 * seed + k + 1), Thresholds())
-            for k in (0, 2)
+            judge(content(ROWS, n, 0.04, 4 * seed + k), content(ROWS, n, 0.04, 4 * seed + k + 1), Thresholds())
+            for k, n in ((0, 6), (2, 6 * compare.AGAIN))
         ]
         alarms += exit_code(confirmed(*rounds))
     assert alarms == 0
@@ -46,8 +46,8 @@ def test_ten_percent_in_one_row_are_found_in_that_row_alone(content):
     found = 0
     for seed in range(50):
         rounds = [
-            judge(content(ROWS, 6, 0.04, 4 * seed + k), content(slowed(1.1), 6, 0.04, 4 * seed + k + 1), Thresholds())
-            for k in (0, 2)
+            judge(content(ROWS, n, 0.04, 4 * seed + k), content(slowed(1.1), n, 0.04, 4 * seed + k + 1), Thresholds())
+            for k, n in ((0, 6), (2, 6 * compare.AGAIN))
         ]
         final = statuses(confirmed(*rounds))
         found += final.pop(f"{SLOW} operator") == "slower"
@@ -78,6 +78,7 @@ def test_thresholds_by_name(content):
     [
         (lambda head: broken(head, failed="RuntimeError: x"), "failed"),
         (lambda head: broken(head, parity=False, error=1, tolerance=0), "parity lost"),
+        (lambda head: broken(head, against="yardstick"), "failed"),
         (lambda head: head | {"records": [r for r in head["records"] if r["workload"] != SLOW]}, "missing"),
         (
             lambda head: head | {"records": [r for r in head["records"] if (r["workload"], r["process"]) != (SLOW, 3)]},
@@ -109,6 +110,7 @@ def test_a_suspect_that_is_not_seen_again_is_no_alarm(content):
     assert exit_code(confirmed(first, same)) == 0
     assert exit_code(confirmed(first, first)) == 1
     assert exit_code(confirmed(first, crashed)) == 3
+    assert exit_code(confirmed(first, [])) == 3
 
 
 @pytest.fixture
@@ -144,9 +146,13 @@ def test_bad_files_are_one_line(files, tmp_path, capsys, content):
     other["machine"] = other["machine"] | {"processor": "another"}
     (tmp_path / "o.json").write_text(json.dumps(other))
     (tmp_path / "foreign.json").write_text("{}")
+    (tmp_path / "nan.json").write_text(json.dumps(broken(content(ROWS), gate=float("nan"))))
+    (tmp_path / "cut.json").write_text(json.dumps({k: v for k, v in content(ROWS).items() if k != "machine"}))
     for arguments, words in (
         ([base, str(tmp_path / "none.json")], "no such file"),
         ([str(tmp_path / "foreign.json"), base], "wrote"),
+        ([base, str(tmp_path / "nan.json")], "has no times above 0"),
+        ([base, str(tmp_path / "cut.json")], "lacks machine, needs a whole file"),
         ([base, few], "needs at least 6"),
         ([base, str(tmp_path / "o.json")], "times never compare across machines"),
         ([base, "HEAD"], "needs two stored files or two git refs"),
@@ -173,6 +179,7 @@ def repository(tmp_path, monkeypatch):
             git(root, "init", "-q")
         commit(root, name)
     monkeypatch.setattr(sides, "ROOT", root)
+    monkeypatch.setattr(machine, "repository", lambda: root)
     return root
 
 
@@ -213,7 +220,7 @@ def test_bad_refs_are_one_line_each(repository, capsys):
 
 
 def test_outside_a_checkout_refs_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sides, "ROOT", tmp_path)
+    monkeypatch.setattr(machine, "repository", lambda: tmp_path)
     with pytest.raises(BadInput, match="no git checkout"):
         sides.commit_of("HEAD")
 
@@ -251,12 +258,15 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     assert "in the first round" in capsys.readouterr().out
 
 
-def test_a_process_that_dies_fails_closed(repository, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [WorkFailed("exit code -11"), KeyError("exit code -11")])
+def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, capsys, error):
     def run_child(root, process, arguments):
-        raise WorkFailed("exit code -11")
+        raise error
 
     monkeypatch.setattr(sides, "run_child", run_child)
     monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
     monkeypatch.setattr(compare, "selected", lambda *_: None)
-    assert main(["compare", "one", "two"]) == 3
-    assert "a process ended without a result (exit code -11)" in capsys.readouterr().err
+    assert main(["compare", "one", "two", "--markdown", str(tmp_path / "c.md")]) == 3
+    assert "Nothing was compared" in (tmp_path / "c.md").read_text()
+    assert "exit code -11" in (tmp_path / "c.md").read_text()
+    assert "exit code -11" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """`ddpm-bench peers` on a small network: every competitor draws eager's pictures, and a wrong one is noticed."""
 
+import types
+
 import pytest
 import torch
 
@@ -46,6 +48,31 @@ def test_diffusers_draws_its_own_noise_when_it_is_timed(small):
     call = candidate.make()
     candidate.error(call)
     assert not torch.equal(call(), call())
+
+
+def test_gaussian_diffusion_gets_what_it_asks_for(small, monkeypatch):
+    """A stand-in with the constructor and the two methods that are used of the real one."""
+
+    class GaussianDiffusion(torch.nn.Module):
+        def __init__(
+            self, model, *, image_size, timesteps, sampling_timesteps, objective, beta_schedule, auto_normalize
+        ):
+            super().__init__()
+            assert model.channels == model.out_dim == 3
+            assert (objective, beta_schedule, auto_normalize) == ("pred_noise", "linear", False)
+            self.model, self.timesteps = model, timesteps
+            scale = 1000 / timesteps
+            betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
+            self.alpha_bars = (1 - betas).cumprod(0).float()
+
+        def model_predictions(self, x, t):
+            a = self.alpha_bars[t][:, None, None, None]
+            found = (x - (1 - a).sqrt() * self.model(x, t)) / a.sqrt()
+            return types.SimpleNamespace(pred_x_start=found)
+
+    monkeypatch.setattr(peers, "_gaussian_diffusion", lambda: GaussianDiffusion)
+    candidate = peers._build(None, "ddim", 5, 2, 1.0, CPU).candidates["GaussianDiffusion"]
+    assert candidate.error(None) <= candidate.tolerance
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,23 @@ def test_an_engine_may_name_its_parts_itself():
     assert {row["name"] for row in figures["operators"]} >= {"compiled code", "mm"}
 
 
+def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+    flops, parts = {}, {}
+    for engine in ("eager", "fused"):
+        out = tmp_path / engine
+        asked = ["--batch", "2", "--steps", "10", "--trajectories", "1", "--engine", engine, "--out", str(out)]
+        assert main(["profile", str(run), *asked]) == 0
+        content = json.loads((out / "profile.json").read_text())
+        kinds = ("conv", "addmm", "bmm", "linear")
+        rows = [row for row in content["operators"] if any(kind in row["name"] for kind in kinds)]
+        flops[engine] = sum(row["flops"] for row in rows)
+        parts[engine] = {part["name"] for part in content["parts"]}
+    assert flops["fused"] == pytest.approx(flops["eager"], rel=0.02)
+    # Embedded once a run, and drawn for many steps at once.
+    assert parts["eager"] - parts["fused"] <= {"embeddings", "noise"}
+
+
 def test_the_floor_is_the_larger_of_the_two_numbers():
     operators = [{"flops": 4e9, "bytes": 3e6}, {"flops": None, "bytes": None}]
     content = {"operators": operators, "ceilings": TINY_CEILINGS, "latency": {"step_ms": {"p50": 80.0}}}

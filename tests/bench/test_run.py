@@ -1,8 +1,10 @@
 """`ddpm-bench run`: parity before speed, nothing that goes wrong stays silent, what is stored can be read again."""
 
 import json
+import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -71,6 +73,21 @@ def test_without_parity_there_is_no_time_and_the_run_fails_after_the_rest(small_
     printed = capsys.readouterr().out
     assert "parity lost: error 0.3 > 1e-06, no speed-up" in printed
     assert "failed: RuntimeError: planted crash" in printed
+
+
+def test_a_suite_may_be_a_file_of_another_project(tmp_path, monkeypatch):
+    """The suite that docs/ci.md shows."""
+    shown = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    (tmp_path / "speed.py").write_text(textwrap.dedent(shown))
+    (tmp_path / "mine.py").write_text("def softmax(x):\n    return x.exp() / x.exp().sum(1, keepdim=True)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    assert main(["run", "--suite", "speed.py", "--rounds", "2", "--out", "r.json"]) == 0
+    assert {record["candidate"] for record in store.load(tmp_path / "r.json")["records"]} == {"eager", "mine"}
+    for name, words in (("gone.py", "no such file"), ("mine.py", "has no workloads(quick)")):
+        with pytest.raises(BadInput, match=re.escape(words)):
+            selected(name, True, "")
 
 
 def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys):
@@ -144,7 +161,7 @@ def test_a_broken_import_of_our_own_is_no_missing_package(small_registry, monkey
         ("[]", "needs an object"),
         ('{"records": []}', "needs a file that `ddpm-bench run --out` wrote"),
         ('{"kind": "fused-ddpm benchmark", "records": [], "format_version": 99}', "found format_version 99, needs 1"),
-        ('{"kind": "fused-ddpm benchmark", "records": [{}], "format_version": 1}', "a record lacks"),
+        ('{"kind": "fused-ddpm benchmark", "records": [], "format_version": 1}', "lacks date, machine"),
     ],
 )
 def test_foreign_files_are_refused(tmp_path, text, words):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm import ContextUnet, NoiseSchedule, PointMLP, sample
-from ddpm.inference import InferenceUnet, PlainForm, fold_batch_norm, inference_form
+from ddpm.inference import InferenceUnet, PlainForm, fold_batch_norm, inference_form, release
 
 SHAPES = {
     "16x16": {"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16},
@@ -179,6 +179,44 @@ def test_new_weights_go_into_the_memory_that_a_graph_would_read():
         model.out[3].weight.mul_(2)
     assert inference_form(model, torch.float64) is form
     assert where == {name: buffer.data_ptr() for name, buffer in form.named_buffers()}
+
+
+def _set_all(model, kind, **settings):
+    for module in model.modules():
+        if isinstance(module, kind):
+            vars(module).update(settings)
+
+
+SETTINGS = {
+    "padding": lambda model: _set_all(model, torch.nn.Conv2d, padding_mode="circular"),
+    "residual": lambda model: setattr(model.init_conv, "is_res", not model.init_conv.is_res),
+    "gelu": lambda model: _set_all(model, torch.nn.GELU, approximate="tanh"),
+    "groups": lambda model: setattr(model.out[1], "num_groups", 2),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_network_that_was_set_otherwise_is_run_as_it_is(setting):
+    model = lived_in(**SHAPES["16x16"])
+    schedule = NoiseSchedule.make("cosine", 6)
+
+    def draw(engine):
+        return sample(model, schedule, 2, prediction="v", engine=engine, context=torch.eye(5)[0])
+
+    before = draw("fused")
+    SETTINGS[setting](model)
+    assert distance(draw("fused"), draw("eager")) < 1e-5
+    assert distance(draw("fused"), before) > 1e-6
+
+
+def test_weights_that_stayed_are_not_folded_again(monkeypatch):
+    model = lived_in(**SHAPES["16x16"])
+    form = inference_form(model, torch.float32)
+    monkeypatch.setattr("ddpm.inference.fold_batch_norm", lambda *_: pytest.fail("folded again"))
+    assert inference_form(model, torch.float32) is form
+    release(model)
+    with pytest.raises(pytest.fail.Exception, match="folded again"):
+        inference_form(model, torch.float32)
 
 
 def test_what_folding_would_pass_by_is_run_as_it_is():
