@@ -18,8 +18,8 @@ from ddpm.files import json_text, write_text
 KIND = "fused-ddpm comparison"
 PROCESSES = 8
 FIRST_ROUND, SECOND_ROUND = 0, 1
-# Processes of the second round as a multiple of the first's: as many again missed two of ten planted 10% on a busy
-# machine. There are more only where something is suspected, and they run the suspects alone.
+# Processes of the second round, which decides, as a multiple of the first's: as many again missed two of ten planted
+# 10% on a busy machine. There is one only where something is suspected, and it runs the suspects alone.
 AGAIN = 2
 
 
@@ -38,7 +38,7 @@ def compare_files(base: Path, head: Path, thresholds: Thresholds) -> tuple[dict,
 def compare_refs(
     base: str, head: str, suite: str, quick: bool, pattern: str, processes: int, thresholds: Thresholds
 ) -> tuple[dict, dict, list[Verdict]]:
-    """Verdicts on two git refs; a row that the first round of processes calls slower is measured once more."""
+    """Verdicts on two git refs; rows beyond their threshold are measured once more, in more processes."""
     suite = str(Path(suite).resolve()) if is_file(suite) else suite  # one file for both sides
     commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
     sides.refuse_dirty()

@@ -142,19 +142,24 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
     return REGRESSION if any(verdict.status == "slower" for verdict in verdicts) else CLEAN
 
 
+def is_suspect(verdict: Verdict) -> bool:
+    """Whether a row is beyond its threshold, significantly or not: six processes a side are too few to tell."""
+    return verdict.ratio is not None and verdict.ratio > 1 + verdict.threshold
+
+
 def suspects(verdicts: Sequence[Verdict]) -> list[str]:
-    """Rows that the first round of processes calls slower."""
-    return [verdict.row for verdict in verdicts if verdict.status == "slower"]
+    """Rows that are measured again."""
+    return [verdict.row for verdict in verdicts if is_suspect(verdict)]
 
 
 def confirmed(first: Sequence[Verdict], second: Sequence[Verdict]) -> list[Verdict]:
-    """The first verdicts, where a slower row stays so only if fresh processes say it again.
+    """The first verdicts, where a suspect is slower if a second round of fresh processes says so, p < 0.01 and all.
 
-    With some twenty rows a chance alarm in one round is likely enough; twice in the same row it is not. A suspect that
-    broke in the second round is broken.
+    With some twenty rows a chance alarm in one round is likely enough; beyond the threshold twice in the same row it is
+    not. A suspect that broke in the second round is broken.
     """
     again = {verdict.row: verdict for verdict in second}
-    return [_final(verdict, again.get(verdict.row)) if verdict.status == "slower" else verdict for verdict in first]
+    return [_final(verdict, again.get(verdict.row)) if is_suspect(verdict) else verdict for verdict in first]
 
 
 def _final(first: Verdict, second: Verdict | None) -> Verdict:
@@ -164,6 +169,8 @@ def _final(first: Verdict, second: Verdict | None) -> Verdict:
         return replace(second, detail=f"{first.ratio - 1:+.1%} in the first round")
     if second.ratio is None:
         return second if second.status in BROKEN else replace(second, status="failed", detail="no second round")
+    if first.status != "slower":
+        return first
     return replace(
         first, status="unconfirmed", detail=f"{second.ratio - 1:+.1%} (p {second.p:.2g}) in the second round"
     )

@@ -214,7 +214,8 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         """As diffusers'; seed and first_sample choose the noise of the noise contract.
 
         seed: 0 <= seed < 2^63 for all runs over these timesteps, or None: each run draws one from `step`'s generator
-        (without one, from PyTorch's default generator). first_sample: global index of the batch's first row.
+        (without one, from PyTorch's default generator). first_sample: global index of the batch's first row. A
+        scheduler runs one trajectory at a time: two that take turns would share their noise.
         """
         if timesteps is None and not (philox.is_integer(num_inference_steps) and num_inference_steps >= 1):
             raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, needs an integer >= 1")

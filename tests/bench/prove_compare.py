@@ -25,6 +25,7 @@ from ddpm.files import read_json, write_json
 
 OPERATORS = ("q_sample", "solver_step", "group_norm_relu")
 FILTER = f"^kernels/({'|'.join(OPERATORS)})/"
+PROCESSES = 6
 LOAD_SECONDS = 900
 
 # Burns a share of the processor time that the operator itself took: that much slower at any size on any machine.
@@ -117,7 +118,7 @@ def busy(workers=1):
             process.wait()
 
 
-def compare(root, head, *options, pattern=FILTER, processes=6):
+def compare(root, head, *options, pattern=FILTER, processes=PROCESSES):
     """(exit code, the JSON of `compare`, seconds, what it printed) of base against a branch, which is checked out."""
     git(root, "checkout", "-q", head)
     result = root.parent / f"{head}.json"
@@ -157,14 +158,15 @@ def branches(root):
     commit(root, "gone")
 
 
-def line_of(kind, operator, done):
+def line_of(kind, operator, done, commit, workers):
     """What the record keeps of a comparison."""
     code, content, seconds, output = done
     if content is None:
         raise RuntimeError(f"compare wrote nothing: {output[-2000:]}")
     keys = ("row", "status", "ratio", "p", "detail")
     rows = [{key: row[key] for key in keys} for row in content["rows"]]
-    return {"kind": kind, "operator": operator, "exit": code, "seconds": round(seconds), "rows": rows}
+    how = {"kind": kind, "operator": operator, "commit": commit, "processes": PROCESSES, "workers": workers}
+    return how | {"exit": code, "seconds": round(seconds), "rows": rows}
 
 
 def main():
@@ -176,9 +178,8 @@ def main():
     asked = parser.parse_args()
     import torch
 
-    record = {"machine": describe(torch.device("cpu")), "processes": 6, "workers": asked.workers, "comparisons": []}
-    if asked.out.exists():
-        record = read_json(asked.out)
+    machine = describe(torch.device("cpu"))
+    record = read_json(asked.out) if asked.out.exists() else {"machine": machine, "comparisons": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "repository"
         root.mkdir()
@@ -187,7 +188,7 @@ def main():
             turn = sum(line["kind"] == "slower" for line in record["comparisons"])
             operator = None if asked.kind == "same" else OPERATORS[turn % len(OPERATORS)]
             done = same(root, asked.workers) if operator is None else slower(root, f"slower_{operator}", asked.workers)
-            record["comparisons"].append(line_of(asked.kind, operator, done))
+            record["comparisons"].append(line_of(asked.kind, operator, done, machine["commit"], asked.workers))
             write_json(asked.out, record)
             print(record["comparisons"][-1], flush=True)
 

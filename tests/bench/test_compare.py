@@ -7,7 +7,7 @@ import pytest
 
 from bench import compare, machine, sides
 from bench.cli import main
-from bench.verdicts import Thresholds, confirmed, exit_code, judge
+from bench.verdicts import Thresholds, confirmed, exit_code, judge, suspects
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.prove_compare import commit, git
 
@@ -111,6 +111,16 @@ def test_a_suspect_that_is_not_seen_again_is_no_alarm(content):
     assert exit_code(confirmed(first, first)) == 1
     assert exit_code(confirmed(first, crashed)) == 3
     assert exit_code(confirmed(first, [])) == 3
+
+
+def test_a_suspect_without_significance_is_decided_by_the_second_round(content):
+    first = judge(content(ROWS, spread=0.2), content(slowed(1.15), spread=0.2, seed=6), Thresholds())
+    assert statuses(first)[f"{SLOW} operator"] == "same"
+    assert f"{SLOW} operator" in suspects(first)
+    again = judge(content(ROWS, 16, seed=2), content(slowed(1.15), 16, seed=3), Thresholds())
+    same = judge(content(ROWS, 16, seed=2), content(ROWS, 16, seed=3), Thresholds())
+    assert statuses(confirmed(first, again))[f"{SLOW} operator"] == "slower"
+    assert statuses(confirmed(first, same))[f"{SLOW} operator"] == "same"
 
 
 @pytest.fixture
