@@ -189,8 +189,8 @@ def proof_table() -> str:
     ):
         rows.append(_proof_row(kind, operator, list(lines)))
     headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
-    machine = record["machine"]
-    recipe = f"{machine['processor']}, torch {machine['torch']}, {record['processes']} processes a side"
+    machine, processes = record["machine"], record["comparisons"][0]["processes"]
+    recipe = f"{machine['processor']}, torch {machine['torch']}, {processes} processes a side"
     return f"{recipe}:\n\n{_markdown(headings, rows, 1)}"
 
 
