@@ -13,10 +13,11 @@ from typing import Any
 from bench import exports, goals, store
 from bench.exports import MACHINE
 from bench.interval import measured_by
+from bench.ladder import show as ladder
 from bench.machine import ROOT
 from bench.profile import by_operator
 from bench.show import RUN_HEADINGS, microseconds, run_cells
-from ddpm.files import read_json, write_text
+from ddpm.files import read_json, replacing, write_text
 
 README = ROOT / "README.md"
 CI = ROOT / "docs" / "ci.md"
@@ -25,6 +26,8 @@ RUN = MACHINE / "run.json"
 PEERS = MACHINE / "peers.json"
 STEP = MACHINE / "step.json"
 STEP_BF16 = MACHINE / "step_bf16.json"
+LADDER = MACHINE / "ladder.json"
+LADDER_PLOT = ROOT / "docs" / "ladder.png"
 PROOF = MACHINE / "compare_proof.json"
 SPRITES = ROOT / "docs" / "sprites.json"
 # Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
@@ -179,6 +182,14 @@ def goals_table() -> str:
     return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])
 
 
+def ladder_table() -> str:
+    """The stored `ddpm-bench ladder`: the table, what each rung adds, and its notes."""
+    content = store.load(LADDER)
+    rows = [[*row.cells(), content["rungs"][row.name]] for row in ladder.rows_of(content)]
+    table = _markdown((*ladder.HEADINGS, "what it adds"), rows, 1)
+    return "\n".join([f"{ladder.recipe(content)}:", "", table, "", *(f"- {line}" for line in ladder.notes(content))])
+
+
 def proof_table() -> str:
     """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
     record = read_json(PROOF)
@@ -224,6 +235,7 @@ BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
     "profile": (README, profile_table),
     "peers": (README, peers_table),
     "goals": (README, goals_table),
+    "ladder": (README, ladder_table),
     "compare": (CI, proof_table),
     "export-parity": (README, exports.parity_table),
     "export-speed": (README, exports.speed_table),
@@ -246,6 +258,8 @@ def filled(text: str, path: Path = README) -> str:
 
 
 def write() -> None:
-    """Fill the blocks of every file in place."""
+    """Fill the blocks of every file in place, and draw the ladder."""
     for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
         write_text(path, filled(path.read_text(encoding="utf-8"), path))
+    with replacing(LADDER_PLOT) as partial:
+        ladder.plot(store.load(LADDER), partial)

@@ -20,6 +20,7 @@ def test_the_documents_agree_with_the_records(path):
         (report.README, "| q_sample bf16 | "),
         (report.README, "| step/fp32/batch1/plain | eager | "),
         (report.README, "| fp32/batch32/plain | x eager | "),
+        (report.README, "| channels_last | "),
         (report.CI, "| nothing planted | "),
     ],
 )
