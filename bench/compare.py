@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import sides, store, verdicts
-from bench.registry import is_file, selected
+from bench.registry import located, selected
 from bench.show import compare_markdown, compare_table
 from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
@@ -39,7 +39,7 @@ def compare_refs(
     base: str, head: str, suite: str, quick: bool, pattern: str, processes: int, thresholds: Thresholds
 ) -> tuple[dict, dict, list[Verdict]]:
     """Verdicts on two git refs; rows beyond their threshold are measured once more, in more processes."""
-    suite = str(Path(suite).resolve()) if is_file(suite) else suite  # one file for both sides
+    suite = located(suite)  # one file for both sides
     commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
     sides.refuse_dirty()
     selected(suite, quick, pattern)

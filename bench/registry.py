@@ -72,9 +72,13 @@ class Unavailable(Exception):
     """A suite that this installation cannot run: says what is missing."""
 
 
-def is_file(suite: str) -> bool:
-    """Whether a suite is asked for by the path of its file."""
+def _is_file(suite: str) -> bool:
     return suite.endswith(".py")
+
+
+def located(suite: str) -> str:
+    """The suite as processes in other folders find it: a file by its whole path, a name as it is."""
+    return str(Path(suite).resolve()) if _is_file(suite) else suite
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -96,7 +100,7 @@ def load(suite: str, quick: bool) -> list[Workload]:
     suite: a name of SUITES, or the path of a Python file, which imports what lies in the working directory.
     An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
     """
-    if is_file(suite):
+    if _is_file(suite):
         return _module_of(Path(suite)).workloads(quick)
     try:
         return import_module(SUITES[suite]).workloads(quick)
@@ -114,7 +118,7 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
     regular expression or matches nothing.
     """
-    if suite != "all" and suite not in SUITES and not is_file(suite):
+    if suite != "all" and suite not in SUITES and not _is_file(suite):
         raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
     try:
         expression = re.compile(pattern)

@@ -14,7 +14,7 @@ import typer
 from bench import store
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
-from bench.registry import is_file, selected
+from bench.registry import located, selected
 from bench.show import run_table
 from ddpm.command_line import FAILED
 from ddpm.errors import BadInput, WorkFailed
@@ -124,7 +124,7 @@ def run(
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
     if not out.parent.is_dir() or out.is_dir():
         raise BadInput(f"--out: {out} cannot be written, needs a file in a folder that exists")
-    suite = str(Path(suite).resolve()) if is_file(suite) else suite
+    suite = located(suite)
     if processes == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
         content = run_here(suite, quick, pattern, rounds, quiet)

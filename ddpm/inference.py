@@ -205,7 +205,6 @@ class InferenceUnet(nn.Module):
         present = [*model.parameters(), *model.buffers()]
         if self.folded and all(map(_same, present, self.folded)):
             return
-        self.folded = [tensor.clone() for tensor in present]
         model = fold_batch_norm(model, torch.float64)
         dtype, layout = self.dtype, self.channels_last
 
@@ -235,6 +234,7 @@ class InferenceUnet(nn.Module):
         # Not registered: only `conditions` calls them, at least in float32.
         kind = torch.promote_types(dtype, torch.float32)
         self.embeddings = {name: child.to(kind) for name, child in model.named_children() if "embed" in name}
+        self.folded = [tensor.clone() for tensor in present]
 
     @torch.no_grad()
     def conditions(self, times: Tensor, context: Tensor | None, n: int, guided: bool) -> Conditions:

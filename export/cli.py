@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.drawing import check_output, table_of
+from ddpm.commands.drawing import Clip, Eta, Solver, Spacing, Steps, Variance, check_output, table_of
 from ddpm.errors import BadInput
 from export import bundle, packages, quality, run
 from export.parity import Parity, require
@@ -30,12 +30,12 @@ Evaluate = Annotated[int, typer.Option(help="samples that fp16 and int8 are judg
 def onnx(
     folder: RunFolder,
     out: Annotated[Path, typer.Option(help="folder for denoiser.onnx, sampler.onnx, step.onnx, run.py, manifest.json")],
-    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
-    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
-    eta: Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")] = None,
-    variance: Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")] = None,
-    clip: Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")] = None,
-    spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    variance: Variance = None,
+    clip: Clip = None,
+    spacing: Spacing = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8")] = "fp32",
     noise: Annotated[str, typer.Option(help="philox (in the graph), input, or none (x_T alone)")] = "philox",
     verify: Verify = True,

@@ -1,9 +1,10 @@
 """What `ddpm sample` and `ddpm evaluate` share: opening a run, reading its options, drawing with a progress bar."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 
 from ddpm import runs
@@ -14,6 +15,13 @@ from ddpm.sampling import chunk_size, sample
 from ddpm.solvers import StepTable, make_table
 
 ALL = "all"
+# The options of `table_of`, as every command line that takes them says them.
+Solver = Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")]
+Steps = Annotated[int | None, typer.Option(help="1..T [the run's]")]
+Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")]
+Variance = Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")]
+Clip = Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")]
+Spacing = Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

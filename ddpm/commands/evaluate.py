@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm import evaluation, fitting, runs
-from ddpm.commands.drawing import ALL, check_output, contexts_of, cycled_classes, draw, table_of
+from ddpm.commands.drawing import ALL, Solver, Steps, check_output, contexts_of, cycled_classes, draw, table_of
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.files import write_json
@@ -19,8 +19,8 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="run folder")],
     n: Annotated[int, typer.Option(help="how many samples")] = 500,
     guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
-    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
-    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
     seed: Annotated[int, typer.Option(help="0 <= seed < 2^63")] = 0,
     data: Annotated[str | None, typer.Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")] = None,

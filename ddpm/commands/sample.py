@@ -8,7 +8,19 @@ import torch
 import typer
 
 from ddpm import pictures, runs
-from ddpm.commands.drawing import ALL, check_output, contexts_of, draw, table_of
+from ddpm.commands.drawing import (
+    ALL,
+    Clip,
+    Eta,
+    Solver,
+    Spacing,
+    Steps,
+    Variance,
+    check_output,
+    contexts_of,
+    draw,
+    table_of,
+)
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.files import replacing
@@ -26,12 +38,12 @@ def sample(
         str | None, typer.Option(help="class by name or number, v1,v2,.., or all (sample k: class k % K)")
     ] = None,
     guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
-    solver: Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")] = None,
-    steps: Annotated[int | None, typer.Option(help="1..T [the run's]")] = None,
-    eta: Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")] = None,
-    variance: Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")] = None,
-    clip: Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")] = None,
-    spacing: Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
+    eta: Eta = None,
+    variance: Variance = None,
+    clip: Clip = None,
+    spacing: Spacing = None,
     seed: Annotated[int, typer.Option(help="0 <= seed < 2^63; the same seed gives the same pictures")] = 0,
     first_sample: Annotated[int, typer.Option(help="global index of the first sample")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="samples at a time; changes nothing else")] = None,
