@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+# DistributedDataParallel holds its process group too. Were it the last to do so, it would wait for gloo's threads with
+# the interpreter's lock in its hand, while such a thread waits for that lock to free a tensor (torch 2.13: one process
+# in ten never ended). A group freed by Python itself lets the lock go first; so Python keeps each to its end.
+_groups: list[dist.ProcessGroup | None] = []
+
 
 @dataclass(frozen=True)
 class World:
@@ -72,6 +77,7 @@ def world(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    _groups.append(dist.group.WORLD)
     try:
         yield World(dist.get_rank(), size)
     finally:
