@@ -216,6 +216,10 @@ class InferenceUnet(nn.Module):
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
             self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout)
+        # Both readers of the first block divide by what it should: one pass over its features less.
+        of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
+        for reader in (model.down1.model[0].conv1[0].weight, of_skip):
+            reader.div_(1.414)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
             load(self.downs[level - 1], down[0], down[1])
@@ -226,7 +230,6 @@ class InferenceUnet(nn.Module):
         _store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         _store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
-        of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
         self.head_of_x.load(of_x, None, dtype, layout)
         self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout)
         _store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
@@ -269,10 +272,10 @@ class InferenceUnet(nn.Module):
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The features at full size, then those of each level."""
+        """The features at full size (1.414 times the network's: see `refresh`), then those of each level."""
         hidden = self.initial(x)
         hidden = hidden.add_(x) if self.shortcut is None else self.shortcut(x, onto=hidden)
-        skips = [hidden.div_(1.414)]
+        skips = [hidden]
         for blocks in self.downs:
             skips.append(F.max_pool2d(blocks(skips[-1]), 2))
         return skips

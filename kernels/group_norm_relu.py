@@ -36,12 +36,19 @@ TILE = 8192
 THREAD_ELEMENTS = 16
 
 
+def _without_means(x: Tensor, groups: int) -> Tensor:
+    """x less the mean of each group of each image, which its normalisation does not change."""
+    means = x.mean((2, 3)).unflatten(1, (groups, -1)).mean(2)
+    return x - means.repeat_interleave(x.shape[1] // groups, 1)[:, :, None, None]
+
+
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """The equation above on x [n, C, H, W]; then scale * y + shift ([n, C] or [1, C], None = 1 and 0)."""
-    # On channels_last tensors PyTorch's CPU kernel sums squares: 7e-5 off at 8x64x64 with mean 3, contiguous 7e-7.
-    y = F.group_norm(x.contiguous(), groups, weight, bias, eps).relu_()
+    # On channels_last tensors PyTorch's CPU kernel sums squares (7e-5 off at 8x64x64 with mean 3), so means go first:
+    # 1.2 ms for [32, 64, 16, 16] on two cores with AVX-512, a contiguous copy and back 2.1.
+    y = F.group_norm(x if x.is_contiguous() else _without_means(x, groups), groups, weight, bias, eps).relu_()
     if scale is not None:
         y = scale[:, :, None, None] * y
     return y if shift is None else y + shift[:, :, None, None]
