@@ -7,13 +7,22 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `run` is taken before PyTorch is imported: it needs none."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "run" in arguments[:2] and set(arguments[: arguments.index("run")]) <= {"--debug"}:
-        from export import run
-
+    draws = "run" in arguments[:2] and set(arguments[: arguments.index("run")]) <= {"--debug"}
+    try:
+        if draws:
+            from export import run
+        else:
+            from export.cli import main as others
+    except ModuleNotFoundError as missing:
+        if missing.name != "onnxruntime":
+            raise
+        print(
+            "error: onnxruntime is not installed, needs: pip install onnxruntime (or onnxruntime-gpu)", file=sys.stderr
+        )
+        return 4  # a provider is missing: run.ProviderError, which is out of reach
+    if draws:
         arguments.remove("run")
         return run.main(arguments, prog="ddpm-export run")
-    from export.cli import main as others
-
     return others(arguments)
 
 

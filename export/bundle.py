@@ -1,7 +1,7 @@
 """One export: denoiser.onnx, sampler.onnx, step.onnx, run.py and manifest.json of a run, all or none of them."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ddpm.networks import ContextUnet
 from ddpm.runs import Run, make_folder
 from ddpm.solvers import StepTable, make_table
 from export import models, quality, run
-from export.metadata import FORMAT_VERSION, RNG, describe, describe_table, sha256, versions
+from export.metadata import RNG, describe, describe_table, sha256, versions
 from export.parity import (
     Parity,
     denoiser_parity,
@@ -24,8 +24,10 @@ from export.parity import (
     trajectory,
 )
 from export.precision import PRECISIONS, in_precision
+from export.run import FORMAT_VERSION
 
 DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = "denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json"
+KINDS = {"denoiser": DENOISER, "sampler": SAMPLER, "step": STEP}
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,13 @@ def check(opened: Run, request: Request) -> None:
     check_network(opened)
     if request.precision not in PRECISIONS:
         raise BadInput(f"--precision: got {request.precision!r}, needs one of {', '.join(PRECISIONS)}")
-    if request.noise not in models.NOISE_MODES:
-        raise BadInput(f"--noise: got {request.noise!r}, needs one of {', '.join(models.NOISE_MODES)}")
+    if request.noise not in run.NOISE_MODES:
+        raise BadInput(f"--noise: got {request.noise!r}, needs one of {', '.join(run.NOISE_MODES)}")
     if request.noise == "none" and bool((request.table.coefficients[:, 6] != 0).any()):
         solver = request.options["solver"]
         raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
+    if request.precision == "fp32" and (request.data or request.labels):
+        raise BadInput("--data, --labels: got them with --precision fp32, needs fp16 or int8, which are judged by data")
     if request.evaluate < 2:
         raise BadInput(f"--evaluate: got {request.evaluate}, needs at least 2 samples for a covariance")
 
@@ -85,9 +89,11 @@ def write(opened: Run, out: Path, request: Request) -> dict[str, Any]:
                 parity = measure_parity(opened, paths, sampler_metadata)
                 require(parity)
             elif request.verify:
-                sessions = [run.open_session(paths[name]) for name in (DENOISER, SAMPLER)]
-                given = (sampler_metadata, opened, request.evaluate, dataset, skipped)
-                measured = quality.measure(request.precision, *sessions, *given)
+                files = {}
+                for kind, name in KINDS.items():
+                    session = run.open_session(paths[name])
+                    files[kind] = session, run.metadata_of(session, paths[name], kind)
+                measured = quality.measure(request.precision, files, opened, request.evaluate, dataset, skipped)
                 quality.require(measured)
             manifest = _manifest(opened, request, paths, parity, measured)
             paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
@@ -151,7 +157,7 @@ def _manifest(
         "table": describe_table(request.table, request.options, rows=True),
         "verified": request.verify,
         "parity": [result.asdict() for result in parity],
-        "quality": None if measured is None else measured.asdict(),
+        "quality": None if measured is None else asdict(measured),
         "files": files,
         "versions": versions(),
     }
@@ -160,20 +166,16 @@ def _manifest(
 def verify(path: Path, opened: Run, data: str | None, labels: str | None, evaluate: int) -> tuple[list[Parity], Any]:
     """Measure one exported file against a run again: (parities, quality or None).
 
-    A file of lower precision is judged with the denoiser.onnx or sampler.onnx beside it. Raises ModelError, BadInput,
-    WorkFailed.
+    A file of lower precision is judged by what its kind can tell. Raises ModelError, BadInput, WorkFailed.
     """
     session = run.open_session(path)
     metadata = run.metadata_of(session, path)
     if metadata["model"] != opened.model.config():
         raise BadInput(f"{path}: holds another network than {opened.folder}, needs the run that it was exported from")
     if metadata["precision"] != "fp32":
-        others = {DENOISER: path.with_name(DENOISER), SAMPLER: path.with_name(SAMPLER)}
-        sessions = [run.open_session(other) for other in others.values()]
-        sampler_metadata = run.metadata_of(sessions[1], others[SAMPLER], "sampler")
-        dataset, skipped = quality.dataset_of(opened, data, labels)
-        given = (sampler_metadata, opened, evaluate, dataset, skipped)
-        measured = quality.measure(metadata["precision"], *sessions, *given)
+        dataset, skipped = quality.dataset_of(opened, data, labels) if metadata["kind"] == "sampler" else (None, None)
+        files = {metadata["kind"]: (session, metadata)}
+        measured = quality.measure(metadata["precision"], files, opened, evaluate, dataset, skipped)
         quality.require(measured)
         return [], measured
     if metadata["kind"] == "denoiser":

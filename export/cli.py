@@ -1,6 +1,8 @@
 """The command line `ddpm-export`: one function per command. `run` lives in export/run.py, which needs no PyTorch."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -89,19 +91,24 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
         rows["solver"] = f"{metadata['table']['options']['solver']}, {metadata['table']['steps']} steps, clip {clip}"
         rows["noise"] = f"{metadata['noise']} ({metadata['rng']})"
     rows |= {
-        "inputs": "\n".join(f"{value.name} {value.type} {value.shape}" for value in session.get_inputs()),
-        "overridable": "\n".join(
-            f"{value.name} {value.type} {value.shape}" for value in session.get_overridable_initializers()
-        ),
-        "outputs": "\n".join(f"{value.name} {value.type} {value.shape}" for value in session.get_outputs()),
+        "inputs": _values(session.get_inputs()),
+        "overridable": _values(session.get_overridable_initializers()),
+        "outputs": _values(session.get_outputs()),
         "weights": f"sha256 {metadata['weights_sha256']}",
         "made with": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
     }
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        if value:
+            table.add_row(name, value)
     Console().print(table, markup=False)
+
+
+def _values(values: Sequence[object]) -> str:
+    """A line for each input or output: x float [batch, 3, 16, 16]."""
+    kinds = ((v.name, re.sub(r"tensor\((.*)\)", r"\1", v.type), ", ".join(map(str, v.shape))) for v in values)
+    return "\n".join(f"{name} {kind} [{shape}]" for name, kind, shape in kinds)
 
 
 @app.command()
@@ -118,7 +125,7 @@ def verify(
     opened = runs.load_run(folder)
     parity, measured = bundle.verify(file, opened, data, labels, evaluate)
     if measured is not None:
-        print_quality(measured.asdict())
+        print_quality(asdict(measured))
         return 0
     print_parity(parity)
     require(parity)
@@ -146,8 +153,8 @@ def aoti(
 
 
 def _package(folder: Path, out: Path, write: packages.Writer, verify: bool) -> None:
-    check_output(out, "--out", ".pt2")
     opened = runs.load_run(folder)
+    check_output(out, "--out", ".pt2")
     bundle.check_network(opened)
     parity = write(opened, out, verify)
     if parity is not None:
@@ -157,31 +164,39 @@ def _package(folder: Path, out: Path, write: packages.Writer, verify: bool) -> N
 
 def print_parity(results: Sequence[Parity]) -> None:
     """A table of comparisons, and which failed."""
-    table = Table(title="max|difference| / max(1, max|reference|)")
-    for heading, side in (("", "left"), ("measured", "right"), ("allowed", "right"), ("", "left")):
+    table = Table()
+    headings = (("max|difference| / max(1, max|reference|)", "left"), ("measured", "right"), ("allowed", "right"))
+    for heading, side in (*headings, ("", "left")):
         table.add_column(heading, justify=side)
     for result in results:
-        table.add_row(result.name, f"{result.error:.1e}", f"{result.tolerance:.0e}", "" if result.good else "FAILED")
+        table.add_row(result.name, f"{result.error:.1e}", f"{result.tolerance:.0e}", "ok" if result.good else "FAILED")
     Console().print(table)
 
 
 def print_quality(measured: dict) -> None:
     """A table of what a precision costs, and gives."""
     floor = quality.FLOORS[measured["precision"]]
-    recipe = f"{measured['samples']} samples, {measured['solver']}, {measured['steps']} steps"
-    table = Table(title=f"{measured['precision']}: {recipe}, guidance {measured['guidance']:g}")
+    table = Table()
     for heading in ("", measured["precision"], "eager fp32", "floor"):
         table.add_column(heading, justify="right" if heading else "left")
-    table.add_row("PSNR of samples", f"{measured['psnr_db']:.1f} dB", "", f"{floor.psnr_db:g} dB")
-    table.add_row("relative L2 of the network", f"{measured['relative_l2']:.2g}", "", f"{floor.relative_l2:g}")
-    if measured["skipped"] is None:
-        if measured["accuracy"] is not None:
-            lowest = f"{measured['accuracy_fp32'] - floor.accuracy_loss:.1%}"
-            row = (f"{measured[name]:.1%}" for name in ("accuracy", "accuracy_fp32"))
-            table.add_row("read as the class asked for", *row, lowest)
-        table.add_row("Frechet distance", f"{measured['frechet']:.2f}", f"{measured['frechet_fp32']:.2f}", "")
-    name = f"batch of {measured['batch']}"
-    table.add_row(name, f"{measured['denoiser_ms']:.1f} ms", f"{measured['eager_ms']:.1f} ms", "")
+    for name, psnr in measured["trajectories"].items():
+        table.add_row(f"PSNR of {name}, its own table", f"{psnr:.1f} dB", "", f"{floor.psnr_db:g} dB")
+    if measured["psnr_db"] is not None:
+        recipe = f"{measured['samples']} samples, {measured['solver']}, {measured['steps']} steps, guidance "
+        table.add_section()
+        table.add_row(recipe + f"{measured['guidance']:g}:")
+        table.add_row("  PSNR", f"{measured['psnr_db']:.1f} dB", "", f"{floor.psnr_db:g} dB")
+    if measured["accuracy"] is not None:
+        lowest = f"{measured['accuracy_fp32'] - floor.accuracy_loss:.1%}"
+        row = (f"{measured[name]:.1%}" for name in ("accuracy", "accuracy_fp32"))
+        table.add_row("  read as the class asked for", *row, lowest)
+    if measured["frechet"] is not None:
+        table.add_row("  Frechet distance", f"{measured['frechet']:.2f}", f"{measured['frechet_fp32']:.2f}", "")
+    if measured["relative_l2"] is not None:
+        table.add_section()
+        table.add_row("relative L2 of the network", f"{measured['relative_l2']:.2g}", "", f"{floor.relative_l2:g}")
+        name = f"a call of batch {measured['batch']}"
+        table.add_row(name, f"{measured['denoiser_ms']:.1f} ms", f"{measured['eager_ms']:.1f} ms", "")
     Console().print(table)
     if measured["skipped"] is not None:
         print(f"note: class accuracy and Frechet distance were not measured: {measured['skipped']}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export.run import UsageError, metadata_of, normals, open_session
+from export.run import COLUMNS, UsageError, check_draw, metadata_of, normals, open_session
 
 # Steps of noise on the device at a time. Untuned.
 WINDOW = 50
@@ -40,11 +40,16 @@ class StepLoop:
     ) -> None:
         if provider not in ("cuda", "cpu"):
             raise UsageError(f"provider: got {provider!r}, needs cuda or cpu")
+        rows = np.ascontiguousarray(rows, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != COLUMNS or not len(rows):
+            raise UsageError(f"rows: got {list(rows.shape)}, needs [steps, {COLUMNS}]")
+        if batch < 1:
+            raise UsageError(f"batch: got {batch}, needs at least 1")
         graphs = provider == "cuda"
         self.session = open_session(path, provider, threads, cuda_graph=graphs)
         self.metadata = metadata_of(self.session, path, "step")
         self.device, self.batch, self.guided = provider, batch, guided
-        self.rows = np.ascontiguousarray(rows, np.float32)
+        self.rows = rows
         self.shape = tuple(self.metadata[side] for side in ("channels", "height", "width"))
         images = np.zeros((batch, *self.shape), np.float32)
         self.fixed = {
@@ -85,12 +90,9 @@ class StepLoop:
             raise UsageError(f"samples: got {len(samples)}, this loop was built for {self.batch}")
         if guidance != 1.0 and not self.guided:
             raise UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
-        if (context is None) != (self.metadata["n_cfeat"] == 0):
-            raise UsageError(f"context: needs [{self.batch}, {self.metadata['n_cfeat']}]")
+        check_draw(self.metadata, samples, context, seed, guidance)
         if context is not None:
             context = np.ascontiguousarray(context, np.float32)
-            if context.shape != (self.batch, self.metadata["n_cfeat"]) or not np.isfinite(context).all():
-                raise UsageError(f"context: got {list(context.shape)}, needs finite values of the loop's batch")
             copies = np.stack([context, np.zeros_like(context)]) if self.guided else context[None]
             self.fixed["contexts"].update_inplace(copies)
             self.fixed["guidance"].update_inplace(np.array([guidance], np.float32))

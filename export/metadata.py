@@ -7,8 +7,8 @@ from typing import Any
 
 from ddpm.runs import MODEL, Run
 from ddpm.solvers import StepTable
+from export.run import FORMAT_VERSION
 
-FORMAT_VERSION = 1
 RNG = "Philox4x32-10 by the noise contract of fused-ddpm"
 
 

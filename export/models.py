@@ -20,10 +20,8 @@ from ddpm.solvers import StepTable
 from export.graph import FLOAT, INT64, OPSET, Builder, model_of
 from export.network import GatedNetwork, embeddings
 from export.philox_graph import counters, normals, step_word
+from export.run import COLUMNS
 from kernels.philox import Stream
-
-NOISE_MODES = ("philox", "input", "none")
-COLUMNS = 8  # of a table row: seven coefficients and t
 
 
 def network_inputs(model: ContextUnet) -> list[str]:
@@ -156,6 +154,11 @@ def _noisy(b: Builder, x_new: str, c6: str, z: str) -> str:
     return b.op("Add", x_new, b.op("Mul", c6, z))
 
 
+def _given(b: Builder, z: str, x: str) -> str:
+    """Noise that a caller gave: of another batch than x it is an error of its Reshape, not a broadcast."""
+    return b.op("Reshape", z, b.op("Shape", x), allowzero=1)
+
+
 def sampler(
     model: ContextUnet, network: onnx.ModelProto, table: StepTable, timesteps: int, noise: str, metadata: str
 ) -> onnx.ModelProto:
@@ -198,7 +201,7 @@ def sampler(
     scanned = [rows, *times]
     if noise == "input":
         scanned.append(z_given)
-        x_new = _noisy(body, x_new, c6, body.input("z", FLOAT, images))
+        x_new = _noisy(body, x_new, c6, _given(body, body.input("z", FLOAT, images), x))
     elif noise == "philox":
         noisy, quiet = Builder("body.noisy."), Builder("body.quiet.")
         z = normals(noisy, shared, step_word(noisy, t), Stream.SAMPLING, shape)
@@ -245,7 +248,7 @@ def step(
         m = _guided(b, m, guidance, x)
     x_new, x0, c6, _ = _update(b, b.op("Squeeze", row, b.integers(0)), x, m, x0_previous, clip)
     z = b.op("Squeeze", b.op("Gather", noise, b.op("Sub", index, noise_start), axis=0), b.integers(0))
-    b.output(_noisy(b, x_new, c6, z), "x_next", FLOAT, images)
+    b.output(_noisy(b, x_new, c6, _given(b, z, x)), "x_next", FLOAT, images)
     b.output(x0, "x0", FLOAT, images)
     b.output(b.op("Add", index, b.integers(1)), "index_next", INT64, [1])
     return model_of(b, "step", metadata)

@@ -36,7 +36,10 @@ def program_of(run: Run) -> ExportedProgram:
         dynamic["context"] = None
         arguments.append(None)
     with torch.no_grad(), quiet():
-        return torch.export.export(module, tuple(arguments), dynamic_shapes=dynamic)
+        program = torch.export.export(module, tuple(arguments), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # holds local paths
+    return program
 
 
 def _denoiser(call: Callable[..., Tensor]) -> Denoise:
@@ -51,7 +54,8 @@ def write_torch(run: Run, path: Path, verify: bool = True) -> Parity | None:
     """torch.export's .pt2, checked after reading it back. Raises WorkFailed if it differs from the run."""
     program, metadata = program_of(run), describe(run, "denoiser", "fp32")
     with replacing(path) as partial, quiet():
-        torch.export.save(program, partial, extra_files={METADATA: json.dumps(metadata)})
+        with partial.open("wb") as file:  # given a name, PyTorch would write it into the archive
+            torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
         if not verify:
             return None
         parity = denoiser_parity(path.name, _denoiser(torch.export.load(partial).module()), run)
@@ -62,6 +66,8 @@ def write_torch(run: Run, path: Path, verify: bool = True) -> Parity | None:
 def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     """An AOTInductor package (C++ compiled here, run from C++ or `torch._inductor.aoti_load_package`), checked.
 
+    It is for this machine and names its folders. What it is called with goes unchecked, so a t of one row is broadcast,
+    unless the environment says AOTI_RUNTIME_CHECK_INPUTS=1.
     Raises WorkFailed without a C++ compiler, or if it differs from the run.
     """
     compiler = os.environ.get("CXX", "g++")

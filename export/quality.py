@@ -1,13 +1,14 @@
 """What a lower precision costs and gives: PSNR, relative L2, class accuracy, Frechet distance, beside speed.
 
-Samples of both are drawn from the same noise by the run's own solver, in fewer steps, so they differ by the precision
-alone.
+Samples of both are drawn from the same noise, so they differ by the precision alone: two along each file's own table,
+and many, for the statistics, by the run's own solver in fewer steps.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,7 +21,7 @@ from ddpm.progress import Bar
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from ddpm.solvers import make_table
-from export.parity import session_denoiser
+from export.parity import sampler_images, session_denoiser, step_images, trajectory
 from export.precision import trajectory_calls
 from export.run import draw
 
@@ -29,6 +30,8 @@ SEED, GUIDANCE, CHUNK = 2_000_003, 2.0, 20
 STEPS = 50
 PEAK = 2.0  # of images in [-1, 1]
 TIMED_BATCH, TIMED_ROUNDS = 8, 7
+
+File = tuple[onnxruntime.InferenceSession, dict[str, Any]]  # and its metadata
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,30 @@ FLOORS = {"fp16": Floor(45.0, 0.005, 0.02), "int8": Floor(25.0, 0.06, 0.03)}
 
 @dataclass(frozen=True)
 class Quality:
-    """A precision against the eager fp32 run. Figures of evaluation are None where `skipped` says why."""
+    """Files of a precision against the eager fp32 run.
+
+    `trajectories` is the PSNR of sampler.onnx and step.onnx along their own tables. What belongs to a file that was not
+    measured is None, and so are the figures of evaluation where `skipped` says why.
+    """
 
     precision: str
-    samples: int
-    solver: str
-    steps: int
-    guidance: float
-    psnr_db: float
-    relative_l2: float
-    accuracy: float | None
-    accuracy_fp32: float | None
-    frechet: float | None
-    frechet_fp32: float | None
-    eager_ms: float
-    denoiser_ms: float
     skipped: str | None
-
-    def asdict(self) -> dict[str, object]:
-        return asdict(self) | {"batch": TIMED_BATCH}
+    trajectories: dict[str, float]
+    # of sampler.onnx
+    samples: int | None = None
+    solver: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    psnr_db: float | None = None
+    accuracy: float | None = None
+    accuracy_fp32: float | None = None
+    frechet: float | None = None
+    frechet_fp32: float | None = None
+    # of denoiser.onnx
+    relative_l2: float | None = None
+    batch: int | None = None
+    eager_ms: float | None = None
+    denoiser_ms: float | None = None
 
 
 def dataset_of(run: Run, data: str | None, labels: str | None) -> tuple[Dataset | None, str | None]:
@@ -113,17 +121,17 @@ def _times(denoiser: onnxruntime.InferenceSession, run: Run) -> tuple[float, flo
     return tuple(1e3 * median(column) for column in zip(*rounds, strict=True))
 
 
-def measure(
-    precision: str,
-    denoiser: onnxruntime.InferenceSession,
-    sampler: onnxruntime.InferenceSession,
-    metadata: dict[str, object],
-    run: Run,
-    samples: int,
-    dataset: Dataset | None,
-    skipped: str | None,
-) -> Quality:
-    """Draw `samples` samples with both and compare them. dataset None: no evaluation, `skipped` says why."""
+def _psnr(images: np.ndarray, exact: np.ndarray) -> float:
+    """In dB, of images clamped to [-1, 1]; -infinite for NaN."""
+    if not np.isfinite(images).all():
+        return -float("inf")
+    mse = float(np.square(images.clip(-1, 1) - exact.clip(-1, 1)).mean())
+    return 10 * float(np.log10(PEAK**2 / max(mse, 1e-20)))
+
+
+def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dataset | None) -> dict[str, Any]:
+    """Draw `samples` samples with both and compare them; without a dataset there is no evaluation."""
+    session, metadata = file
     steps = min(STEPS, run.sampling["steps"] or run.schedule.timesteps)
     options = run.sampling | {"steps": steps, "spacing": "trailing"}
     table = make_table(run.schedule, **options)
@@ -136,57 +144,76 @@ def measure(
         for start in range(0, samples, CHUNK):
             part = slice(start, min(start + CHUNK, samples))
             numbers, c = np.arange(part.start, part.stop), None if context is None else context[part]
+            same = {"guidance": guidance, "seed": SEED}
             eager = sample(
                 run.model,
                 run.schedule,
                 len(numbers),
                 context=c,
-                guidance=guidance,
-                seed=SEED,
                 first_sample=start,
                 engine="eager",
+                **same,
                 **options,
             )
             rows = None if c is None else c.numpy()
-            given = {"seed": SEED, "guidance": guidance, "table": table.rows().numpy(), "clip": table.clip}
-            found.append(draw(sampler, metadata, numbers, rows, **given))
+            found.append(draw(session, metadata, numbers, rows, table=table.rows().numpy(), clip=table.clip, **same))
             reference.append(eager.numpy())
             bar.update(part.stop)
     images, exact = np.concatenate(found), np.concatenate(reference)
-    mse = float(np.square(images.clip(-1, 1) - exact.clip(-1, 1)).mean())
     judged = [evaluation.evaluate(torch.from_numpy(i), dataset, asked) for i in (images, exact)] if dataset else None
-    eager_ms, denoiser_ms = _times(denoiser, run)
-    return Quality(
-        precision=precision,
-        samples=samples,
-        solver=options["solver"],
-        steps=steps,
-        guidance=guidance,
-        psnr_db=10 * float(np.log10(PEAK**2 / max(mse, 1e-20))),
-        relative_l2=_relative_l2(denoiser, run),
-        accuracy=judged and judged[0].accuracy,
-        accuracy_fp32=judged and judged[1].accuracy,
-        frechet=judged and judged[0].frechet,
-        frechet_fp32=judged and judged[1].frechet,
-        eager_ms=eager_ms,
-        denoiser_ms=denoiser_ms,
-        skipped=skipped,
-    )
+    return {
+        "samples": samples,
+        "solver": options["solver"],
+        "steps": steps,
+        "guidance": guidance,
+        "psnr_db": _psnr(images, exact),
+        "accuracy": judged and judged[0].accuracy,
+        "accuracy_fp32": judged and judged[1].accuracy,
+        "frechet": judged and judged[0].frechet,
+        "frechet_fp32": judged and judged[1].frechet,
+    }
+
+
+def measure(
+    precision: str, files: Mapping[str, File], run: Run, samples: int, dataset: Dataset | None, skipped: str | None
+) -> Quality:
+    """Measure files {kind: (session, metadata)} of one precision. dataset None: no evaluation, `skipped` says why."""
+    figures: dict[str, Any] = {}
+    if "denoiser" in files:
+        denoiser = files["denoiser"][0]
+        eager_ms, denoiser_ms = _times(denoiser, run)
+        figures |= {"batch": TIMED_BATCH, "eager_ms": eager_ms, "denoiser_ms": denoiser_ms}
+        figures["relative_l2"] = _relative_l2(denoiser, run)
+    trajectories = {}
+    for kind in ("sampler", "step"):
+        if kind in files:
+            session, metadata = files[kind]
+            options = metadata["table"]["options"]
+            table = make_table(run.schedule, **options)
+            known = trajectory(run, options, len(table))
+            if kind == "sampler":
+                images = sampler_images(session, metadata, known, slice(None))
+            else:
+                images = step_images(session, table.rows().numpy(), known)
+            trajectories[f"{kind}.onnx"] = _psnr(images, known.reference)
+    if "sampler" in files:
+        figures |= _statistics(files["sampler"], run, precision, samples, dataset)
+    return Quality(precision, skipped, trajectories, **figures)
 
 
 def require(quality: Quality) -> None:
     """Raise WorkFailed if a figure is below the precision's floor."""
     floor = FLOORS[quality.precision]
-    lost = None if quality.accuracy is None else quality.accuracy_fp32 - quality.accuracy
     problems = [
-        f"PSNR {quality.psnr_db:.1f} dB, needs {floor.psnr_db:g}" if not quality.psnr_db >= floor.psnr_db else "",
-        f"relative L2 {quality.relative_l2:.2g}, needs at most {floor.relative_l2:g}"
-        if not quality.relative_l2 <= floor.relative_l2
-        else "",
-        f"class accuracy {lost:.1%} below fp32, needs at most {floor.accuracy_loss:.0%}"
-        if lost is not None and not lost <= floor.accuracy_loss
-        else "",
+        f"PSNR of {name} {psnr:.1f} dB, needs {floor.psnr_db:g}"
+        for name, psnr in [("the samples", quality.psnr_db), *quality.trajectories.items()]
+        if psnr is not None and not psnr >= floor.psnr_db
     ]
-    problems = [problem for problem in problems if problem]
+    if quality.relative_l2 is not None and not quality.relative_l2 <= floor.relative_l2:
+        problems.append(f"relative L2 {quality.relative_l2:.2g}, needs at most {floor.relative_l2:g}")
+    if quality.accuracy is not None:
+        lost = quality.accuracy_fp32 - quality.accuracy
+        if not lost <= floor.accuracy_loss:
+            problems.append(f"class accuracy {lost:.1%} below fp32, needs at most {floor.accuracy_loss:.0%}")
     if problems:
         raise WorkFailed(f"quality of {quality.precision}: {'; '.join(problems)}; the files that were there stay")

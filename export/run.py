@@ -7,25 +7,39 @@ Exit codes: 2 usage, 3 a bad model file, 4 the provider is missing, 1 the run fa
 """
 
 import argparse
+import io
 import json
 import math
+import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import onnxruntime as ort
-from PIL import Image
+try:
+    import numpy as np
+    import onnxruntime as ort
+    from PIL import Image
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing.name} is not installed, needs: pip install numpy pillow onnxruntime", file=sys.stderr)
+    sys.exit(4)
 
-KEY = "fused_ddpm"  # of the metadata
+KEY, FORMAT_VERSION = "fused_ddpm", 1  # of the metadata
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
 PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}, "cpu": {}, "tensorrt": {}}
 # Rows per call of the model. Untuned; results do not depend on it, memory and the progress bar do.
 BATCH_SIZE = 16
 CELL_PIXELS, GAP = 64, 4
+MOST_THREADS = 1024
+FLOAT_MAX = float(np.finfo(np.float32).max)
+COLUMNS = 8  # of a table's row: seven coefficients and t
+NOISE_MODES = ("philox", "input", "none")
 FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
 
 
@@ -53,8 +67,19 @@ class RunError(Exception):
     exit_code = 1
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())[:300]
+# What stands before the reason in onnxruntime's messages: a code, the path, the C++ function.
+_PREAMBLE = re.compile(
+    r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .* failed:|Status Message: |/onnxruntime_src/\S+ .*\) "
+)
+_TOO_NEW = (
+    ("opset", re.compile(r"Opset (\d+) is under development.* till opset (\d+)")),
+    ("IR version", re.compile(r"IR version: (\d+), max supported IR version: (\d+)")),
+)
+
+
+def _reason(error: Exception) -> str:
+    """onnxruntime's reason in one line."""
+    return " ".join(_PREAMBLE.sub("", str(error).strip().split("\n")[0]).split())[:300]
 
 
 def open_session(
@@ -75,8 +100,10 @@ def open_session(
     path = Path(path)
     if provider not in PROVIDERS:
         raise UsageError(f"--provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
-    if threads < 0:
-        raise UsageError(f"--threads: got {threads}, needs 0 (all cores) or more")
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"--threads: got {threads}, needs 0 (all cores) to {MOST_THREADS}")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is no regular file, needs a model that `ddpm-export onnx` wrote")
     if not path.is_file():
         raise ModelError(f"{path}: no such file, needs a model that `ddpm-export onnx` wrote")
     if path.stat().st_size == 0:
@@ -97,17 +124,28 @@ def open_session(
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
-    if name != cpu and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA's libraries out of the wheels of PyTorch or NVIDIA, where they are installed
-    providers = [(name, settings), (cpu, {})] if name != cpu else [cpu]
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+    cause = "no device, driver or library"
+
+    def start(*providers: Any) -> ort.InferenceSession:
+        # It prints which libraries it misses; our one line says what to do.
+        with redirect_stdout(io.StringIO()):
+            if name != cpu and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA's libraries out of the wheels of PyTorch or NVIDIA, where they are installed
+            return ort.InferenceSession(str(path), options, providers=list(providers))
+
+    try:  # onnxruntime's exceptions have no base class of their own
+        try:
+            session = start(*([(name, settings)] if name != cpu else []), (cpu, {}))
+        except Exception as error:
+            if name == cpu:
+                raise
+            session, cause = start((cpu, {})), _reason(error)  # whose fault is it: the provider's or the file's?
+    except Exception as error:
         raise _model_error(path, error) from error
     if session.get_providers()[0] != name and not allow_fallback:
         raise ProviderError(
-            f"{path}: {provider} was asked for, but onnxruntime {ort.__version__} could not start it (no device, "
-            "driver or library); use --provider cpu or --allow-fallback"
+            f"{path}: {provider} was asked for, but onnxruntime {ort.__version__} could not start it ({cause}); use "
+            "--provider cpu or --allow-fallback"
         )
     if PROVIDERS[provider] != session.get_providers()[0]:
         print(f"note: {provider} is not available, runs on {session.get_providers()[0]}", file=sys.stderr)
@@ -116,28 +154,76 @@ def open_session(
 
 def _model_error(path: Path, error: Exception) -> ModelError:
     """What onnxruntime found, in our words."""
-    text = str(error)
-    if "opset" in text.lower() or "ir_version" in text.lower() or "ir version" in text.lower():
-        return ModelError(
-            f"{path}: needs a newer runtime than onnxruntime {ort.__version__} ({_first_line(error)}); upgrade it"
-        )
+    for what, pattern in _TOO_NEW:
+        found = pattern.search(str(error))
+        if found is not None:
+            has, knows = found.groups()
+            return ModelError(
+                f"{path}: needs a newer runtime: it has {what} {has}, onnxruntime {ort.__version__} knows {knows}; "
+                "upgrade it"
+            )
     return ModelError(
-        f"{path}: not a whole ONNX model ({_first_line(error)}); damaged or another kind of file, export it again"
+        f"{path}: not a whole ONNX model ({_reason(error)}); damaged or another kind of file, export it again"
     )
 
 
+KINDS = {"denoiser": "m", "sampler": "images", "step": "x_next"}  # and their first outputs
+_ENTRIES = {
+    **dict.fromkeys(("kind", "prediction", "precision", "weights_sha256"), str),
+    **dict.fromkeys(("channels", "height", "width", "n_cfeat"), int),
+    **dict.fromkeys(("model", "schedule", "versions"), dict),
+    "classes": list,
+}
+_SOLVER_ENTRIES = {"noise": str, "rng": str, "table": dict}
+
+
+def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | None:
+    """What is wrong with the metadata, of itself or beside the graph; None if nothing."""
+    kind = metadata.get("kind")
+    if kind not in KINDS:
+        return f"kind is {kind!r}"
+    for name, needed in (_ENTRIES | ({} if kind == "denoiser" else _SOLVER_ENTRIES)).items():
+        if type(metadata.get(name)) is not needed:
+            return f"{name} is {metadata.get(name)!r}"
+    if type(metadata["schedule"].get("timesteps")) is not int:
+        return "schedule has no timesteps"
+    if kind != "denoiser":
+        table, noise = metadata["table"], metadata["noise"]
+        if noise not in NOISE_MODES or type(table.get("options")) is not dict or "clip" not in table:
+            return f"noise is {noise!r}, table {sorted(table)}"
+        rows = np.asarray(table.get("rows", np.zeros((table.get("steps", 0), COLUMNS))), dtype=object)
+        if (noise == "input" and "rows" not in table) or rows.shape != (table.get("steps"), COLUMNS):
+            return f"table has rows {list(rows.shape)} for {table.get('steps')!r} steps"
+    widths = [value.shape[-1] for value in session.get_inputs() if value.name.startswith("context")]
+    if widths != ([metadata["n_cfeat"]] if metadata["n_cfeat"] else []):
+        return f"n_cfeat is {metadata['n_cfeat']}, the graph takes contexts of {widths or 'none'}"
+    image = [metadata["channels"], metadata["height"], metadata["width"]]
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    if outputs.get(KINDS[kind], [])[1:] != image:
+        return f"images are {image}, the graph's outputs {outputs}"
+    return None
+
+
 def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """What `ddpm-export` noted in the file. Raises ModelError if there is nothing, or another kind is needed."""
+    """What `ddpm-export` noted in the file, checked against its graph.
+
+    Raises ModelError if there is nothing, if it is damaged or of another format, or if another kind is needed.
+    """
     text = session.get_modelmeta().custom_metadata_map.get(KEY)
     if text is None:
         raise ModelError(f"{path}: has no {KEY!r} metadata, needs a model that `ddpm-export onnx` wrote")
     try:
         metadata = json.loads(text)
-        found = metadata["kind"]
+        version = metadata["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{path}: its {KEY!r} metadata is damaged ({error}), export it again") from error
-    if kind is not None and found != kind:
-        raise ModelError(f"{path}: is a {found}, needs a {kind}.onnx")
+    if version != FORMAT_VERSION:
+        raise ModelError(f"{path}: is of format {version!r}, this program reads {FORMAT_VERSION}; use the one it is of")
+    wrong = _wrong(metadata, session)
+    if wrong is not None:
+        raise ModelError(f"{path}: its {KEY!r} metadata is damaged ({wrong}), export it again")
+    if kind is not None and metadata["kind"] != kind:
+        raise ModelError(f"{path}: is a {metadata['kind']}, needs a {kind}.onnx")
     return metadata
 
 
@@ -192,9 +278,28 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
             row = np.array([float(part) for part in text.split(",")])
         except ValueError:
             raise UsageError(f"--context: got {text!r}, needs {known}") from None
-        if row.shape != (size,) or not np.isfinite(row).all():
+        if row.shape != (size,) or not (np.abs(row) <= FLOAT_MAX).all():
             raise UsageError(f"--context: got {text!r}, needs {known}")
     return np.tile(row.astype(np.float32), (len(samples), 1))
+
+
+def check_draw(
+    metadata: dict[str, Any], samples: np.ndarray, context: np.ndarray | None, seed: int, guidance: float
+) -> None:
+    """Raise UsageError for values that onnxruntime would take silently."""
+    samples, needed = np.asarray(samples), (len(samples), metadata["n_cfeat"])
+    if not len(samples) or samples[0] < 0 or (samples != samples[0] + np.arange(len(samples))).any():
+        raise UsageError(f"samples: got {samples.tolist()[:9]}, needs consecutive numbers >= 0")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: got {seed}, needs 0..{2**63 - 1}")
+    if not abs(guidance) <= FLOAT_MAX:
+        raise UsageError(f"guidance: got {guidance}, needs a finite float32")
+    if (context is None) != (needed[1] == 0):
+        raise UsageError(f"context: got {'none' if context is None else 'one'}, this model has {needed[1]} classes")
+    if context is not None and context.shape != needed:
+        raise UsageError(f"context: got {list(context.shape)}, needs {list(needed)}")
+    if context is not None and not (np.abs(context) <= FLOAT_MAX).all():
+        raise UsageError("context: got NaN, infinite or huge values, needs finite float32")
 
 
 def draw(
@@ -208,13 +313,15 @@ def draw(
     table: np.ndarray | None = None,
     clip: float | None = None,
 ) -> np.ndarray:
-    """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n]. table [steps, 8] and clip override.
+    """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n].
 
-    Raises UsageError for values that onnxruntime would take silently, RunError if the model fails.
+    table [steps, 8] replaces the model's, together with clip (None = none). Raises UsageError for values that
+    onnxruntime would take silently, RunError if the model fails.
     """
-    needed = (len(samples), metadata["n_cfeat"])
-    if context is not None and not (context.shape == needed and np.isfinite(context).all()):
-        raise UsageError(f"context: got {list(context.shape)}, needs finite values {list(needed)}")
+    samples = np.asarray(samples)
+    check_draw(metadata, samples, context, seed, guidance)
+    if clip is not None and table is None:
+        raise UsageError(f"clip: got {clip} without a table, whose steps it belongs to")
     shape = (metadata["channels"], metadata["height"], metadata["width"])
     feeds: dict[str, np.ndarray] = {}
     if table is not None:
@@ -236,25 +343,27 @@ def draw(
     try:
         (images,) = session.run(["images"], feeds)
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise RunError(f"the model failed ({_first_line(error)})") from error
+        raise RunError(f"the model failed ({_reason(error)})") from error
     if not np.isfinite(images).all():
         raise RunError("the samples have NaN or infinite values: try less guidance or another solver")
     return images
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size`, with a line of progress on stderr where it takes over two seconds."""
+    """Slices of at most `size`, with progress on stderr: at once on a terminal, else a line every tenth after 2 s."""
     began, live = time.monotonic(), sys.stderr.isatty()
     shown = False
+    if live:
+        print(f"sample   0%  0/{total}", end="", file=sys.stderr, flush=True)
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))
         done, elapsed = min(start + size, total), time.monotonic() - began
-        if elapsed > 2 and (shown or done < total):
+        if live or (elapsed > 2 and (shown or done < total) and 10 * done // total > 10 * start // total):
             left = elapsed * (total - done) / done
             line = f"sample {100 * done // total:3d}%  {done}/{total}  {done / elapsed:.3g} images/s  {left:.0f} s left"
             print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
             shown = True
-    if shown and live:
+    if live:
         print(file=sys.stderr)
 
 
@@ -277,14 +386,15 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
 
 def _write(path: Path, suffix: str, save: Any) -> None:
     """Write beside the file, then rename over it: never half a file."""
-    partial = path.with_name(f".{path.stem}.partial{suffix}")
+    partial = path.with_name(f".{os.getpid()}.partial{suffix}")
     try:
-        save(partial)
-        partial.replace(path)
+        try:
+            save(partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"wrote {path}")
 
 
@@ -304,7 +414,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--first-sample", type=int, default=0, help="global index of the first sample [0]")
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"changes nothing but memory [{BATCH_SIZE}]")
     made.add_argument("--table", type=Path, help="another solver table: .npy, float [steps, 8]")
-    made.add_argument("--clip", type=float, default=0.0, help="bound of x0 with --table [0 = none]")
+    made.add_argument("--clip", type=float, help="bound of x0 with --table, 0 = none [the model's]")
     made.add_argument("--out", type=Path, help="picture of all samples, .png")
     made.add_argument("--npy", type=Path, help="samples as float32 [n, C, H, W], not clamped")
     made.add_argument("--columns", type=int, help="of the picture [square, or one per class]")
@@ -320,33 +430,44 @@ def _check(given: argparse.Namespace) -> None:
     if given.out is None and given.npy is None:
         raise UsageError("--out, --npy: got neither, needs at least one to write")
     for option, path, suffix in (("--out", given.out, ".png"), ("--npy", given.npy, ".npy")):
-        if path is not None and (path.suffix.lower() != suffix or path.is_dir() or not path.parent.is_dir()):
+        try:
+            usable = path is None or (path.suffix.lower() == suffix and path.parent.is_dir() and not path.is_dir())
+        except OSError:  # a name that is too long
+            usable = False
+        if not usable:
             raise UsageError(f"{option}: got {path}, needs a file name ending in {suffix} in an existing folder")
     limits = {"n": (1, 2**31), "seed": (0, 2**63 - 1), "first_sample": (0, 2**56 - given.n), "batch_size": (1, 2**31)}
     limits |= {"columns": (1, 2**31)} if given.columns is not None else {}
     for name, (low, high) in limits.items():
         if not low <= getattr(given, name) <= high:
             raise UsageError(f"--{name.replace('_', '-')}: got {getattr(given, name)}, needs {low}..{high}")
-    if not math.isfinite(given.guidance):
+    if not abs(given.guidance) <= FLOAT_MAX:
         raise UsageError(f"--guidance: got {given.guidance}, needs a finite number")
     if given.guidance != 1.0 and given.context is None:
         raise UsageError(f"--guidance: got {given.guidance} without --context, needs a context to guide towards")
-    if given.clip < 0 or not math.isfinite(given.clip) or (given.clip and given.table is None):
-        raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 and a --table")
+    if given.clip is not None and (not 0 <= given.clip <= FLOAT_MAX or given.table is None):
+        raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 (or 0 = none) and a --table")
 
 
-def read_table(path: Path | None, noise: str) -> np.ndarray | None:
-    """The rows [steps, 8] of a .npy file. Raises UsageError."""
-    if path is None:
-        return None
+def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
+    """The rows [steps, 8] of a .npy file, for this model. Raises UsageError."""
     try:
         table = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a readable .npy ({_first_line(error)})") from error
-    floats = table.dtype.kind == "f" and np.isfinite(table).all()
-    if not floats or table.ndim != 2 or table.shape[1] != 8 or not len(table):
-        raise UsageError(f"{path}: got {table.dtype} {list(table.shape)}, needs finite floats [steps, 8]")
-    if noise == "none" and (table[:, 6] != 0).any():
+    except OSError as error:
+        raise UsageError(f"{path}: not a readable .npy ({error.strerror or 'cut off'})") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{path}: not a .npy file of numbers, needs floats [steps, {COLUMNS}]") from error
+    if not isinstance(table, np.ndarray) or table.dtype.kind != "f" or table.shape[1:] != (COLUMNS,) or not len(table):
+        found = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else "an archive"
+        raise UsageError(f"{path}: got {found}, needs floats [steps, {COLUMNS}]")
+    if not (np.abs(table) <= FLOAT_MAX).all():
+        raise UsageError(f"{path}: has NaN, infinite or huge values, needs finite float32")
+    times, last = table[:, -1], metadata["schedule"]["timesteps"]
+    if not ((times == times.round()) & (times >= 1) & (times <= last)).all():
+        raise UsageError(
+            f"{path}: has times {times.min():g}..{times.max():g} (column 7), needs whole ones in 1..{last}"
+        )
+    if metadata["noise"] == "none" and (table[:, 6] != 0).any():
         raise UsageError(f"{path}: has noise (column 6), but the model was exported with --noise none")
     return table
 
@@ -360,8 +481,10 @@ def sample(given: argparse.Namespace) -> None:
         print("note: this model draws its noise on the CPU; `--noise input` exports run faster here", file=sys.stderr)
     samples = np.arange(given.first_sample, given.first_sample + given.n)
     context = contexts(given.context, metadata, samples)
-    table = read_table(given.table, metadata["noise"])
-    options = {"seed": given.seed, "guidance": given.guidance, "table": table, "clip": given.clip or None}
+    options = {"seed": given.seed, "guidance": given.guidance}
+    if given.table is not None:
+        clip = metadata["table"]["clip"] if given.clip is None else given.clip
+        options |= {"table": read_table(given.table, metadata), "clip": clip or None}
     drawn = [
         draw(session, metadata, samples[part], None if context is None else context[part], **options)
         for part in chunks(given.n, given.batch_size)
@@ -384,6 +507,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except MemoryError:
+        print("error: the samples do not fit into memory, needs a smaller --n or --batch-size", file=sys.stderr)
+        return RunError.exit_code
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except (UsageError, ModelError, ProviderError, RunError) as error:

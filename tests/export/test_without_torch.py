@@ -64,6 +64,24 @@ def test_ddpm_export_run(environment, exported, tmp_path):
     assert "--provider" in shown.stdout
 
 
+def test_without_onnxruntime_there_is_one_line(environment, exported, tmp_path):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in environment.iterdir():
+        if not entry.name.startswith("onnxruntime"):
+            (packages / entry.name).symlink_to(entry)
+    arguments = ("--n", 1, "--out", tmp_path / "g.png")
+    commands = {
+        (exported / "run.py", *arguments): (),
+        ("-m", "export", "run", exported / "sampler.onnx", *arguments): [ROOT],
+    }
+    for command, also in commands.items():
+        done = python(packages, *command, also=also, cwd=tmp_path)
+        assert done.returncode == 4
+        assert done.stderr.startswith("error: onnxruntime is not installed, needs: pip install ")
+        assert done.stderr.count("\n") == 1
+
+
 def test_the_readmes_example_runs_as_printed(environment, make_run, tmp_path):
     from ddpm.networks import ContextUnet
     from export.__main__ import main
