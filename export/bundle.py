@@ -1,6 +1,7 @@
 """One export: denoiser.onnx, sampler.onnx, step.onnx, run.py and manifest.json of a run, all or none of them."""
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,19 @@ def measure_parity(opened: Run, paths: dict[str, Path], metadata: dict[str, Any]
     ]
 
 
+def _describe_file(path: Path) -> dict[str, Any]:
+    """Size and hash; of a model also the seconds that onnxruntime takes to open it."""
+    described = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    if path.suffix == ".onnx":
+        began = time.perf_counter()
+        run.open_session(path)
+        described["open_s"] = round(time.perf_counter() - began, 3)
+    return described
+
+
 def _manifest(
     opened: Run, request: Request, paths: dict[str, Path], parity: list[Parity], measured: quality.Quality | None
 ) -> dict[str, Any]:
-    files = {
-        name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items() if name != MANIFEST
-    }
     return {
         "format_version": FORMAT_VERSION,
         "run": opened.folder.resolve().name,
@@ -158,7 +166,7 @@ def _manifest(
         "verified": request.verify,
         "parity": [result.asdict() for result in parity],
         "quality": None if measured is None else asdict(measured),
-        "files": files,
+        "files": {name: _describe_file(path) for name, path in paths.items() if name != MANIFEST},
         "versions": versions(),
     }
 
