@@ -1,6 +1,5 @@
 """What the command lines share: errors are one line on stderr and an exit code, no traceback without `--debug`."""
 
-import ctypes
 import logging
 import sys
 import traceback
@@ -12,7 +11,6 @@ import typer
 from ddpm.errors import WorkFailed
 
 BAD_INPUT, FAILED, STOPPED = 2, 1, 130
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 def exit_code(error: BaseException) -> int:
@@ -28,22 +26,8 @@ def exit_code(error: BaseException) -> int:
     return BAD_INPUT if usage or isinstance(error, ValueError | TypeError | OSError) else FAILED
 
 
-def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what tensors give back, where this process has that allocator.
-
-    Large tensors come from the system otherwise, anew in every operator, and each of their pages costs a fault.
-    Measured (n_feat 64, 3x16x16, two cores of a Xeon): 164,000 faults in a call of 600 images, 1.19 times as fast
-    without them, 1.05 at 32 images, 1.06 for a training step of 100; no more memory at its peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
-    keep_freed_memory()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:

@@ -39,6 +39,12 @@ def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> Con
     return model.to(dtype)
 
 
+def leave_division_to_readers(model: ContextUnet) -> None:
+    """In place: what reads the first block's sum divides it by 1.414 itself, so one pass over its features is saved."""
+    for reader in (model.down1.model[0].conv1[0].weight, model.out[0].weight.chunk(2, dim=1)[1]):
+        reader.div_(1.414)
+
+
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type here: its weights are then kept in the layout it wants, GELU runs in it.
 
@@ -216,10 +222,7 @@ class InferenceUnet(nn.Module):
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
             self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout)
-        # Both readers of the first block divide by what it should: one pass over its features less.
-        of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
-        for reader in (model.down1.model[0].conv1[0].weight, of_skip):
-            reader.div_(1.414)
+        leave_division_to_readers(model)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
             load(self.downs[level - 1], down[0], down[1])
@@ -230,6 +233,7 @@ class InferenceUnet(nn.Module):
         _store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         _store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
+        of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
         self.head_of_x.load(of_x, None, dtype, layout)
         self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout)
         _store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
@@ -272,7 +276,7 @@ class InferenceUnet(nn.Module):
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """The features at full size (1.414 times the network's: see `refresh`), then those of each level."""
+        """The features at full size (undivided: see `leave_division_to_readers`), then those of each level."""
         hidden = self.initial(x)
         hidden = hidden.add_(x) if self.shortcut is None else self.shortcut(x, onto=hidden)
         skips = [hidden]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.inference import fold_batch_norm
+from ddpm.inference import fold_batch_norm, leave_division_to_readers
 from ddpm.networks import ContextUnet, EmbedFC
 
 GATED_LEVELS = 2
@@ -54,6 +54,7 @@ class GatedNetwork(nn.Module):
     def __init__(self, model: ContextUnet) -> None:
         super().__init__()
         model = fold_batch_norm(model).float()
+        leave_division_to_readers(model)
         self.depth, self.conditional = model.depth, bool(model.n_cfeat)
         self.init_conv, self.to_vec = model.init_conv, model.to_vec
         self.downs = nn.ModuleList(getattr(model, f"down{level}") for level in range(1, self.depth + 1))
@@ -76,7 +77,7 @@ class GatedNetwork(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What neither time nor context changes: (up0's output, the share of each skip from the deepest on)."""
-        features = self.init_conv(x)
+        features = self.init_conv.shortcut(x) + self.init_conv.conv2(self.init_conv.conv1(x))
         skips = [features]
         for down in self.downs:
             skips.append(down(skips[-1]))
