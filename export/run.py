@@ -120,7 +120,7 @@ def open_session(
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads
     if not spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})

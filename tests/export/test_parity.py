@@ -139,7 +139,7 @@ def test_the_weights_lie_in_the_body_of_one_scan(exported):
     (scan,) = [node for node in graph.node if node.op_type == "Scan"]
     body = next(attribute.g for attribute in scan.attribute if attribute.name == "body")
     convolutions = [node for node in body.node if node.op_type == "Conv"]
-    assert len(convolutions) == 26  # the encoder once, whatever the guidance
+    assert len(convolutions) == 22  # the encoder once, whatever the guidance
     assert {node.input[1] for node in convolutions} <= {tensor.name for tensor in body.initializer}
 
 
