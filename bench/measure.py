@@ -138,7 +138,7 @@ def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable
 
 
 def _rounds(
-    timers: Mapping[str, Timer], rounds: int, seconds: float, device: torch.device
+    timers: Mapping[str, Timer], rounds: int, seconds: float, rest_s: float, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
     """`interleaved` samples; stops when the seconds are over.
 
@@ -146,7 +146,7 @@ def _rounds(
     """
     clock = time.process_time if device.type == "cpu" else time.monotonic
     began = clock()
-    return interleaved(timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds)
+    return interleaved(timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds, rest_s)
 
 
 def measure(
@@ -199,7 +199,7 @@ def _timed(
     timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
     timers[YARDSTICK] = _sampler(yardstick(device), [()], device, capturable=False)
     memory = {name: peak_memory(lambda call=call: call(*bench.sets[0]), device) for name, (call, _) in prepared.items()}
-    samples = _rounds(timers, rounds, seconds, device)
+    samples = _rounds(timers, rounds, seconds, bench.rest_s, device)
     copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
     return [
         head

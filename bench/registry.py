@@ -47,6 +47,7 @@ class Bench:
         packages can slow it; ratios to it show every change. Where it is our own code, as in `step`, a slowdown of
         what both share would hide in them, and `compare` takes the yardstick (see `bench.measure`).
     capturable: whether calls can be captured in a CUDA graph, whose replays give the kernel time.
+    rest_s: seconds of rest before each sample, where competitors have threads of their own that spin after a call.
     """
 
     sets: Sequence[tuple]
@@ -57,6 +58,7 @@ class Bench:
     images: int | None = None
     frozen: bool = False
     capturable: bool = False
+    rest_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -103,9 +103,15 @@ def _events(call: Call, sets: Sequence[tuple]) -> float:
 
 
 def interleaved(
-    timers: Mapping[str, Timer], rounds: int, seed: int = 0, enough: Callable[[int], bool] = lambda done: False
+    timers: Mapping[str, Timer],
+    rounds: int,
+    seed: int = 0,
+    enough: Callable[[int], bool] = lambda done: False,
+    rest_s: float = 0.0,
 ) -> dict[str, dict[str, list[float]]]:
     """Samples of every timer, in rounds of all of them in a seeded random order, until `enough(rounds done)`.
+
+    rest_s: seconds of rest before each sample.
 
     Returns: name -> field of `Time` -> microseconds per call, one per round.
     """
@@ -115,6 +121,7 @@ def interleaved(
         if enough(done):
             break
         for name in order.sample(list(timers), len(timers)):
+            time.sleep(rest_s)
             for kind, value in timers[name]()._asdict().items():
                 samples[name][kind].append(value)
     return samples

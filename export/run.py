@@ -89,12 +89,10 @@ def open_session(
     allow_fallback: bool = False,
     optimise: bool = True,
     cuda_graph: bool = False,
-    spinning: bool = True,
 ) -> ort.InferenceSession:
     """A session of a file on the provider, or an error: onnxruntime would fall back to the CPU silently.
 
-    threads: of one operator, 0 = as many as cores. optimise False switches the graph optimisations off. spinning False
-    lets waiting threads sleep at once: slower in a process of its own, fairer beside others.
+    threads: of one operator, 0 = as many as cores. optimise False switches the graph optimisations off.
     Raises ModelError, ProviderError, UsageError.
     """
     path = Path(path)
@@ -119,8 +117,6 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads
-    if not spinning:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
