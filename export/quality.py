@@ -184,18 +184,20 @@ def measure(
         eager_ms, denoiser_ms = _times(denoiser, run)
         figures |= {"batch": TIMED_BATCH, "eager_ms": eager_ms, "denoiser_ms": denoiser_ms}
         figures["relative_l2"] = _relative_l2(denoiser, run)
-    trajectories = {}
+    trajectories, known, options = {}, None, None
     for kind in ("sampler", "step"):
-        if kind in files:
-            session, metadata = files[kind]
+        if kind not in files:
+            continue
+        session, metadata = files[kind]
+        if known is None or metadata["table"]["options"] != options:
             options = metadata["table"]["options"]
             table = make_table(run.schedule, **options)
             known = trajectory(run, options, len(table))
-            if kind == "sampler":
-                images = sampler_images(session, metadata, known, slice(None))
-            else:
-                images = step_images(session, table.rows().numpy(), known)
-            trajectories[f"{kind}.onnx"] = _psnr(images, known.reference)
+        if kind == "sampler":
+            images = sampler_images(session, metadata, known, slice(None))
+        else:
+            images = step_images(session, table.rows().numpy(), known)
+        trajectories[f"{kind}.onnx"] = _psnr(images, known.reference)
     if "sampler" in files:
         figures |= _statistics(files["sampler"], run, precision, samples, dataset)
     return Quality(precision, skipped, trajectories, **figures)
