@@ -121,7 +121,8 @@ def interleaved(
         if enough(done):
             break
         for name in order.sample(list(timers), len(timers)):
-            time.sleep(rest_s)
+            if rest_s:
+                time.sleep(rest_s)
             for kind, value in timers[name]()._asdict().items():
                 samples[name][kind].append(value)
     return samples

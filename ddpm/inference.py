@@ -5,6 +5,7 @@
     t takes S values in a run, so the time embeddings are tables [S, C]; the context embeddings are computed once.
     Encoder, bottleneck and its normalisation see neither, so guidance shares them between its two halves.
     A transposed convolution with kernel = stride = 2 is a product with W [C_in, 2, 2, C_out] at every pixel.
+    The first block's sum is divided by 1.414 in the weights that read it.
     Over cat(x, skip) a convolution of either kind is a sum of two, W_x x + W_skip skip. Guidance shares the latter.
 
 `refresh` folds the weights anew, so nothing can be stale: `sample` calls it at its start.

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+HINTS = {"onnxruntime": "onnxruntime (or onnxruntime-gpu)", "PIL": "pillow"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. `run` is taken before PyTorch is imported: it needs none."""
@@ -14,11 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from export.cli import main as others
     except ModuleNotFoundError as missing:
-        if missing.name != "onnxruntime":
+        name = str(missing.name).partition(".")[0]
+        if name in ("export", "ddpm", "kernels"):
             raise
-        print(
-            "error: onnxruntime is not installed, needs: pip install onnxruntime (or onnxruntime-gpu)", file=sys.stderr
-        )
+        print(f"error: {name} is not installed, needs: pip install {HINTS.get(name, name)}", file=sys.stderr)
         return 4  # a provider is missing: run.ProviderError, which is out of reach
     if draws:
         arguments.remove("run")

@@ -171,6 +171,16 @@ def _manifest(
     }
 
 
+def precision_of(graph: onnx.GraphProto) -> str:
+    """What the graph computes in, the bodies of its control flow included."""
+    found = {"int8" for node in graph.node if node.op_type == "QuantizeLinear"}
+    found |= {"fp16" for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    found |= {
+        precision_of(attribute.g) for node in graph.node for attribute in node.attribute if attribute.HasField("g")
+    }
+    return next((precision for precision in ("int8", "fp16") if precision in found), "fp32")
+
+
 def verify(path: Path, opened: Run, data: str | None, labels: str | None, evaluate: int) -> tuple[list[Parity], Any]:
     """Measure one exported file against a run again: (parities, quality or None).
 
@@ -180,7 +190,14 @@ def verify(path: Path, opened: Run, data: str | None, labels: str | None, evalua
     metadata = run.metadata_of(session, path)
     if metadata["model"] != opened.model.config():
         raise BadInput(f"{path}: holds another network than {opened.folder}, needs the run that it was exported from")
-    if metadata["precision"] != "fp32":
+    found = precision_of(onnx.load(path).graph)
+    if metadata["precision"] != found:
+        raise run.ModelError(f"{path}: says {metadata['precision']}, its weights are {found}; export it again")
+    if (data or labels) and (found == "fp32" or metadata["kind"] != "sampler"):
+        raise BadInput(
+            "--data, --labels: got them for a file that is not judged by data, needs an fp16 or int8 sampler"
+        )
+    if found != "fp32":
         dataset, skipped = quality.dataset_of(opened, data, labels) if metadata["kind"] == "sampler" else (None, None)
         files = {metadata["kind"]: (session, metadata)}
         measured = quality.measure(metadata["precision"], files, opened, evaluate, dataset, skipped)

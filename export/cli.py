@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
@@ -74,7 +75,7 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
     """What an exported file tells of itself."""
     session = run.open_session(file)
     metadata = run.metadata_of(session, file)
-    table = Table(title=str(file), show_header=False)
+    table = Table(title=Text(str(file)), show_header=False)
     rows = {
         "kind": metadata["kind"],
         "size": f"{file.stat().st_size:,} bytes",

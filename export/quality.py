@@ -1,7 +1,7 @@
 """What a lower precision costs and gives: PSNR, relative L2, class accuracy, Frechet distance, beside speed.
 
 Samples of both are drawn from the same noise, so they differ by the precision alone: two along each file's own table,
-and many, for the statistics, by the run's own solver in fewer steps.
+and many, for the statistics, by that table's solver in fewer steps.
 """
 
 import time
@@ -132,8 +132,8 @@ def _psnr(images: np.ndarray, exact: np.ndarray) -> float:
 def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dataset | None) -> dict[str, Any]:
     """Draw `samples` samples with both and compare them; without a dataset there is no evaluation."""
     session, metadata = file
-    steps = min(STEPS, run.sampling["steps"] or run.schedule.timesteps)
-    options = run.sampling | {"steps": steps, "spacing": "trailing"}
+    steps = min(STEPS, metadata["table"]["steps"])
+    options = metadata["table"]["options"] | {"steps": steps, "spacing": "trailing"}
     table = make_table(run.schedule, **options)
     classes = run.model.n_cfeat
     asked = torch.arange(samples) % classes if classes else None

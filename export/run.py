@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,7 +37,7 @@ PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 
 # Rows per call of the model. Untuned; results do not depend on it, memory and the progress bar do.
 BATCH_SIZE = 16
 CELL_PIXELS, GAP = 64, 4
-MOST_THREADS = 1024
+MOST_STEPS = 1_000_000
 FLOAT_MAX = float(np.finfo(np.float32).max)
 COLUMNS = 8  # of a table's row: seven coefficients and t
 NOISE_MODES = ("philox", "input", "none")
@@ -98,11 +99,12 @@ def open_session(
     path = Path(path)
     if provider not in PROVIDERS:
         raise UsageError(f"--provider: got {provider!r}, needs one of {', '.join(PROVIDERS)}")
-    if not 0 <= threads <= MOST_THREADS:
-        raise UsageError(f"--threads: got {threads}, needs 0 (all cores) to {MOST_THREADS}")
-    if path.exists() and not path.is_file():
+    cores = os.cpu_count() or 1
+    if not 0 <= threads <= cores:
+        raise UsageError(f"--threads: got {threads}, needs 0 (all cores) to {cores}")
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 (False for a name that is too long)
         raise ModelError(f"{path}: is no regular file, needs a model that `ddpm-export onnx` wrote")
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113
         raise ModelError(f"{path}: no such file, needs a model that `ddpm-export onnx` wrote")
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: is empty, needs to be exported again")
@@ -174,23 +176,35 @@ _SOLVER_ENTRIES = {"noise": str, "rng": str, "table": dict}
 
 
 def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | None:
-    """What is wrong with the metadata, of itself or beside the graph; None if nothing."""
-    kind = metadata.get("kind")
+    """What is wrong with the metadata, of itself or beside the graph; None if nothing. May raise what damage raises."""
+    kind = metadata["kind"]
     if kind not in KINDS:
         return f"kind is {kind!r}"
     for name, needed in (_ENTRIES | ({} if kind == "denoiser" else _SOLVER_ENTRIES)).items():
         if type(metadata.get(name)) is not needed:
             return f"{name} is {metadata.get(name)!r}"
-    if type(metadata["schedule"].get("timesteps")) is not int:
-        return "schedule has no timesteps"
+    timesteps = metadata["schedule"].get("timesteps")
+    if type(timesteps) is not int or not 1 <= timesteps <= MOST_STEPS:
+        return f"schedule has timesteps {timesteps!r}"
+    if not all(type(name) is str for name in metadata["classes"]):
+        return f"classes are {metadata['classes']!r}"
+    inputs = {value.name: value.shape for value in session.get_inputs()}
     if kind != "denoiser":
         table, noise = metadata["table"], metadata["noise"]
-        if noise not in NOISE_MODES or type(table.get("options")) is not dict or "clip" not in table:
-            return f"noise is {noise!r}, table {sorted(table)}"
-        rows = np.asarray(table.get("rows", np.zeros((table.get("steps", 0), COLUMNS))), dtype=object)
-        if (noise == "input" and "rows" not in table) or rows.shape != (table.get("steps"), COLUMNS):
-            return f"table has rows {list(rows.shape)} for {table.get('steps')!r} steps"
-    widths = [value.shape[-1] for value in session.get_inputs() if value.name.startswith("context")]
+        if noise not in NOISE_MODES or (kind == "sampler" and (noise == "input") != ("noise" in inputs)):
+            return f"noise is {noise!r}, the graph's inputs are {', '.join(inputs)}"
+        steps, clip, options = (table.get(name) for name in ("steps", "clip", "options"))
+        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
+            return f"table has steps {steps!r}"
+        if clip is not None and not (type(clip) in (int, float) and 0 < clip <= FLOAT_MAX):
+            return f"table has clip {clip!r}"
+        if type(options) is not dict or type(options.get("solver")) is not str:
+            return f"table has options {options!r}"
+        if noise == "input" or "rows" in table:
+            shape = np.asarray(table["rows"], np.float32).shape
+            if shape != (steps, COLUMNS):
+                return f"table has rows {list(shape)} for {steps} steps"
+    widths = [shape[-1] for name, shape in inputs.items() if name.startswith("context")]
     if widths != ([metadata["n_cfeat"]] if metadata["n_cfeat"] else []):
         return f"n_cfeat is {metadata['n_cfeat']}, the graph takes contexts of {widths or 'none'}"
     image = [metadata["channels"], metadata["height"], metadata["width"]]
@@ -205,19 +219,21 @@ def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | Non
 
     Raises ModelError if there is nothing, if it is damaged or of another format, or if another kind is needed.
     """
-    text = session.get_modelmeta().custom_metadata_map.get(KEY)
-    if text is None:
-        raise ModelError(f"{path}: has no {KEY!r} metadata, needs a model that `ddpm-export onnx` wrote")
+    damaged = f"{path}: its {KEY!r} metadata is damaged"
     try:
+        text = session.get_modelmeta().custom_metadata_map.get(KEY)
+        if text is None:
+            raise ModelError(f"{path}: has no {KEY!r} metadata, needs a model that `ddpm-export onnx` wrote")
         metadata = json.loads(text)
         version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: its {KEY!r} metadata is damaged ({error}), export it again") from error
-    if version != FORMAT_VERSION:
+        known = type(version) is int and version == FORMAT_VERSION
+        wrong = _wrong(metadata, session) if known else None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise ModelError(f"{damaged} ({type(error).__name__}: {_reason(error)}), export it again") from error
+    if not known:
         raise ModelError(f"{path}: is of format {version!r}, this program reads {FORMAT_VERSION}; use the one it is of")
-    wrong = _wrong(metadata, session)
     if wrong is not None:
-        raise ModelError(f"{path}: its {KEY!r} metadata is damaged ({wrong}), export it again")
+        raise ModelError(f"{damaged} ({wrong[:300]}), export it again")
     if kind is not None and metadata["kind"] != kind:
         raise ModelError(f"{path}: is a {metadata['kind']}, needs a {kind}.onnx")
     return metadata
@@ -267,7 +283,7 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
     known = f"a class ({', '.join(names) or f'0..{size - 1}'}), all, or {size} finite numbers"
     if text in names:
         row = np.eye(size)[names.index(text)]
-    elif text.isdecimal() and int(text) < size and size > 1:
+    elif text.isdecimal() and len(text) < 10 and int(text) < size and size > 1:
         row = np.eye(size)[int(text)]
     else:
         try:
@@ -316,6 +332,8 @@ def draw(
     """
     samples = np.asarray(samples)
     check_draw(metadata, samples, context, seed, guidance)
+    if table is not None and metadata["noise"] == "none" and (np.asarray(table)[:, 6] != 0).any():
+        raise UsageError("table: has noise (column 6), but the model was exported with --noise none")
     if clip is not None and table is None:
         raise UsageError(f"clip: got {clip} without a table, whose steps it belongs to")
     shape = (metadata["channels"], metadata["height"], metadata["width"])
@@ -351,16 +369,19 @@ def chunks(total: int, size: int) -> Iterator[slice]:
     shown = False
     if live:
         print(f"sample   0%  0/{total}", end="", file=sys.stderr, flush=True)
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
-        done, elapsed = min(start + size, total), time.monotonic() - began
-        if live or (elapsed > 2 and (shown or done < total) and 10 * done // total > 10 * start // total):
-            left = elapsed * (total - done) / done
-            line = f"sample {100 * done // total:3d}%  {done}/{total}  {done / elapsed:.3g} images/s  {left:.0f} s left"
-            print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
-            shown = True
-    if live:
-        print(file=sys.stderr)
+    try:
+        for start in range(0, total, size):
+            yield slice(start, min(start + size, total))
+            done, elapsed = min(start + size, total), time.monotonic() - began
+            if live or (elapsed > 2 and (shown or done < total) and 10 * done // total > 10 * start // total):
+                left = elapsed * (total - done) / done
+                speed = f"{done / elapsed:.3g} images/s  {left:.0f} s left"
+                line = f"sample {100 * done // total:3d}%  {done}/{total}  {speed}"
+                print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
+                shown = True
+    finally:
+        if live:
+            print(file=sys.stderr)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
@@ -451,7 +472,7 @@ def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
         table = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UsageError(f"{path}: not a readable .npy ({error.strerror or 'cut off'})") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: not a .npy file of numbers, needs floats [steps, {COLUMNS}]") from error
     if not isinstance(table, np.ndarray) or table.dtype.kind != "f" or table.shape[1:] != (COLUMNS,) or not len(table):
         found = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else "an archive"
@@ -463,8 +484,6 @@ def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
         raise UsageError(
             f"{path}: has times {times.min():g}..{times.max():g} (column 7), needs whole ones in 1..{last}"
         )
-    if metadata["noise"] == "none" and (table[:, 6] != 0).any():
-        raise UsageError(f"{path}: has noise (column 6), but the model was exported with --noise none")
     return table
 
 
@@ -481,10 +500,11 @@ def sample(given: argparse.Namespace) -> None:
     if given.table is not None:
         clip = metadata["table"]["clip"] if given.clip is None else given.clip
         options |= {"table": read_table(given.table, metadata), "clip": clip or None}
-    drawn = [
-        draw(session, metadata, samples[part], None if context is None else context[part], **options)
-        for part in chunks(given.n, given.batch_size)
-    ]
+    with closing(chunks(given.n, given.batch_size)) as parts:
+        drawn = [
+            draw(session, metadata, samples[part], None if context is None else context[part], **options)
+            for part in parts
+        ]
     images = np.concatenate(drawn)
     if given.npy is not None:
         _write(given.npy, ".npy", lambda path: np.save(path, images))
@@ -503,6 +523,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except OSError as error:  # of standard output
+        print(f"error: {error.strerror or error}", file=sys.stderr)
+        return RunError.exit_code
     except MemoryError:
         print("error: the samples do not fit into memory, needs a smaller --n or --batch-size", file=sys.stderr)
         return RunError.exit_code

@@ -35,9 +35,15 @@ def with_metadata(path, content):
         ({"height": 8}, "images are [3, 8, 16]"),
         ({"classes": None}, "classes is None"),
         ({"noise": "pink"}, "noise is 'pink'"),
-        ({"noise": "input"}, "rows"),
-        ({"table": {}}, "table []"),
+        ({"noise": "input"}, "noise is 'input', the graph's inputs are seed"),
+        ({"table": {}}, "steps None"),
         ({"schedule": {}}, "timesteps"),
+        ({"kind": ["sampler"]}, "damaged"),
+        ({"classes": [1, 2, 3]}, "classes are [1, 2, 3]"),
+        ({"format_version": True}, "format True"),
+        ({"table": {"steps": 10**12, "clip": 1.0, "options": {"solver": "ddpm"}}}, "steps 1000000000000"),
+        ({"table": {"steps": 12, "clip": -1.0, "options": {"solver": "ddpm"}}}, "clip -1.0"),
+        ({"table": {"steps": 12, "clip": 1.0, "options": {}}}, "options {}"),
     ],
 )
 def test_metadata_that_does_not_fit_its_graph(copied, run_folder, export, change, says):
@@ -114,6 +120,25 @@ def test_a_lower_precision_with_a_wrong_table_is_not_written(run_folder, export,
     assert answer.code == 1
     assert f"PSNR of {kind}.onnx" in answer.err.splitlines()[-1]
     assert not (tmp_path / "x").exists()
+
+
+def test_a_precision_that_is_only_claimed_is_not_believed(copied, half, run_folder, export):
+    for path, claimed, found in ((copied / "denoiser.onnx", "int8", "fp32"), (copied / "half.onnx", "fp32", "fp16")):
+        if not path.exists():
+            path.write_bytes((half / "sampler.onnx").read_bytes())
+        with_metadata(path, metadata(path) | {"precision": claimed})
+        assert f"says {claimed}, its weights are {found}" in line(export("verify", path, run_folder), 3)
+
+
+def test_lower_precisions_without_noise(run_folder, export, tmp_path):
+    arguments = ("--precision", "fp16", "--noise", "none", "--solver", "ddim", "--evaluate", 4)
+    answer = export("onnx", run_folder, "--out", tmp_path / "x", *arguments)
+    assert answer.code == 0, answer.err
+    assert json.loads((tmp_path / "x" / "manifest.json").read_text())["quality"]["solver"] == "ddim"
+
+
+def test_data_is_refused_where_nothing_is_judged_by_it(exported, run_folder, export):
+    assert "not judged by data" in line(export("verify", exported / "denoiser.onnx", run_folder, "--data", "x"), 2)
 
 
 def test_steps_refuse_noise_of_another_batch(exported):
