@@ -28,7 +28,6 @@ from export.precision import PRECISIONS, in_precision
 from export.run import FORMAT_VERSION
 
 DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = "denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json"
-KINDS = {"denoiser": DENOISER, "sampler": SAMPLER, "step": STEP}
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,10 @@ def write(opened: Run, out: Path, request: Request) -> dict[str, Any]:
                 require(parity)
             elif request.verify:
                 files = {}
-                for kind, name in KINDS.items():
-                    session = run.open_session(paths[name])
-                    files[kind] = session, run.metadata_of(session, paths[name], kind)
+                for kind in run.KINDS:
+                    path = paths[f"{kind}.onnx"]
+                    session = run.open_session(path)
+                    files[kind] = session, run.metadata_of(session, path, kind)
                 measured = quality.measure(request.precision, files, opened, request.evaluate, dataset, skipped)
                 quality.require(measured)
             manifest = _manifest(opened, request, paths, parity, measured)
