@@ -48,6 +48,18 @@ def pooled(x: Tensor) -> Tensor:
     return F.gelu(x.mean((2, 3)))
 
 
+def product(x: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor:
+    """u of the equations in the memory layout of x: one matrix product, on the weights as they lie if they share it."""
+    n, channels, height, width = x.shape
+    if backend.layout_of(x)[1]:
+        matrix = up_weight.permute(0, 2, 3, 1).reshape(channels, -1)
+        up = torch.addmm(up_bias.to(x.dtype).repeat(height * width), pooled(x), matrix)
+        return backend.like(up.reshape(n, height, width, channels).permute(0, 3, 1, 2), x)
+    matrix = up_weight.reshape(channels, -1)
+    up = torch.addmm(up_bias.to(x.dtype).repeat_interleave(height * width), pooled(x), matrix)
+    return backend.like(up.reshape(x.shape), x)
+
+
 def reference(
     x: Tensor,
     up_weight: Tensor,
@@ -60,7 +72,7 @@ def reference(
     eps: float,
 ) -> Tensor:
     """The equations above."""
-    up = torch.einsum("nk,kcij->ncij", pooled(x), up_weight) + up_bias[:, None, None]
+    up = product(x, up_weight, up_bias)
     return group_norm_reference(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
 
 
@@ -177,7 +189,7 @@ def launch(
     film_scale, film_shift = None if film_scale is None else film_scale.contiguous(), film_shift.contiguous()
     block_n = max(power_of_two(group * area), ROWS)
     if block_n * x.element_size() > WIDEST:
-        up = _product(x, up_weight, up_bias)
+        up = product(x, up_weight, up_bias)
         return group_norm_launch(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
     _, channels_last = backend.layout_of(x)
     _, weight_channels_last = backend.layout_of(up_weight)
@@ -210,18 +222,6 @@ def launch(
         num_warps=4 if block_n <= 256 else 8,
     )
     return out
-
-
-def _product(x: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor:
-    """u of the equations in the memory layout of x, as one matrix product where up_weight shares it."""
-    n, channels, height, width = x.shape
-    if backend.layout_of(x)[1]:
-        matrix = up_weight.permute(0, 2, 3, 1).reshape(channels, -1)
-        up = torch.addmm(up_bias.to(x.dtype).repeat(height * width), pooled(x), matrix)
-        return backend.like(up.reshape(n, height, width, channels).permute(0, 3, 1, 2), x)
-    matrix = up_weight.reshape(channels, -1)
-    up = torch.addmm(up_bias.to(x.dtype).repeat_interleave(height * width), pooled(x), matrix)
-    return backend.like(up.reshape(x.shape), x)
 
 
 @torch.library.custom_op("fused_ddpm::bottleneck", mutates_args=())
