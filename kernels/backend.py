@@ -51,6 +51,15 @@ def runs_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or INTERPRETED or _recorder.launches is not None
 
 
+def inlines(tensor: Tensor) -> bool:
+    """Whether torch.compile is to see an operator's reference instead of the operator: on the CPU it fuses that.
+
+    5.6 -> 4.8 ms a step at batch 1 for the two operators of a ContextUnet (n_feat 64, two cores with AVX-512); at batch
+    32 the same.
+    """
+    return torch.compiler.is_compiling() and not tensor.is_cuda and not INTERPRETED
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether argument values are checked: always on the CPU, on CUDA only under FUSED_DDPM_DEBUG=1."""
     if tensor.device.type == "cpu":

@@ -224,6 +224,12 @@ def launch(
     return out
 
 
+def _on_cpu(x: Tensor, *tensors: Tensor | None, groups: int, eps: float) -> Tensor:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = reference(*(None if tensor is None else tensor.to(compute) for tensor in (x, *tensors)), groups, eps)
+    return backend.like(y.to(x.dtype), x)
+
+
 @torch.library.custom_op("fused_ddpm::bottleneck", mutates_args=())
 def operator(
     x: Tensor,
@@ -237,12 +243,9 @@ def operator(
     eps: float,
 ) -> Tensor:
     """The registered operator."""
-    if backend.runs_triton(x):
-        return launch(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
-    compute = torch.promote_types(x.dtype, torch.float32)
+    run = launch if backend.runs_triton(x) else _on_cpu
     tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
-    y = reference(*(None if tensor is None else tensor.to(compute) for tensor in tensors), groups, eps)
-    return backend.like(y.to(x.dtype), x)
+    return run(*tensors, groups=groups, eps=eps)
 
 
 @operator.register_fake
@@ -303,7 +306,9 @@ def bottleneck(
     _check(x, up_weight, film_scale, film_shift)
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     backend.same_device(x, up_weight=up_weight, film_scale=film_scale, film_shift=film_shift, **vectors)
-    return operator(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
+    run = _on_cpu if backend.inlines(x) else operator
+    tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
+    return run(*tensors, groups=groups, eps=eps)
 
 
 def cost(x: torch.dtype, channels: int, batch: int) -> Cost:

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.kernels import TOLERANCE
+from ddpm.engines import missing
 from ddpm.networks import ContextUnet
 from kernels import group_norm_relu
 
@@ -69,6 +70,17 @@ def test_moments_survive_a_mean_a_thousand_times_the_deviation(triton_device, sh
     x = x + 2000
     expected = mathematics(x, weight, bias)
     assert (group_norm_relu(x, weight, bias).double().cpu() - expected).abs().max() < 2e-3
+
+
+@pytest.mark.long
+@pytest.mark.skipif(missing("compile", torch.device("cpu")) is not None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("shape", [(2, 16, 5, 7), (1, 8, 64, 160)])
+def test_moments_survive_where_torch_compile_generates_them(shape):
+    x, weight, bias = arguments(shape)
+    x = (x + 2000).contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(group_norm_relu, fullgraph=True)(x, weight, bias)
+    assert (compiled.double() - mathematics(x, weight, bias)).abs().max() < 2e-3
+    assert compiled.stride() == x.stride()
 
 
 def test_bfloat16(triton_device):
