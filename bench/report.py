@@ -55,6 +55,8 @@ KERNELS = (
     "solver_step fp32 channels_last",
     "group_norm_relu bf16",
     "bottleneck bf16",
+    "convolution bf16",
+    "convolution bf16 two sources",
 )
 
 

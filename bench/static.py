@@ -60,7 +60,7 @@ def table(arch: str, records: list[dict[str, Any]]) -> Table:
             Text(f"{record['instructions_per_element']:.1f}", style="bold"),
             "-" if record["ratio"] is None else f"{record['ratio']:.2f}",
             f"{record['load_bits']}/{record['store_bits']}",
-            f"{record['bytes_per_element']:g}",
+            f"{record['bytes_per_element']:.3g}",
             *(_card(prediction) for prediction in record["cards"].values()),
         )
     return grid

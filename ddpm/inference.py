@@ -55,7 +55,7 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
-def _store(module: nn.Module, **tensors: Tensor) -> None:
+def store(module: nn.Module, **tensors: Tensor) -> None:
     """Set buffers, in place where they have room: a captured CUDA graph reads the memory that it was captured with."""
     for name, tensor in tensors.items():
         held = getattr(module, name)
@@ -80,19 +80,19 @@ class Convolution(nn.Module):
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
 
-    def load(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, channels_last: bool) -> None:
-        """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd."""
+    def load(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, channels_last: bool, pack: bool) -> None:
+        """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd; pack: for oneDNN where it `packs`."""
         self.padding = weight.shape[-1] // 2
         weight = weight.to(dtype)
         # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
-        self.packed = channels_last and min(weight.shape[:2]) > 1 and packs(weight.device, dtype)
+        self.packed = pack and channels_last and min(weight.shape[:2]) > 1 and packs(weight.device, dtype)
         if self.packed:
             weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(), None)
         elif channels_last:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        _store(self, weight=weight)
+        store(self, weight=weight)
         if bias is not None:
-            _store(self, bias=bias.to(dtype))
+            store(self, bias=bias.to(dtype))
 
     def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
         """Padding, stride, dilation, groups."""
@@ -133,7 +133,7 @@ class Upsampling(nn.Module):
     def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype) -> None:
         """Take over a transposed convolution's weights."""
         of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).to(dtype).chunk(2)
-        _store(self, of_x=of_x.contiguous(), of_skip=of_skip.contiguous(), bias=conv.bias.to(dtype).repeat(4))
+        store(self, of_x=of_x.contiguous(), of_skip=of_skip.contiguous(), bias=conv.bias.to(dtype).repeat(4))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         (rows, _, h, w), halves = x.shape, x.shape[0] // skip.shape[0]
@@ -187,6 +187,8 @@ class InferenceUnet(nn.Module):
         shared: whether guidance shares the encoder and the skips; False repeats x, for comparison.
     """
 
+    pack = True
+
     def __init__(self, model: ContextUnet, dtype: torch.dtype, channels_last: bool = True, shared: bool = True) -> None:
         super().__init__()
         self.dtype, self.channels_last, self.shared = dtype, channels_last, shared
@@ -218,11 +220,11 @@ class InferenceUnet(nn.Module):
         def load(sequence: nn.Sequential, *blocks: ResidualConvBlock) -> None:
             convs = [half[0] for block in blocks for half in (block.conv1, block.conv2)]
             for own, conv in zip(sequence, convs, strict=True):
-                own.load(conv.weight, conv.bias, dtype, layout)
+                own.load(conv.weight, conv.bias, dtype, layout, self.pack)
 
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
-            self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout)
+            self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout, self.pack)
         leave_division_to_readers(model)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
@@ -231,14 +233,14 @@ class InferenceUnet(nn.Module):
             load(self.ups[level - 1], up[1], up[2])
         up0, norm = model.up0[0], model.up0[1]
         memory_format = torch.channels_last if layout else torch.contiguous_format
-        _store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
-        _store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
+        store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
+        store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
         of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
-        self.head_of_x.load(of_x, None, dtype, layout)
-        self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout)
-        _store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
-        self.last.load(model.out[3].weight, model.out[3].bias, dtype, layout)
+        self.head_of_x.load(of_x, None, dtype, layout, self.pack)
+        self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout, self.pack)
+        store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
+        self.last.load(model.out[3].weight, model.out[3].bias, dtype, layout, self.pack)
         # Not registered: only `conditions` calls them, at least in float32.
         kind = torch.promote_types(dtype, torch.float32)
         self.embeddings = {name: child.to(kind) for name, child in model.named_children() if "embed" in name}

@@ -25,10 +25,20 @@ _refuse_namesake()
 
 from kernels import philox  # noqa: E402
 from kernels.bottleneck import bottleneck  # noqa: E402
+from kernels.convolution import convolution  # noqa: E402
 from kernels.group_norm_relu import group_norm_relu  # noqa: E402
 from kernels.noise_mse import noise_mse  # noqa: E402
 from kernels.q_sample import q_sample  # noqa: E402
 from kernels.q_sample_rows import q_sample_rows  # noqa: E402
 from kernels.solver_step import solver_step  # noqa: E402
 
-__all__ = ["bottleneck", "group_norm_relu", "noise_mse", "philox", "q_sample", "q_sample_rows", "solver_step"]
+__all__ = [
+    "bottleneck",
+    "convolution",
+    "group_norm_relu",
+    "noise_mse",
+    "philox",
+    "q_sample",
+    "q_sample_rows",
+    "solver_step",
+]

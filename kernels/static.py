@@ -5,8 +5,8 @@ and the time that each rate allows,
 
     t_unit = instructions of the unit / (SMs * results per clock * clock)      t_bytes = bytes / bandwidth
 
-per million elements, of which the largest binds. The units are those of `Rates`. All are lower bounds: latency, caches
-and the launch itself are not in them.
+per million elements, of which the largest binds. The units are those of `kernels.cards`. All are lower bounds: latency,
+caches, tensor cores and the launch itself are not in them.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,6 +26,9 @@ from kernels.backend import Cost, Launch
 # The packages' functions of these names hide the modules.
 from kernels.bottleneck import cost as bottleneck_cost
 from kernels.bottleneck import launch as bottleneck
+from kernels.cards import CARDS
+from kernels.convolution import cost as convolution_cost
+from kernels.convolution import launch as convolution
 from kernels.group_norm_relu import cost as group_norm_relu_cost
 from kernels.group_norm_relu import launch as group_norm_relu
 from kernels.noise_mse import cost as noise_mse_cost
@@ -39,72 +42,6 @@ from kernels.solver_step import launch as solver_step
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 MORE_INSTRUCTIONS = 1.05
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Results per clock of one SM: of all instructions together, and of the units of `sass.CLASSES`.
-
-    fma takes fp32 arithmetic and IMAD; IMAD only in its heavy half.
-    """
-
-    fma: int
-    issue: int = 128  # four schedulers, an instruction for 32 threads each
-    alu: int = 64
-    imad: int = 64
-    special: int = 16
-
-    def clocks(self, per_element: dict[str, float]) -> dict[str, float]:
-        """Clocks of an SM per element for each unit, of instructions per element by class."""
-        count = {kind: per_element.get(kind, 0.0) for kind in ("alu", "imad", "fp32", "special")}
-        return {
-            "issue": sum(per_element.values()) / self.issue,
-            "alu": count["alu"] / self.alu,
-            "fma": max((count["fp32"] + count["imad"]) / self.fma, count["imad"] / self.imad),
-            "special": count["special"] / self.special,
-        }
-
-
-# CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native arithmetic instructions. The guide itself
-# could not be opened from here; checked are 8.0 (64 fp32, 64 int32, 16 special: lubits.ch/flash, appendix A, which
-# quotes the table; IMAD on the FMA pipe also in arXiv 2208.11174) and 8.6 (128 fp32, 64 int32: GA102 white paper as
-# quoted in github.com/openmm/openmm/issues/2868). Assumed: 8.9 and 9.0 as 8.6, and for 10.0 still 64 int32, as some in
-# NVIDIA's forum (thread 320578) quote the guide and doubt it: GeForce Blackwell has 128.
-RATES = {"sm_80": Rates(fma=64)} | {arch: Rates(fma=128) for arch in ("sm_86", "sm_89", "sm_90", "sm_100")}
-
-
-@dataclass(frozen=True)
-class Card:
-    """A card: architecture, streaming multiprocessors, clock in GHz, memory bandwidth in GB/s."""
-
-    arch: str
-    sms: int
-    clock: float
-    bandwidth: float
-
-    def units(self, per_element: dict[str, float]) -> dict[str, float]:
-        """Microseconds of each unit for a million elements, of instructions per element by class."""
-        clocks = RATES[self.arch].clocks(per_element)
-        return {unit: each * 1e6 / (self.sms * self.clock * 1e3) for unit, each in clocks.items()}
-
-    def bytes(self, per_element: float) -> float:
-        """Microseconds to move so many bytes for each of a million elements."""
-        return per_element * 1e6 / (self.bandwidth * 1e3)
-
-
-# SMs and bandwidth as in NVIDIA's data sheets and architecture white papers (A100 80GB SXM, L4, GeForce RTX 4090, H100
-# SXM, H200 SXM, HGX B200). Clock: the boost clock that the sheet names or that its fp32 peak implies (fp32 / (SMs *
-# lanes * 2): A100 19.5 TFLOP/s with 64 lanes, L4 30.3, RTX 4090 82.6, H100 and H200 67, B200 75 with 128).
-# Compared with third-party tables: H200 (132 SMs, 1.98 GHz, 4.8 TB/s), B200 (148, 1.98 GHz, 8.0 TB/s; one says 7.7) and
-# the H100's 3.35 TB/s. Not compared: A100, L4, RTX 4090.
-CARDS = {
-    "A100": Card("sm_80", 108, 1.41, 2039),
-    "L4": Card("sm_89", 58, 2.04, 300),
-    "RTX 4090": Card("sm_89", 128, 2.52, 1008),
-    "H100": Card("sm_90", 132, 1.98, 3350),
-    "H200": Card("sm_90", 132, 1.98, 4800),
-    "B200": Card("sm_100", 148, 1.98, 8000),
-}
 
 
 @dataclass(frozen=True)
@@ -221,6 +158,22 @@ def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
     return Case(run, bottleneck_cost(x, 128, IMAGE[0]), x, IMAGE[0] * 128 * side * side)
 
 
+def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 0, then: str = "keep") -> Case:
+    """bf16, as in a network with n_feat 64: 3x3 with GELU; over two sources without it; 1x1 where it spreads."""
+    taps, linear = 1 if then == "spread" else 3, skip > 0 or columns < 16
+
+    def run() -> None:
+        def weight(inputs: int) -> Tensor:
+            return _features((columns, inputs, taps, taps), BF16)
+
+        sources = (_features((n, skip, side, side), BF16), weight(skip)) if skip else (None, None)
+        image, bias = _features((n, channels, side, side), BF16), torch.ones(columns, dtype=BF16)
+        convolution(image, weight(channels), bias, *sources, None, None, None, not linear, then)
+
+    cost = convolution_cost(BF16, channels + skip, columns, taps * taps)
+    return Case(run, cost, BF16, n * columns * side * side)
+
+
 # Named "operator variant"; images are 64 of 3x16x16.
 CASES: dict[str, Case] = {
     "bare fp32": _bare(F32),
@@ -263,6 +216,13 @@ CASES: dict[str, Case] = {
     "bottleneck fp32": _bottleneck(F32),
     "bottleneck bf16": _bottleneck(BF16),
     "bottleneck bf16 28x28": _bottleneck(BF16, 7),
+    "convolution bf16": _convolution(64, 64, 64, 16),
+    "convolution bf16 one image": _convolution(1, 64, 64, 16),
+    "convolution bf16 first": _convolution(64, 3, 64, 16),
+    "convolution bf16 last": _convolution(64, 64, 3, 16),
+    "convolution bf16 pool": _convolution(64, 128, 128, 8, then="pool"),
+    "convolution bf16 two sources": _convolution(64, 64, 64, 16, skip=64),
+    "convolution bf16 spread": _convolution(64, 128, 256, 4, skip=128, then="spread"),
 }
 
 

@@ -95,11 +95,13 @@ class Capture:
 class GraphEngine(FusedEngine):
     """CUDA only. Arguments as `EagerEngine`; the noise must be Philox, which the kernel draws.
 
-    A callback makes the engine replay single steps and costs a second state in memory.
+    A callback makes the engine replay single steps and costs a second state in memory. `form` as in `FusedEngine`.
     """
 
-    def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
-        super().__init__(model, timesteps, table, dtype)
+    def __init__(
+        self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype, form: Form | None = None
+    ) -> None:
+        super().__init__(model, timesteps, table, dtype, form)
         self.timesteps = timesteps
         if not hasattr(self.form, "captures"):
             self.form.captures = OrderedDict()

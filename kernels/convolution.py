@@ -1,0 +1,379 @@
+"""convolution: a 3x3 or 1x1 convolution of channels_last images with everything that follows it in a ContextUnet.
+
+    u = sum_s sum_tap W_s[:, :, tap] x_s[.., p + tap] + bias     stride 1, zero padding, one or two sources s
+    v = film_scale * GELU(u) + film_shift + onto                 each of the three optional
+    out = v | its maximum over 2x2 pixels | 4 C' channels as C' of 2x2 pixels
+
+The second source is a skip connection: the sum is the convolution of the concatenation, which is never made; under
+guidance x has twice its rows, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit GEMM:
+Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
+
+Does it pay? A step of the inference form is about 90 launches with the library's convolutions, 27 with these. Modelled
+for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against 60-90. At
+large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is the
+default.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import backend
+from kernels.backend import Cost, jit, tl
+from kernels.group_norm_relu import power_of_two
+from kernels.q_sample import FLOATS
+
+LAST = torch.channels_last
+KEEP, POOL, SPREAD = "keep", "pool", "spread"
+ELEMENTS_LIMIT = 1 << 31  # offsets are 32 bit
+# All untuned. PROGRAMS: what a launch should have at least, about a card's multiprocessors; STAGES: loads in flight.
+PROGRAMS, STAGES = 128, 3
+LEAST_ROWS, MOST_ROWS, LEAST_COLUMNS, MOST_COLUMNS, MOST_CHANNELS = 16, 128, 32, 64, 64
+WARP_ELEMENTS = 1024  # of the product per warp, 4 to 8 warps: with 2048 two sources spill on sm_80
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    film_scale: Tensor | None,
+    film_shift: Tensor | None,
+    onto: Tensor | None,
+    gelu: bool,
+    then: str,
+) -> Tensor:
+    """The equations above."""
+    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    if skip is not None:
+        shared = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2)
+        y = y + torch.cat((shared,) * (x.shape[0] // skip.shape[0]))
+    y = F.gelu(y) if gelu else y
+    y = y if film_scale is None else film_scale[:, :, None, None] * y
+    y = y if film_shift is None else y + film_shift[:, :, None, None]
+    y = y if onto is None else y + onto
+    if then == POOL:
+        return F.max_pool2d(y, 2)
+    return F.pixel_shuffle(y.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2) if then == SPREAD else y
+
+
+@jit
+def pixels_of(m, H: tl.constexpr, W: tl.constexpr, POOLED: tl.constexpr):
+    """(image, y, x) of row m of the product; pooled, four neighbours that become one follow each other."""
+    if POOLED:
+        cell, corner = m // 4, m % 4
+        place = cell % (H // 2 * (W // 2))
+        image = cell // (H // 2 * (W // 2))
+        return image, place // (W // 2) * 2 + corner // 2, place % (W // 2) * 2 + corner % 2
+    place = m % (H * W)
+    return m // (H * W), place // W, place % W
+
+
+@jit
+def add_product(
+    total,
+    source,
+    weight,
+    image,
+    y,
+    x,
+    live,
+    column,
+    exists,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """total [BLOCK_M, BLOCK_N] plus one source's sum over taps and channels."""
+    PARTS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    for i in tl.range(0, TAPS * PARTS, num_stages=STAGES):
+        tap, c = i // PARTS, i % PARTS * BLOCK_K + k
+        dy, dx = 0, 0
+        if TAPS == 9:
+            dy, dx = tap // 3 - 1, tap % 3 - 1
+        inside = (live & (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W))[:, None]
+        there = exists[:, None]
+        if C % BLOCK_K != 0:
+            inside, there = inside & (c < C)[None, :], there & (c < C)[None, :]
+        pixel = (image * H + y + dy) * W + x + dx
+        a = tl.load(source + pixel[:, None] * C + c[None, :], mask=inside, other=0)
+        w = tl.load(weight + column[:, None] * (TAPS * C) + (tap * C + c)[None, :], mask=there, other=0)
+        total = tl.dot(a, tl.trans(w), total, input_precision="ieee")
+    return total
+
+
+@jit
+def convolution_kernel(
+    x,
+    weight,
+    bias,
+    skip,
+    skip_weight,
+    film_scale,
+    film_shift,
+    onto,
+    out,
+    rows,
+    skip_images,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    SKIP_C: tl.constexpr,
+    N: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIASED: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    GELU: tl.constexpr,
+    SCALED: tl.constexpr,
+    SHARED_SCALE: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    SHARED_SHIFT: tl.constexpr,
+    ONTO: tl.constexpr,
+    THEN: tl.constexpr,
+):
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live, exists = m < rows, column < N
+    image, py, px = pixels_of(m, H, W, THEN == "pool")
+    v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    v = add_product(v, x, weight, image, py, px, live, column, exists, H, W, C, TAPS, BLOCK_K, STAGES)
+    if SKIPPED:
+        other = image % skip_images
+        v = add_product(v, skip, skip_weight, other, py, px, live, column, exists, H, W, SKIP_C, TAPS, BLOCK_K, STAGES)
+    if BIASED:
+        v += tl.load(bias + column, mask=exists, other=0).to(tl.float32)[None, :]
+    if GELU:
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    mask = live[:, None] & exists[None, :]
+    film = image[:, None] * N + column[None, :]
+    if SCALED:
+        if SHARED_SCALE:
+            v *= tl.load(film_scale + column, mask=exists, other=0).to(tl.float32)[None, :]
+        else:
+            v *= tl.load(film_scale + film, mask=mask, other=0).to(tl.float32)
+    if SHIFTED:
+        if SHARED_SHIFT:
+            v += tl.load(film_shift + column, mask=exists, other=0).to(tl.float32)[None, :]
+        else:
+            v += tl.load(film_shift + film, mask=mask, other=0).to(tl.float32)
+    if ONTO:
+        pixel = (image * H + py) * W + px
+        v += tl.load(onto + pixel[:, None] * N + column[None, :], mask=mask, other=0).to(tl.float32)
+    if THEN == "pool":
+        v = tl.max(tl.reshape(v, (BLOCK_M // 4, 4, BLOCK_N)), 1)
+        cell = tl.program_id(0) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
+        mask = (cell * 4 < rows)[:, None] & exists[None, :]
+        offsets = cell[:, None] * N + column[None, :]
+    elif THEN == "spread":
+        part, c = column // (N // 4), column % (N // 4)
+        line = (image * H + py)[:, None] * 2 + (part // 2)[None, :]
+        offsets = (line * (2 * W) + px[:, None] * 2 + (part % 2)[None, :]) * (N // 4) + c[None, :]
+    else:
+        offsets = m[:, None] * N + column[None, :]
+    tl.store(out + offsets, v.to(out.dtype.element_ty), mask=mask)
+
+
+def tile(rows: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of the product per program: large ones, unless too few programs would be left. Untuned."""
+    across = min(max(power_of_two(columns), LEAST_ROWS), MOST_COLUMNS)
+    down = MOST_ROWS
+    while down > LEAST_ROWS and -(-rows // down) * -(-columns // across) < PROGRAMS:
+        down //= 2
+    if -(-rows // down) * -(-columns // across) < PROGRAMS:
+        across = min(across, LEAST_COLUMNS)
+    return down, across
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    film_scale: Tensor | None,
+    film_shift: Tensor | None,
+    onto: Tensor | None,
+    gelu: bool,
+    then: str,
+) -> Tensor:
+    """One launch; images and weights are read in channels_last."""
+    x, weight = x.contiguous(memory_format=LAST), weight.contiguous(memory_format=LAST)
+    skip, skip_weight, onto = (
+        None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in (skip, skip_weight, onto)
+    )
+    film_scale, film_shift = (None if film is None else film.contiguous() for film in (film_scale, film_shift))
+    n, channels, height, width = x.shape
+    columns, rows = weight.shape[0], n * height * width
+    out = _empty(x, weight, then)
+    block_m, block_n = tile(rows, columns)
+    backend.launch(
+        convolution_kernel,
+        (-(-rows // block_m), -(-columns // block_n)),
+        x,
+        weight,
+        bias,
+        skip,
+        skip_weight,
+        film_scale,
+        film_shift,
+        onto,
+        out,
+        rows,
+        1 if skip is None else skip.shape[0],
+        H=height,
+        W=width,
+        C=channels,
+        SKIP_C=0 if skip is None else skip.shape[1],
+        N=columns,
+        TAPS=weight.shape[2] * weight.shape[3],
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=min(max(power_of_two(channels), LEAST_ROWS), MOST_CHANNELS),
+        STAGES=STAGES,
+        BIASED=bias is not None,
+        SKIPPED=skip is not None,
+        GELU=gelu,
+        SCALED=film_scale is not None,
+        SHARED_SCALE=film_scale is not None and film_scale.shape[0] == 1,
+        SHIFTED=film_shift is not None,
+        SHARED_SHIFT=film_shift is not None and film_shift.shape[0] == 1,
+        ONTO=onto is not None,
+        THEN=then,
+        num_warps=min(max(block_m * block_n // WARP_ELEMENTS, 4), 8),
+    )
+    return out
+
+
+def _empty(x: Tensor, weight: Tensor, then: str) -> Tensor:
+    n, _, height, width = x.shape
+    columns = weight.shape[0]
+    shape = (n, columns, height, width)
+    if then == POOL:
+        shape = (n, columns, height // 2, width // 2)
+    elif then == SPREAD:
+        shape = (n, columns // 4, 2 * height, 2 * width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
+
+
+@torch.library.custom_op("fused_ddpm::convolution", mutates_args=())
+def operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    film_scale: Tensor | None,
+    film_shift: Tensor | None,
+    onto: Tensor | None,
+    gelu: bool,
+    then: str,
+    kernel: bool,
+) -> Tensor:
+    """The registered operator."""
+    tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto)
+    if kernel and backend.runs_triton(x):
+        return launch(*tensors, gelu, then)
+    return reference(*tensors, gelu, then).contiguous(memory_format=LAST)
+
+
+@operator.register_fake
+def _(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+    return _empty(x, weight, others[-2])
+
+
+def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
+    if x.ndim != 4 or x.dtype != dtype or x.shape[2:] != sides:
+        raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, needs {dtype} [n, C, {sides[0]}, {sides[1]}]")
+    channels, size = x.shape[1], weight.shape[-1]
+    if weight.dtype != dtype or weight.shape != (weight.shape[0], channels, size, size) or size not in (1, 3):
+        raise ValueError(
+            f"{name}'s weight: got {weight.dtype} {list(weight.shape)}, needs {dtype} [C', {channels}, k, k] with"
+            " k 1 or 3"
+        )
+
+
+def _check_additions(x: Tensor, columns: int, onto: Tensor | None, **vectors: Tensor | None) -> None:
+    n, _, height, width = x.shape
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        fits = (columns,) if name == "bias" else ((1, columns), (n, columns))
+        if (vector.shape != fits if name == "bias" else tuple(vector.shape) not in fits) or vector.dtype != x.dtype:
+            needs = f"[{columns}]" if name == "bias" else f"[{n}, {columns}] or [1, {columns}]"
+            raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs {x.dtype} {needs}")
+    if onto is not None and (onto.shape != (n, columns, height, width) or onto.dtype != x.dtype):
+        raise ValueError(f"onto: got {onto.dtype} {list(onto.shape)}, needs {x.dtype} {[n, columns, height, width]}")
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    skip: Tensor | None = None,
+    skip_weight: Tensor | None = None,
+    film_scale: Tensor | None = None,
+    film_shift: Tensor | None = None,
+    onto: Tensor | None = None,
+    gelu: bool = False,
+    then: str = KEEP,
+    kernel: bool = False,
+) -> Tensor:
+    """Convolve with stride 1 and zero padding that keeps the size; then GELU, FiLM, a sum, and a change of shape.
+
+    Args:
+        x: float32, float16 or bfloat16 [n, C, h, w].
+        weight: [C', C, k, k] of x's type, k 1 or 3. bias: [C'].
+        skip, skip_weight: a second source [n / j, Cs, h, w] and its weights [C', Cs, k, k]; j copies of it are read.
+        film_scale, film_shift: [n, C'] or [1, C'].
+        onto: [n, C', h, w], added at last.
+        then: "keep"; "pool", the maximum of 2x2 pixels (h and w even); "spread", channels (dy, dx, c) to 2x2 pixels.
+        kernel: by one Triton kernel, where Triton runs, with products of float32 in float32; else by the library.
+
+    Sums are float32, rounded once (by the library: to x's type after every operator).
+
+    Returns: channels_last [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type. Not differentiable.
+    Raises: ValueError naming the argument, what it was and what it must be.
+    """
+    if x.ndim != 4 or x.dtype not in FLOATS:
+        raise ValueError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, h, w]")
+    if kernel and x.is_cuda and x.dtype == torch.float64:
+        raise ValueError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there, or kernel=False")
+    _check_source("x", x, weight, x.dtype, x.shape[2:])
+    if (skip is None) != (skip_weight is None):
+        raise ValueError("skip and skip_weight: got one of them, needs both or none")
+    if skip is not None:
+        _check_source("skip", skip, skip_weight, x.dtype, x.shape[2:])
+        if skip_weight.shape[::2] != weight.shape[::2] or not skip.shape[0] or x.shape[0] % skip.shape[0]:
+            raise ValueError(
+                f"skip: got {skip.shape[0]} images and weight {list(skip_weight.shape)}, needs a divisor of x's"
+                f" {x.shape[0]} images and {weight.shape[0]} outputs, kernel {weight.shape[-1]}"
+            )
+    columns = weight.shape[0]
+    _check_additions(x, columns, onto, bias=bias, film_scale=film_scale, film_shift=film_shift)
+    if then not in (KEEP, POOL, SPREAD):
+        raise ValueError(f"then: got {then!r}, needs {KEEP}, {POOL} or {SPREAD}")
+    if then == POOL and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(f"x: got {list(x.shape)}, needs even sides to pool")
+    if then == SPREAD and columns % 4:
+        raise ValueError(f"weight: got {columns} outputs, needs a multiple of 4 to spread")
+    largest = x.shape[0] * x.shape[2] * x.shape[3] * max(x.shape[1], columns)
+    if kernel and largest >= ELEMENTS_LIMIT:
+        raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
+    others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
+    backend.same_device(x, weight=weight, bias=bias, onto=onto, **others)
+    return operator(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then, kernel)
+
+
+def cost(dtype: torch.dtype, channels: int, columns: int, taps: int) -> Cost:
+    """Per element of the output before `then`: x read once, the output written; one product and sum per weight."""
+    return Cost(bytes=dtype.itemsize * (1 + channels / columns), flops=2 * channels * taps)
