@@ -1,15 +1,13 @@
 """The command line `ddpm-bench`: one function per command."""
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from bench import report
 from bench.compare import compare
+from bench.gpu.command import gpu
 from bench.history import history
 from bench.ladder.command import ladder
 from bench.peers import peers
@@ -17,7 +15,6 @@ from bench.profile import profile
 from bench.run import run
 from bench.static import static
 from ddpm import command_line
-from ddpm.command_line import FAILED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
@@ -27,29 +24,7 @@ app.command()(history)
 app.command()(peers)
 app.command()(static)
 app.command()(profile)
-
-
-@app.command()
-def gpu(
-    out: Annotated[Path, typer.Option(help="folder for the records")],
-    tests: Annotated[bool, typer.Option(help="run the kernel tests on the device first")] = True,
-) -> int:
-    """Everything that only a GPU can tell: the kernel tests on it, then the kernels' times, in under nine minutes."""
-    from bench.gpu import BUDGET_SECONDS, run_kernels, run_tests, table
-
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
-    out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    tested = run_tests() if tests else None
-    left = BUDGET_SECONDS - (time.monotonic() - began)
-    content = run_kernels(out, torch.device("cuda"), budget=left, tests=tested)
-    records = content["records"]
-    print(table(records))
-    print(f"wrote {out / 'kernels.json'}")
-    passed = tested is None or tested["exit"] == 0
-    good = content["complete"] and passed and all(record["parity"] for record in records)
-    return 0 if good else FAILED
+app.command()(gpu)
 
 
 @app.command("report")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, summary, timer
-from kernels import bottleneck, group_norm_relu, philox, q_sample, q_sample_rows, solver_step
+from kernels import bottleneck, convolution, group_norm_relu, philox, q_sample, q_sample_rows, solver_step
 from kernels import noise_mse as noise_mse_function
 from kernels.bottleneck import cost as bottleneck_cost
 from kernels.bottleneck import reference as bottleneck_reference
+from kernels.convolution import cost as convolution_cost
 from kernels.group_norm_relu import cost as group_norm_cost
 from kernels.group_norm_relu import reference as group_norm_reference
 from kernels.noise_mse import backward_operator
@@ -100,7 +102,58 @@ def full_precision() -> Iterator[None]:
 
 def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """All operators on about this many elements."""
-    return [*image_workloads(elements, dtype, device), *network_workloads(elements, dtype, device)]
+    return [
+        *image_workloads(elements, dtype, device),
+        *network_workloads(elements, dtype, device),
+        *convolution_workloads(elements, dtype, device),
+    ]
+
+
+# Those of a ContextUnet with n_feat 64 on 16x16 images: channels, of a second source, outputs, side, what follows.
+CONVOLUTIONS = {
+    "convolution": (64, 0, 64, 16, "keep"),
+    "convolution first": (3, 0, 64, 16, "keep"),
+    "convolution last": (64, 0, 3, 16, "keep"),
+    "convolution pool": (128, 0, 128, 8, "pool"),
+    "convolution two sources": (64, 64, 64, 16, "keep"),
+    "convolution spread": (128, 128, 256, 4, "spread"),
+}
+
+
+def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """The kernel against the library's convolution and the operators after it; at most so many elements in or out."""
+
+    def workload(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
+        n = max(1, elements // (max(channels + skipped, columns) * side**2))
+        size = 1 if then == "spread" else 3
+        inputs = size**2 * (channels + skipped)
+        options = {"gelu": not skipped and columns > 3, "then": then}
+
+        def randn(k: int, *shape: int) -> Tensor:
+            values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
+            return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+
+        weight, bias = randn(1, columns, channels, size, size) / inputs**0.5, randn(2, columns)
+        skip_weight = randn(3, columns, skipped, size, size) / inputs**0.5 if skipped else None
+
+        def make(k: int) -> tuple[Tensor, ...]:
+            return (randn(k, n, channels, side, side), *([randn(k + 1000, n, skipped, side, side)] if skipped else []))
+
+        def run(x: Tensor, skip: Tensor | None = None, *, kernel: bool, kind: torch.dtype = dtype) -> Tensor:
+            weights = (tensor if tensor is None else tensor.to(kind) for tensor in (weight, bias, skip_weight))
+            of_x, added, of_skip = weights
+            return convolution(x, of_x, added, skip=skip, skip_weight=of_skip, kernel=kernel, **options)
+
+        def error(a: tuple[Tensor, ...]) -> float:
+            out = run(*a, kernel=True)
+            exact = partial(run, kernel=False, kind=torch.float64)
+            return _worst((out[r], exact(*(tensor[r].double() for tensor in a))) for r in _rows(n))
+
+        count = n * columns * side**2
+        moved = convolution_cost(dtype, channels + skipped, columns, size**2).bytes * count
+        return Workload(name, dtype, count, moved, make, partial(run, kernel=True), partial(run, kernel=False), error)
+
+    return [workload(name, *shape) for name, shape in CONVOLUTIONS.items()]
 
 
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:

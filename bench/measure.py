@@ -41,11 +41,14 @@ def yardstick(device: torch.device) -> Call:
 
 
 def matrix_ceiling(device: torch.device, rounds: int = 5) -> float:
-    """FLOP/s of a square matrix product, the faster of float32 and bfloat16."""
+    """FLOP/s of a square matrix product of random numbers, the faster of float32 and bfloat16.
+
+    Of zeros an H200 multiplied 13% faster (769 to 798 TFLOP/s against 894).
+    """
     side = 8192 if device.type == "cuda" else 512
     best = 0.0
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones((side, side), dtype=dtype, device=device)
+        a = torch.randn((side, side), generator=torch.Generator(device).manual_seed(SEED), device=device).to(dtype)
         product = timer(torch.mm, [(a, a)], device)
         product()
         best = max(best, *(2 * side**3 / (product().kernel * 1e-6) for _ in range(rounds)))
@@ -123,7 +126,8 @@ def _prepare(candidate: Candidate, arguments: tuple, device: torch.device) -> tu
     }
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a record."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -166,13 +170,13 @@ def measure(
         synchronize(device)
         prepared = {EAGER: (bench.reference, {"warm_up_s": time.perf_counter() - began, "parity": True})}
     except Exception as error:
-        return [head | {"candidate": EAGER, "failed": _one_line(error)}]
+        return [head | {"candidate": EAGER, "failed": one_line(error)}]
     broken = []
     for name, candidate in bench.candidates.items():
         try:
             call, facts = _prepare(candidate, arguments, device)
         except Exception as error:
-            broken.append(head | {"candidate": name, "failed": _one_line(error)})
+            broken.append(head | {"candidate": name, "failed": one_line(error)})
             continue
         if facts["parity"]:
             prepared[name] = (call, facts)
@@ -181,7 +185,7 @@ def measure(
     try:
         return _timed(head, bench, prepared, device, rounds, seconds, ceiling) + broken
     except Exception as error:
-        return [head | {"candidate": name, "failed": _one_line(error)} for name in prepared] + broken
+        return [head | {"candidate": name, "failed": one_line(error)} for name in prepared] + broken
 
 
 def _timed(

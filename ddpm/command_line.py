@@ -1,16 +1,40 @@
 """What the command lines share: errors are one line on stderr and an exit code, no traceback without `--debug`."""
 
 import logging
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
 from ddpm.errors import WorkFailed
 
-BAD_INPUT, FAILED, STOPPED = 2, 1, 130
+BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception so that what is half written is removed."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, where a handler may be set: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def exit_code(error: BaseException) -> int:
@@ -36,10 +60,11 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
-        result = app(arguments, prog_name=name, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+        with terminable():
+            result = app(arguments, prog_name=name, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort, Terminated) as error:
         print("stopped", file=sys.stderr)
-        return STOPPED
+        return TERMINATED if isinstance(error, Terminated) else STOPPED
     except Exception as error:
         if debug:
             traceback.print_exc()

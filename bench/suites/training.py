@@ -3,10 +3,12 @@
 Parity is of the losses of the first four steps: the later ones depend on the earlier steps' gradients.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 
 import torch
 
+from bench.goals import AUTOTUNE
 from bench.registry import Bench, Candidate, Workload
 from bench.suites.networks import CHANNELS, N_CFEAT, N_FEAT, SEED, SIDE, forward_flops
 from ddpm.data import Dataset
@@ -24,6 +26,7 @@ BF16_TOLERANCE = 2e-2
 ENGINE_TOLERANCE = 1e-4  # the design's parity between engines in fp32
 BATCHES = (32, 100)
 QUICK_BATCHES = (8,)
+STEPS_AHEAD = 10  # on CUDA
 
 
 class Step:
@@ -56,7 +59,19 @@ class Step:
         return self.trainer.losses[:PARITY_STEPS].double().cpu()
 
 
-def _build(batch: int, device: torch.device) -> Bench:
+Make = Callable[[], Step]
+
+
+class AutotunedStep(Step):
+    """The eager loop with its network through torch.compile at its strongest: what a user of PyTorch would write."""
+
+    def __init__(self, batch: int, precision: str, device: torch.device) -> None:
+        super().__init__(batch, precision, "eager", device)
+        self.trainer.parallel = torch.compile(self.trainer.parallel, mode=AUTOTUNE, dynamic=False)
+
+
+def _bench(batch: int, makes: Mapping[str, tuple[Make, float]], device: torch.device, calls: int = 1) -> Bench:
+    """makes: candidate -> (how it is made, tolerance). calls: steps that are timed together."""
     expected = cache(lambda: Step(batch, "fp32", "eager", device).first_losses())
 
     def error(call: Step) -> float:
@@ -66,13 +81,43 @@ def _build(batch: int, device: torch.device) -> Bench:
     parameters = sum(parameter.numel() for parameter in reference.trainer.network.parameters())
     # Forward, and backward at twice its operations; weights, gradients, two moments and EMA, each read and written.
     cost = Cost(bytes=parameters * 4 * 10, flops=3 * batch * forward_flops())
-    candidates = {
-        engine: Candidate(partial(Step, batch, "fp32", engine, device), error, ENGINE_TOLERANCE)
+    candidates = {name: Candidate(make, error, tolerance) for name, (make, tolerance) in makes.items()}
+    return Bench([()] * calls, reference, candidates, cost, images=batch)
+
+
+def _build(batch: int, device: torch.device) -> Bench:
+    makes = {
+        engine: (partial(Step, batch, "fp32", engine, device), ENGINE_TOLERANCE)
         for engine in ENGINES
         if engine != "eager" and missing(engine, device) is None
     }
-    candidates["bf16"] = Candidate(partial(Step, batch, "bf16", "eager", device), error, BF16_TOLERANCE)
-    return Bench([()], reference, candidates, cost, images=batch)
+    return _bench(batch, makes | {"bf16": (partial(Step, batch, "bf16", "eager", device), BF16_TOLERANCE)}, device)
+
+
+def _build_on_cuda(batch: int, names: Sequence[str], device: torch.device) -> Bench:
+    """names: "ENGINE PRECISION", of which those that run here; the loop stays ahead of the device, as in training."""
+    makes = {}
+    for name in names:
+        engine, precision = name.split()
+        tolerance = BF16_TOLERANCE if precision == "bf16" else ENGINE_TOLERANCE
+        if engine == AUTOTUNE:
+            makes[name] = (partial(AutotunedStep, batch, precision, device), tolerance)
+        elif missing(engine, device) is None:
+            makes[name] = (partial(Step, batch, precision, engine, device), tolerance)
+    return _bench(batch, makes, device, calls=STEPS_AHEAD)
+
+
+def cuda_workloads(batch: int) -> list[Workload]:
+    """As `ddpm-bench gpu` measures them, the most important first: each may be the last for which there is time."""
+    kinds = {
+        "engines": ("graph bf16", "eager bf16"),
+        "autotune-bf16": ("graph bf16", f"{AUTOTUNE} bf16", "compile bf16"),
+        "autotune-fp32": ("graph fp32", f"{AUTOTUNE} fp32", "compile fp32"),
+    }
+    return [
+        Workload(f"training/batch{batch}/{kind}", "training", partial(_build_on_cuda, batch, names))
+        for kind, names in kinds.items()
+    ]
 
 
 def workloads(quick: bool) -> list[Workload]:

@@ -32,10 +32,13 @@ def output(form, x, guided):
 def test_it_computes_what_the_inference_form_does(triton_device, shape, guided, monkeypatch):
     # Few large programs: the interpreter runs them one by one. (The function of this name hides the module.)
     monkeypatch.setattr(sys.modules["kernels.convolution"], "PROGRAMS", 1)
-    model = unet(**shape).to(triton_device)
-    x = torch.randn(2, *model.sample_shape).to(triton_device)
-    expected = output(InferenceUnet(model.double(), torch.float64), x.double(), guided)
-    actual = output(KernelUnet(model.float(), torch.float32), x, guided)
+    model = unet(**shape)
+    x = torch.randn(2, *model.sample_shape)
+    exact = InferenceUnet(model.double(), torch.float64, channels_last=False)
+    with monkeypatch.context() as references:
+        references.setattr("kernels.backend.INTERPRETED", False)
+        expected = output(exact, x.double(), guided)
+    actual = output(KernelUnet(model.float().to(triton_device), torch.float32), x.to(triton_device), guided).cpu()
     assert actual.shape == expected.shape
     assert (actual.double() - expected).abs().max() <= 1e-5 * expected.abs().max()
 
