@@ -366,7 +366,8 @@ def convolution(
         raise ValueError(f"x: got {list(x.shape)}, needs even sides to pool")
     if then == SPREAD and columns % 4:
         raise ValueError(f"weight: got {columns} outputs, needs a multiple of 4 to spread")
-    largest = x.shape[0] * x.shape[2] * x.shape[3] * max(x.shape[1], columns)
+    widest = max(x.shape[1], columns, 0 if skip is None else skip.shape[1])
+    largest = x.shape[0] * x.shape[2] * x.shape[3] * widest
     if kernel and largest >= ELEMENTS_LIMIT:
         raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
     others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}

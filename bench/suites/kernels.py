@@ -1,7 +1,8 @@
 """Suite `kernels`: every operator against the eager sequence that it replaces, see `bench.kernels`.
 
 On the CPU an operator is its PyTorch reference, so the ratio there says what the noise contract costs (torch.randn is
-cheaper than Philox in torch operators), and a slower operator shows in its own row.
+cheaper than Philox in torch operators), and a slower operator shows in its own row. A convolution's reference is the
+library's, its eager sequence: there is nothing to compare without a GPU.
 """
 
 from functools import partial
@@ -44,6 +45,8 @@ def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -
 def workloads(quick: bool) -> list[Workload]:
     """Every operator of `bench.kernels` by size and type. Its names come from a tiny instance on the CPU."""
     names = [w.name for w in kernels.workloads(1, torch.float32, torch.device("cpu"))]
+    if not torch.cuda.is_available():
+        names = [name for name in names if name not in kernels.CONVOLUTIONS]
     types = {"fp32": torch.float32} if quick else TYPES
     return [
         Workload(f"kernels/{name}/{label}/1e{round(log10(size))}", "kernels", partial(_build, name, size, dtype))
