@@ -340,7 +340,9 @@ def _kinds(model: nn.Module) -> dict[str, tuple[type, dict[str, object]]]:
             {
                 name: value
                 for name, value in vars(module).items()
-                if isinstance(value, int | float | str | tuple | None) and name not in IRRELEVANT
+                if isinstance(value, int | float | str | tuple | None)
+                and name not in IRRELEVANT
+                and not name.startswith("_")  # PyTorch's own books: torch.compile(model) leaves a mark
             },
         )
         for path, module in model.named_modules()

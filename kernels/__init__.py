@@ -1,8 +1,8 @@
 """The fused operators of fused-ddpm, each with its reference; imports nothing of the floors above.
 
 `philox` is the noise contract; `q_sample`, `noise_mse` and `solver_step` are the operators that
-training and sampling consist of beside the network; `group_norm_relu` and `bottleneck` are parts of the network's
-inference form.
+training and sampling consist of beside the network; `convolution`, `group_norm_relu` and `bottleneck` are parts of the
+network's inference form.
 """
 
 from importlib import metadata

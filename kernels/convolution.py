@@ -8,11 +8,13 @@ The second source is a skip connection: the sum is the convolution of the concat
 guidance x has twice its rows, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit GEMM:
 Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
 
-Does it pay? A step of the inference form is about 90 launches with the library's convolutions, 27 with these. Modelled
+Does it pay? A step of the inference form is about 90 launches with the library's convolutions, 30 with these. Modelled
 for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against 60-90. At
 large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is the
 default.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +27,13 @@ from kernels.q_sample import FLOATS
 
 LAST = torch.channels_last
 KEEP, POOL, SPREAD = "keep", "pool", "spread"
-ELEMENTS_LIMIT = 1 << 31  # offsets are 32 bit
-# All untuned. PROGRAMS: what a launch should have at least, about a card's multiprocessors; STAGES: loads in flight.
-PROGRAMS, STAGES = 128, 3
-LEAST_ROWS, MOST_ROWS, LEAST_COLUMNS, MOST_COLUMNS, MOST_CHANNELS = 16, 128, 32, 64, 64
+ELEMENTS_LIMIT = (1 << 31) - (1 << 10)  # offsets are 32 bit, those of a last, partly empty tile too
+# All of the following untuned.
+PROGRAMS = 128  # what a launch should have at least: about a card's multiprocessors
+STAGES = 3  # of loads in flight
+LEAST_ROWS, MOST_ROWS = 16, 128  # of the product per program; 16 is the least that tl.dot takes
+LEAST_COLUMNS, MOST_COLUMNS = 32, 64
+MOST_CHANNELS = 64  # per step of the product
 WARP_ELEMENTS = 1024  # of the product per warp, 4 to 8 warps: with 2048 two sources spill on sm_80
 
 
@@ -47,8 +52,8 @@ def reference(
     """The equations above."""
     y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
     if skip is not None:
-        shared = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2)
-        y = y + torch.cat((shared,) * (x.shape[0] // skip.shape[0]))
+        shared, copies = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2), x.shape[0] // skip.shape[0]
+        y = y + (shared if copies == 1 else shared.repeat(copies, 1, 1, 1))
     y = F.gelu(y) if gelu else y
     y = y if film_scale is None else film_scale[:, :, None, None] * y
     y = y if film_shift is None else y + film_shift[:, :, None, None]
@@ -108,6 +113,13 @@ def add_product(
 
 
 @jit
+def largest(a, b):
+    """The larger one; NaN if either is, as in the library's pooling."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+# A batch never met compiles no new kernel.
+@partial(jit, do_not_specialize=("rows", "skip_images"))
 def convolution_kernel(
     x,
     weight,
@@ -169,7 +181,7 @@ def convolution_kernel(
         pixel = (image * H + py) * W + px
         v += tl.load(onto + pixel[:, None] * N + column[None, :], mask=mask, other=0).to(tl.float32)
     if THEN == "pool":
-        v = tl.max(tl.reshape(v, (BLOCK_M // 4, 4, BLOCK_N)), 1)
+        v = tl.reduce(tl.reshape(v, (BLOCK_M // 4, 4, BLOCK_N)), 1, largest)
         cell = tl.program_id(0) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
         mask = (cell * 4 < rows)[:, None] & exists[None, :]
         offsets = cell[:, None] * N + column[None, :]
@@ -210,7 +222,9 @@ def launch(
     skip, skip_weight, onto = (
         None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in (skip, skip_weight, onto)
     )
-    film_scale, film_shift = (None if film is None else film.contiguous() for film in (film_scale, film_shift))
+    bias, film_scale, film_shift = (
+        None if vector is None else vector.contiguous() for vector in (bias, film_scale, film_shift)
+    )
     n, channels, height, width = x.shape
     columns, rows = weight.shape[0], n * height * width
     out = _empty(x, weight, then)
@@ -337,7 +351,8 @@ def convolution(
         film_scale, film_shift: [n, C'] or [1, C'].
         onto: [n, C', h, w], added at last.
         then: "keep"; "pool", the maximum of 2x2 pixels (h and w even); "spread", channels (dy, dx, c) to 2x2 pixels.
-        kernel: by one Triton kernel, where Triton runs, with products of float32 in float32; else by the library.
+        kernel: by one Triton kernel, where Triton runs (on a CPU it does not), with products of float32 in float32;
+            else by the library.
 
     Sums are float32, rounded once (by the library: to x's type after every operator).
 
@@ -367,14 +382,14 @@ def convolution(
     if then == SPREAD and columns % 4:
         raise ValueError(f"weight: got {columns} outputs, needs a multiple of 4 to spread")
     widest = max(x.shape[1], columns, 0 if skip is None else skip.shape[1])
-    largest = x.shape[0] * x.shape[2] * x.shape[3] * widest
-    if kernel and largest >= ELEMENTS_LIMIT:
+    if kernel and x.shape[0] * x.shape[2] * x.shape[3] * widest >= ELEMENTS_LIMIT:
         raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
     others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
     backend.same_device(x, weight=weight, bias=bias, onto=onto, **others)
     return operator(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then, kernel)
 
 
-def cost(dtype: torch.dtype, channels: int, columns: int, taps: int) -> Cost:
-    """Per element of the output before `then`: x read once, the output written; one product and sum per weight."""
-    return Cost(bytes=dtype.itemsize * (1 + channels / columns), flops=2 * channels * taps)
+def cost(dtype: torch.dtype, channels: int, columns: int, taps: int, then: str = KEEP) -> Cost:
+    """Per element before `then`: x read once, the output written; one product and sum per weight."""
+    written = 0.25 if then == POOL else 1
+    return Cost(bytes=dtype.itemsize * (written + channels / columns), flops=2 * channels * taps)

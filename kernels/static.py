@@ -170,7 +170,7 @@ def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 
         image, bias = _features((n, channels, side, side), BF16), torch.ones(columns, dtype=BF16)
         convolution(image, weight(channels), bias, *sources, None, None, None, not linear, then)
 
-    cost = convolution_cost(BF16, channels + skip, columns, taps * taps)
+    cost = convolution_cost(BF16, channels + skip, columns, taps * taps, then)
     return Case(run, cost, BF16, n * columns * side * side)
 
 

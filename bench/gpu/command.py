@@ -136,6 +136,9 @@ def gpu(
         re.compile(pattern)
     except re.error as error:
         raise typer.BadParameter(f"{pattern!r} is no regular expression ({error})", param_hint="--filter") from error
+    known = steps.names(asked, torch.device("cuda"))
+    if pattern and not any(re.search(pattern, name) for name in known):
+        raise typer.BadParameter(f"{pattern!r} matches none of: {'; '.join(known) or 'nothing'}", param_hint="--filter")
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
     out = out.resolve()

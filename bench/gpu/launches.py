@@ -37,7 +37,7 @@ def planted(device: torch.device) -> None:
 def launches(device: torch.device, elements: int = TINY, cases: bool = True) -> Iterator[tuple[str, Callable]]:
     """(name, call) of every launch; the arguments of the workloads are made before they are yielded."""
     for dtype in TYPES:
-        for workload in workloads(elements, dtype, device):
+        for workload in workloads(elements, dtype, device, data_rows=1):
             yield f"{workload.name} {LABELS[dtype]}", partial(workload.fused, *workload.make(0))
     if cases:
         for name, case in CASES.items():

@@ -7,6 +7,7 @@ printed.
 import csv
 import gzip
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ WARM_UP, STEPS = 2, 10
 NAME_LENGTH, ROWS_SHOWN = 48, 6
 ELEMENTS = 10**7  # of ncu's launches: well past a launch's own cost
 PROGRAM = (sys.executable, "-m", "bench.gpu.launches", str(ELEMENTS))
+NUMBER = re.compile(r"\d+(\.\d+)?")
 METRICS = {
     "gpu__time_duration.sum": "ns",
     "dram__bytes_read.sum": "dram_bytes_read",
@@ -118,8 +120,10 @@ def counters_of(text: str) -> list[dict[str, Any]]:
     for row in rows:
         if not row["ID"]:  # the line of units
             continue
-        values = {name: float(row[metric].replace(",", "")) for metric, name in METRICS.items()}
-        found.append({"kernel": row["Kernel Name"]} | values)
+        cells = [(name, (row[metric] or "").replace(",", "")) for metric, name in METRICS.items()]
+        if not all(NUMBER.fullmatch(cell) for _, cell in cells):  # cut off, or a counter that was not available
+            continue
+        found.append({"kernel": row["Kernel Name"]} | {name: float(cell) for name, cell in cells})
     return found
 
 

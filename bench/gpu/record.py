@@ -3,6 +3,7 @@
 The keys are those of `bench.store`, and: complete, failures [one line each], seconds (the part's share of the budget).
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,8 @@ class Record:
             product_flops_per_s=None,
         )
         given = (str(out), part, f"{seconds:.0f}", pattern)
-        options = [f"{name} {value}" for name, value in zip(ARGUMENTS, given, strict=True) if value]
-        made["command"] = " ".join(("ddpm-bench gpu", *options))
+        options = [word for pair in zip(ARGUMENTS, given, strict=True) if pair[1] for word in pair]
+        made["command"] = shlex.join(("ddpm-bench", "gpu", *options))
         record = cls(out / f"{part}.json", made | {"complete": False, "failures": [], "seconds": seconds} | facts)
         record.write()
         return record

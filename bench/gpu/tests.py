@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,7 @@ PATHS = (
 # Compile for cards that are not here, or import things: they need no GPU, and are in `make test`.
 ELSEWHERE = ("tests/kernels/test_static.py", "tests/kernels/test_import_clash.py")
 ONNX, ONNX_NEEDS = "tests/export/test_cuda.py", ("onnx", "onnxscript", "onnxruntime")
+PROVIDER = "CUDAExecutionProvider"
 # Most of the time is Triton compiling on the host and processes starting. Untuned: 16 cores were promised.
 WORKERS = 8
 KINDS = ("passed", "failed", "error", "skipped")
@@ -40,13 +42,16 @@ def run_tests(out: Path, device: torch.device, seconds: float, which: Sequence[s
     record = Record.start(out, "tests", seconds, device)
     if which is None:
         which = [*PATHS, *(f"--ignore={path}" for path in ELSEWHERE)]
-        if all(map(find_spec, ONNX_NEEDS)):
-            which.append(ONNX)
-        else:
+        if not all(map(find_spec, ONNX_NEEDS)):
             record.skip(ONNX, f"needs {', '.join(ONNX_NEEDS)}")
+        elif PROVIDER not in import_module("onnxruntime").get_available_providers():
+            record.skip(ONNX, f"this onnxruntime has no {PROVIDER}")
+        else:
+            which.append(ONNX)
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider"]
-    done = process.run([*command, "--durations=10", *workers, *which], seconds)
+    # One thread each, as in `make test`: so many workers share the cores.
+    done = process.run([*command, "--durations=10", *workers, *which], seconds, {"OMP_NUM_THREADS": "1"})
     found = counts(done.output)
     short = [line for line in done.output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
     record.add({"exit": done.code, "seconds": done.seconds, "counts": found, "lines": short, "output": done.tail(40)})

@@ -3,8 +3,8 @@
 A call is a trajectory of ddpm rows, times are per step. The reference is the eager engine in float32, without TF32, as
 are all but "eager tf32", what PyTorch's defaults give. Every candidate is judged against the reference.
 
-ROW/engines has our engines that are ready in seconds. ROW/autotune-TYPE has the strongest that a user of PyTorch would
-write: network, noise and update of one step through torch.compile(mode="max-autotune"), which takes minutes, beside
+ROW/engines has our engines that are ready in seconds. ROW/autotune-TYPE has what a user of PyTorch can do without our
+engines: network, the contract's noise and update of one step by torch.compile(mode="max-autotune"), minutes, beside
 `compile`, `graph` and `kernels` in the same type. The most important candidates come first.
 """
 

@@ -293,6 +293,8 @@ def test_a_measuring_part_really_is_another_process(tmp_path):
         ([], "this PyTorch sees no CUDA device, needs one"),
         (["--parts", "tests,walk"], "got 'walk', needs some of tests, sanitizer, kernels, step, training, profile"),
         (["--filter", "("], "'(' is no regular expression"),
+        (["--filter", "batch7"], "'batch7' matches none of: cuda/batch1/engines; "),
+        (["--filter", "batch1", "--parts", "tests"], "'batch1' matches none of: nothing"),
         (["--budget", "-1"], "greater than or equal to 0"),
     ],
 )

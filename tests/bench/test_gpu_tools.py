@@ -42,7 +42,8 @@ def out(tmp_path):
 
 # --- sanitizer --------------------------------------------------------------------------------------------------
 
-PLANTED = 'if [ "${@: -1}" = planted ]; then echo "========= ERROR SUMMARY: 8 errors"; exit 86; fi'
+PLANTED = 'if [ "${@: -1}" = planted ]; then echo "========= Invalid __global__ write"; '
+PLANTED += 'echo "========= ERROR SUMMARY: 8 errors"; exit 86; fi'
 CLEAN = '[ "$2" = racecheck ] && word=RACECHECK || word=ERROR; echo "========= $word SUMMARY: 0 errors"'
 
 

@@ -235,6 +235,12 @@ def test_what_folding_would_pass_by_is_run_as_it_is():
     assert isinstance(inference_form(lived_in(**SHAPES["16x16"]), torch.float32), InferenceUnet)
 
 
+def test_a_model_that_was_also_given_to_torch_compile_is_folded_all_the_same():
+    model = lived_in(**SHAPES["16x16"])
+    torch.compile(model)
+    assert isinstance(inference_form(model, torch.float32), InferenceUnet)
+
+
 def test_a_model_that_is_gone_leaves_no_form_behind():
     from ddpm import inference
 

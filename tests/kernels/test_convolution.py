@@ -120,6 +120,21 @@ def test_guided_halves_share_their_skip(triton_device):
     assert (convolution(*positional, **keywords, kernel=True).double().cpu() - expected).abs().max() > 0.1
 
 
+def test_nan_survives_pooling(triton_device):
+    positional, keywords = arguments((1, 8, 4, 4), 8, device=triton_device, then="pool")
+    positional[0][0, :, 1, 1] = math.nan
+    for kernel in (False, True):
+        assert convolution(*positional, **keywords, kernel=kernel)[0, :, 0, 0].isnan().all()
+
+
+def test_vectors_are_read_with_their_strides(triton_device):
+    positional, keywords = arguments((2, 8, 4, 4), 8, device=triton_device, films=("one", "one"))
+    x, weight, bias = positional
+    bias, keywords["film_scale"] = bias.repeat_interleave(2)[::2], keywords["film_scale"][:, :1].expand(1, 8)
+    expected = mathematics(x, weight, bias, **keywords)
+    close(convolution(x, weight, bias, **keywords, kernel=True), expected, torch.float32)
+
+
 def test_large_tiles(triton_device):
     """So many rows that a program takes the largest tile, and a rest."""
     shape = (1, 16, 130, 128)
@@ -146,9 +161,10 @@ def test_the_library(dtype, factor, then):
     close(convolution(*positional, **keywords), mathematics(*positional, **keywords), dtype, factor)
 
 
-def test_nothing_is_launched_without_images(triton_device):
-    positional, keywords = arguments((0, 8, 4, 4), 8, device=triton_device)
-    assert convolution(*positional, **keywords, kernel=True).shape == (0, 8, 4, 4)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_nothing_is_launched_without_images(triton_device, kernel):
+    positional, keywords = arguments((0, 8, 4, 4), 8, device=triton_device, skip=(2, 4))
+    assert convolution(*positional, **keywords, kernel=kernel).shape == (0, 8, 4, 4)
 
 
 def test_contiguous_images_and_weights_are_read_as_channels_last(triton_device):
