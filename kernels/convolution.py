@@ -14,8 +14,6 @@ large batches the library's matrix loop may win. Nothing was measured yet, so `k
 default.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,7 +117,7 @@ def largest(a, b):
 
 
 # A batch never met compiles no new kernel.
-@partial(jit, do_not_specialize=("rows", "skip_images"))
+@jit(do_not_specialize=("rows", "skip_images"))
 def convolution_kernel(
     x,
     weight,

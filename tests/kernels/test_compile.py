@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, sass, solver_step
+from kernels.convolution import launch as launch_convolution
 from kernels.noise_mse import launch as launch_noise_mse
 from kernels.q_sample import launch as launch_q_sample
 from kernels.q_sample_rows import launch as launch_q_sample_rows
@@ -42,9 +43,13 @@ def launches(n, shape, dtype, channels_last):
 
 
 def key(name, *setting):
+    return key_of(launches(*setting)[name])
+
+
+def key_of(call):
     """What Triton compiles a kernel for: the launch, its constants and how its arguments are specialised."""
     with backend.recording() as recorded:
-        launches(*setting)[name]()
+        call()
     (launch,) = recorded
     _, signature, constants, attributes = sass.specialized(launch, 90)
     return launch.kernel.fn.__name__, launch.constants, signature, constants, attributes
@@ -57,7 +62,7 @@ def test_kernel_keys_in_a_process_that_compiles():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment)
     assert result.returncode == 0, result.stdout
-    assert "11 passed" in result.stdout
+    assert "12 passed" in result.stdout
     assert "skipped" not in result.stdout
 
 
@@ -69,6 +74,18 @@ def test_another_batch_is_no_other_kernel(name, channels_last):
         for dtype in (torch.float32, torch.bfloat16):
             first, *others = (key(name, n, shape, dtype, channels_last) for n in (2, 1, 3, 16, 48))
             assert all(other == first for other in others), shape
+
+
+@compiling
+def test_another_batch_is_no_other_convolution_where_it_has_the_same_tiles():
+    def call(n):
+        x = torch.zeros(n, 64, 16, 16, dtype=torch.bfloat16)
+        weight = torch.zeros(64, 64, 3, 3, dtype=torch.bfloat16)
+        return lambda: launch_convolution(x, weight, None, x, weight, None, None, None, True, "keep")
+
+    first, *others = (key_of(call(n)) for n in (64, 65, 96))
+    assert all(other == first for other in others)
+    assert key_of(call(1)) != first
 
 
 @compiling
