@@ -1,5 +1,6 @@
 """What a stored figure needs to be repeated: commit, versions, device."""
 
+import os
 import platform
 import shutil
 import subprocess
@@ -44,10 +45,13 @@ def _processor() -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, the versions and the commit (None outside a checkout) of a measurement."""
+    """The machine, the versions and the commit of a measurement.
+
+    Outside a checkout the commit is what FUSED_DDPM_COMMIT says, or None.
+    """
     status = _said("status", "--porcelain")
     record = {
-        "commit": _said("rev-parse", "HEAD"),
+        "commit": _said("rev-parse", "HEAD") or os.environ.get("FUSED_DDPM_COMMIT"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
         "torch": torch.__version__,

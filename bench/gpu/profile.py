@@ -24,6 +24,7 @@ from bench.gpu.sanitizer import located, refusal
 from bench.profiling.trace import KERNELS, RANGE, slim, union
 from bench.suites import cuda
 from bench.timing import synchronize
+from ddpm.files import replacing, write_text
 
 TRACE, COUNTERS = "trace.json.gz", "ncu.csv"
 BATCHES = (1, 64)
@@ -102,7 +103,7 @@ def run_trace(
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = slim(json.loads(path.read_text(encoding="utf-8", errors="replace")))
-    with gzip.open(out / TRACE, "wt", encoding="utf-8") as file:
+    with replacing(out / TRACE) as partial, gzip.open(partial, "wt", encoding="utf-8") as file:
         json.dump(trace, file, separators=(",", ":"))
     for name in calls:
         found = kernels_of(trace, name, STEPS)
@@ -153,7 +154,7 @@ def _count(record: Record, ncu: str, out: Path, seconds: float, program: Sequenc
     if refused is not None:
         record.skip("ncu", refused)
         return
-    (out / COUNTERS).write_text("\n".join(line for line in text.splitlines() if line.startswith('"')) + "\n")
+    write_text(out / COUNTERS, "\n".join(line for line in text.splitlines() if line.startswith('"')) + "\n")
     record.content["counters"] = counters_of(text)
     if done.code != 0 or not record.content["counters"]:
         record.fail(f"ncu: {done.ending()}")

@@ -11,7 +11,7 @@ import torch
 
 from bench import store
 from bench.cli import main
-from bench.machine import ROOT
+from bench.machine import ROOT, describe
 from bench.measure import measure, peak_memory
 from bench.registry import SUITES, load, selected
 from bench.run import environment
@@ -219,3 +219,10 @@ def test_several_processes_are_merged_into_one_file(tmp_path, capsys):
         (process, name) for process in range(2) for name in ("eager", "operator")
     ]
     assert content["machine"]["threads"] == 1
+
+
+def test_the_commit_of_a_tree_without_git_is_the_one_that_was_named(monkeypatch):
+    assert describe(CPU)["commit"] != "c0ffee"
+    monkeypatch.setenv("FUSED_DDPM_COMMIT", "c0ffee")
+    monkeypatch.setattr("bench.machine.git", lambda *_, **__: None)
+    assert (describe(CPU)["commit"], describe(CPU)["dirty"]) == ("c0ffee", None)
