@@ -1,6 +1,7 @@
 """convolution: the kernel and the reference against float64 mathematics, registration, bad input."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ from hypothesis import strategies as st
 from bench.kernels import TOLERANCE
 from kernels import convolution
 from kernels.backend import recording
-from kernels.convolution import MOST_ROWS, tile
+from kernels.convolution import MOST_COLUMNS, MOST_ROWS, tile
 
 LAST = torch.channels_last
 many = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -135,12 +136,15 @@ def test_vectors_are_read_with_their_strides(triton_device):
     close(convolution(x, weight, bias, **keywords, kernel=True), expected, torch.float32)
 
 
-def test_large_tiles(triton_device):
-    """So many rows that a program takes the largest tile, and a rest."""
-    shape = (1, 16, 130, 128)
-    assert tile(130 * 128, 16)[0] == MOST_ROWS
-    positional, keywords = arguments(shape, 16, dtype=torch.float16, device=triton_device, gelu=True)
-    close(convolution(*positional, **keywords, kernel=True), mathematics(*positional, **keywords), torch.float16)
+def test_large_tiles(triton_device, monkeypatch):
+    """As at large batches: a program takes the most rows, and the last one a rest."""
+    # The function of this name hides the module.
+    monkeypatch.setattr(sys.modules["kernels.convolution"], "PROGRAMS", 1)
+    assert tile(200, 72) == (MOST_ROWS, MOST_COLUMNS)
+    positional, keywords = arguments((2, 16, 10, 10), 72, dtype=torch.float16, device=triton_device, gelu=True)
+    for then in ("keep", "pool"):
+        actual = convolution(*positional, **keywords, then=then, kernel=True)
+        close(actual, mathematics(*positional, **keywords, then=then), torch.float16)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter's tl.dot is wrong for bfloat16")
