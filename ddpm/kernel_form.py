@@ -2,8 +2,8 @@
 
 25 launches a call at 16x16 (guidance adds the second gate of the bottleneck and a concatenation there): bias, GELU, the
 shortcut's sum, pooling and the gate are in the kernels, a skip connection is a second source. For 16-bit types on CUDA.
-Whether it is faster than the library's
-convolutions, and for which batch, is not measured yet: no engine takes it by itself, `ddpm-bench gpu` measures it.
+Whether it is faster than the library's convolutions, and for which batch, is not measured yet: no engine takes it by
+itself, `ddpm-bench gpu` measures it.
 """
 
 import torch
