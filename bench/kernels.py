@@ -91,10 +91,13 @@ def data_set_rows(device: torch.device) -> int:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32 on CUDA: with TF32 the eager sequence would compute something else, faster."""
+def full_precision(convolutions: bool = True) -> Iterator[None]:
+    """float32 in float32 on CUDA: with TF32 the eager sequence would compute something else, faster.
+
+    convolutions: these too, not only products; False is what PyTorch's defaults give.
+    """
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, not convolutions
     try:
         yield
     finally:
@@ -108,6 +111,12 @@ def workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows
         *network_workloads(elements, dtype, device),
         *convolution_workloads(elements, dtype, device),
     ]
+
+
+def normal(dtype: torch.dtype, device: torch.device, k: int, *shape: int) -> Tensor:
+    """The k-th normals of a shape; images are channels_last."""
+    values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
+    return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
 
 # Those of a ContextUnet with n_feat 64 on 16x16 images: channels, of a second source, outputs, side, what follows.
@@ -124,15 +133,13 @@ CONVOLUTIONS = {
 def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """The kernel against the library's convolution and the operators after it; at most so many elements in or out."""
 
+    randn = partial(normal, dtype, device)
+
     def workload(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
         n = max(1, elements // (max(channels + skipped, columns) * side**2))
         size = 1 if then == "spread" else 3
         inputs = size**2 * (channels + skipped)
         options = {"gelu": not skipped and columns > 3, "then": then}
-
-        def randn(k: int, *shape: int) -> Tensor:
-            values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
-            return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
         weight, bias = randn(1, columns, channels, size, size) / inputs**0.5, randn(2, columns)
         skip_weight = randn(3, columns, skipped, size, size) / inputs**0.5 if skipped else None
@@ -162,9 +169,7 @@ def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.devic
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """Operators inside a ContextUnet with n_feat 64 on 16x16 images: the out head and the bottleneck, channels_last."""
 
-    def randn(k: int, *shape: int) -> Tensor:
-        values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
-        return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
+    randn = partial(normal, dtype, device)
 
     def error(fused: Callable, reference: Callable, a: tuple) -> float:
         """Rows depend on nothing but themselves, so the reference takes them in chunks."""

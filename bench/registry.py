@@ -114,6 +114,23 @@ def load(suite: str, quick: bool) -> list[Workload]:
         raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
 
 
+def expression_of(pattern: str) -> re.Pattern[str]:
+    """The regular expression of --filter. Raises BadInput if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"--filter: {pattern!r} is no regular expression ({error})") from error
+
+
+def matching(workloads: Sequence[Workload], expression: re.Pattern[str]) -> list[Workload]:
+    """Those whose name matches. Raises BadInput if there is none."""
+    found = [workload for workload in workloads if expression.search(workload.name)]
+    if not found:
+        names = "; ".join(workload.name for workload in workloads) or "nothing"
+        raise BadInput(f"--filter: {expression.pattern!r} matches none of: {names}")
+    return found
+
+
 def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dict[str, str]]:
     """The workloads of a suite (or `all`) whose name matches, and why suites were left out: {suite: reason}.
 
@@ -122,10 +139,7 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     """
     if suite != "all" and suite not in SUITES and not _is_file(suite):
         raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise BadInput(f"--filter: {pattern!r} is no regular expression ({error})") from error
+    expression = expression_of(pattern)
     found, skipped = [], {}
     for name in SUITES if suite == "all" else [suite]:
         try:
@@ -134,8 +148,4 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
             if suite != "all":
                 raise BadInput(f"--suite: {error}") from error
             skipped[name] = str(error)
-    matching = [workload for workload in found if expression.search(workload.name)]
-    if not matching:
-        names = "; ".join(workload.name for workload in found)
-        raise BadInput(f"--filter: {pattern!r} matches none of: {names}")
-    return matching, skipped
+    return matching(found, expression), skipped

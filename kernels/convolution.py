@@ -220,9 +220,7 @@ def launch(
     skip, skip_weight, onto = (
         None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in (skip, skip_weight, onto)
     )
-    bias, film_scale, film_shift = (
-        None if vector is None else vector.contiguous() for vector in (bias, film_scale, film_shift)
-    )
+    bias, film_scale, film_shift = map(backend.vector, (bias, film_scale, film_shift))
     n, channels, height, width = x.shape
     columns, rows = weight.shape[0], n * height * width
     out = _empty(x, weight, then)

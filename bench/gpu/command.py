@@ -4,7 +4,6 @@ A part begins with what the parts before it left over, and is stopped when its t
 OUT/PART.json by then. No more than eight files: what brings them back from a lent machine takes no more.
 """
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from bench.gpu import kernels, process, profile, sanitizer, steps, tests
 from bench.gpu.record import FAILED as PART_FAILED
 from bench.gpu.record import Content, Record, verdict
 from bench.measure import one_line
+from bench.registry import expression_of, matching
 from ddpm.command_line import FAILED
 from ddpm.files import read_json
 
@@ -132,13 +132,9 @@ def gpu(
     for name in asked:
         if name not in PARTS:
             raise typer.BadParameter(f"got {name!r}, needs some of {', '.join(PARTS)}", param_hint="--parts")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise typer.BadParameter(f"{pattern!r} is no regular expression ({error})", param_hint="--filter") from error
-    known = steps.names(asked, torch.device("cuda"))
-    if pattern and not any(re.search(pattern, name) for name in known):
-        raise typer.BadParameter(f"{pattern!r} matches none of: {'; '.join(known) or 'nothing'}", param_hint="--filter")
+    expression = expression_of(pattern)
+    if pattern:
+        matching(steps.workloads(asked, torch.device("cuda")), expression)
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
     out = out.resolve()

@@ -92,10 +92,10 @@ def _measure(record: Record, workload: Workload, device: torch.device, clock: Cl
             record.add({"process": 0} | line)
 
 
-def names(parts: Sequence[str], device: torch.device) -> list[str]:
-    """The workloads of those parts that take a filter."""
+def workloads(parts: Sequence[str], device: torch.device) -> list[Workload]:
+    """Of those parts that take a filter."""
     found = cuda.workloads(False, device) if "step" in parts else []
-    return [w.name for w in (*found, *(training.cuda_workloads(training.BATCHES[-1]) if "training" in parts else ()))]
+    return found + (training.cuda_workloads(training.BATCHES[-1]) if "training" in parts else [])
 
 
 def _finish(record: Record) -> None:

@@ -8,8 +8,7 @@ engines: network, the contract's noise and update of one step by torch.compile(m
 `compile`, `graph` and `kernels` in the same type. The most important candidates come first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.goals import AUTOTUNE, TF32
+from bench.kernels import full_precision
 from bench.registry import Bench, Candidate, Unavailable, Workload
 from bench.suites.networks import (
     CHANNELS,
@@ -109,17 +109,6 @@ class Step(nn.Module):
         return reference(x, m, row[:7].unbind(), z, None, self.clip)[0]
 
 
-@contextmanager
-def convolutions(tf32: bool) -> Iterator[None]:
-    """float32 convolutions in TF32, as PyTorch comes, or in float32; products in float32, as it comes too."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
 def compiled(step: Step) -> Callable[[Tensor, Tensor], Tensor]:
     """The step through torch.compile at its strongest, which also captures CUDA graphs."""
     return torch.compile(step, mode=AUTOTUNE, fullgraph=True, dynamic=False)
@@ -142,7 +131,7 @@ def trajectory(
     chunk: int | None = None,
     tf32: bool = False,
 ) -> Callable[[], Tensor]:
-    """A call that samples with an engine or KERNELS, `chunk` images at a time [all]. tf32: see `convolutions`."""
+    """A call that samples with an engine or KERNELS, `chunk` images at a time [all]. tf32: of convolutions."""
     table, samples, context, x = _setting(row, device, steps)
     model = network(device, row.side)
     if engine == KERNELS:
@@ -152,7 +141,7 @@ def trajectory(
     draw, size = PhiloxNoise(SEED), chunk or row.batch
 
     def call() -> Tensor:
-        with torch.no_grad(), convolutions(tf32):
+        with torch.no_grad(), full_precision(convolutions=not tf32):
             pieces = zip(x.split(size), samples.split(size), context.split(size), strict=True)
             return torch.cat([built(own.clone(), s, c, row.guidance, draw, None) for own, s, c in pieces])
 
@@ -166,7 +155,7 @@ def autotuned(row: Row, dtype: torch.dtype, device: torch.device, steps: int) ->
     indices = [torch.full((1,), i, device=device) for i in range(steps)]
 
     def call() -> Tensor:
-        with torch.no_grad(), convolutions(tf32=False):
+        with torch.no_grad(), full_precision():
             state = x
             for index in indices:
                 torch.compiler.cudagraph_mark_step_begin()
