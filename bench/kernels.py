@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, summary, timer
-from kernels import bottleneck, convolution, group_norm_relu, philox, q_sample, q_sample_rows, solver_step
+from kernels import bottleneck, convolution, group_norm_relu, philox, q_sample, q_sample_rows, solver_step, winograd
 from kernels import noise_mse as noise_mse_function
 from kernels.bottleneck import cost as bottleneck_cost
 from kernels.bottleneck import reference as bottleneck_reference
@@ -33,6 +33,8 @@ from kernels.q_sample_rows import cost as rows_cost
 from kernels.q_sample_rows import reference as rows_reference
 from kernels.solver_step import cost as solver_cost
 from kernels.solver_step import reference as solver_reference
+from kernels.winograd import cost as winograd_cost
+from kernels.winograd import transform
 
 TIMESTEPS = 500
 SEED = 7
@@ -110,6 +112,7 @@ def workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows
         *image_workloads(elements, dtype, device, data_set_rows(device) if data_rows is None else data_rows),
         *network_workloads(elements, dtype, device),
         *convolution_workloads(elements, dtype, device),
+        *winograd_workloads(elements, dtype, device),
     ]
 
 
@@ -164,6 +167,32 @@ def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.devic
     # On tensor cores its products of float32 would be TF32, which it does not take: it is for 16-bit types there.
     shapes = {} if dtype == torch.float32 and device.type == "cuda" else CONVOLUTIONS
     return [workload(name, *shape) for name, shape in shapes.items()]
+
+
+WINOGRAD = "winograd"
+
+
+def winograd_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """The most frequent convolution of a ContextUnet with n_feat 64 on 16x16 images; for CPUs, in float32."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return []
+    n = max(1, elements // (64 * 256))
+    randn = partial(normal, dtype, device)
+    weight, bias = randn(1, 64, 64, 3, 3) / 24, randn(2, 64)
+    transformed = transform(weight)
+
+    def eager(x: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
+        return F.gelu(F.conv2d(x, weight, bias, padding=1))
+
+    def fused(x: Tensor) -> Tensor:
+        return winograd(x, transformed, bias, gelu=True)
+
+    def error(a: tuple[Tensor, ...]) -> float:
+        return relative_error(fused(*a), eager(a[0].double(), weight.double(), bias.double()))
+
+    count = n * 64 * 256
+    moved = winograd_cost(64, 64, 256, n).bytes * count
+    return [Workload(WINOGRAD, dtype, count, moved, lambda k: (randn(k, n, 64, 16, 16),), fused, eager, error)]
 
 
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:

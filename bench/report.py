@@ -25,7 +25,6 @@ STATIC = ROOT / "bench" / "results" / "static.json"
 RUN = MACHINE / "run.json"
 PEERS = MACHINE / "peers.json"
 STEP = MACHINE / "step.json"
-STEP_BF16 = MACHINE / "step_bf16.json"
 LADDER = MACHINE / "ladder.json"
 LADDER_PLOT = ROOT / "docs" / "ladder.png"
 PROOF = MACHINE / "compare_proof.json"
@@ -178,10 +177,9 @@ def peers_table() -> str:
 
 def goals_table() -> str:
     """The stored runs of suite `step` beside what the step must reach."""
-    contents = [store.load(path) for path in (STEP, STEP_BF16)]
-    lines = [f"- {_recipe(content)}: {measured_by(content['processes'])}" for content in contents]
-    cells = goals.goal_cells([record for content in contents for record in content["records"]])
-    return "\n".join([_markdown(goals.HEADINGS, cells, 2), "", *lines])
+    content = store.load(STEP)
+    line = f"{_recipe(content)}: {measured_by(content['processes'])}"
+    return "\n".join([_markdown(goals.HEADINGS, goals.goal_cells(content["records"]), 2), "", line])
 
 
 def ladder_table() -> str:

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ddpm.convolutions import Convolution, Upsampling, store
 from ddpm.networks import GROUPS, ContextUnet, ResidualConvBlock, build_network
 from kernels import bottleneck, group_norm_relu
+from kernels.winograd import missing
 
 logger = logging.getLogger("ddpm")
 
@@ -46,105 +48,22 @@ def leave_division_to_readers(model: ContextUnet) -> None:
         reader.div_(1.414)
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN convolves this type here: its weights are then kept in the layout it wants, GELU runs in it.
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-    The operators are those that torch.compile itself emits for CPUs. Measured on two cores with AVX-512 (n_feat 64,
-    16x16, channels_last): 7.0 ms a step instead of 7.8 at batch 1, 80 instead of 85 at batch 32.
+
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What an inference form computes in: float32 for bfloat16 on a CPU that emulates it, which is slower and coarser.
+
+    45 ms a step instead of 250 at batch 32 (n_feat 64, 16x16, two cores with AVX-512 and without AVX512-BF16).
     """
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-
-
-def store(module: nn.Module, **tensors: Tensor) -> None:
-    """Set buffers, in place where they have room: a captured CUDA graph reads the memory that it was captured with."""
-    for name, tensor in tensors.items():
-        held = getattr(module, name)
-        if held is None or held.is_mkldnn or held.stride() != tensor.stride() or held.device != tensor.device:
-            setattr(module, name, tensor)
-        else:
-            held.copy_(tensor)
+    emulated = dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16()
+    return torch.float32 if emulated else dtype
 
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
     return tensor.dtype == other.dtype and torch.equal(tensor, other)
-
-
-class Convolution(nn.Module):
-    """A convolution with stride 1 that keeps the size, bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
-
-    def __init__(self, gelu: bool = False) -> None:
-        super().__init__()
-        self.gelu = gelu
-        self.padding = 0
-        self.packed = False
-        self.register_buffer("weight", None)
-        self.register_buffer("bias", None)
-
-    def load(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, channels_last: bool, pack: bool) -> None:
-        """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd; pack: for oneDNN where it `packs`."""
-        self.padding = weight.shape[-1] // 2
-        weight = weight.to(dtype)
-        # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
-        self.packed = pack and channels_last and min(weight.shape[:2]) > 1 and packs(weight.device, dtype)
-        if self.packed:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(), None)
-        elif channels_last:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        store(self, weight=weight)
-        if bias is not None:
-            store(self, bias=bias.to(dtype))
-
-    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        """Padding, stride, dilation, groups."""
-        return [self.padding] * 2, [1, 1], [1, 1], 1
-
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """onto: a tensor that the result (without GELU) is added to, in its memory."""
-        if onto is not None and self.packed and not torch.compiler.is_compiling():
-            # torch.compile cannot trace this operator, and fuses the sum by itself.
-            after = ("add", 1.0, None, [], None)
-            convolve = torch.ops.mkldnn._convolution_pointwise_.binary
-            return convolve(onto, x, self.weight, self.bias, *self._geometry(), *after)
-        if self.packed:
-            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
-            y = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._geometry(), *after)
-        else:
-            y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
-            y = F.gelu(y) if self.gelu else y
-        return y if onto is None else onto.add_(y)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """[n, C, h, w] -> [n * h * w, C], a view of a channels_last tensor."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-class Upsampling(nn.Module):
-    """ConvTranspose with kernel = stride = 2 over cat(x, skip), as two products.
-
-    x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', 2h, 2w]; k halves share the skip.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("of_x", "of_skip", "bias"):
-            self.register_buffer(name, None)
-
-    def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype) -> None:
-        """Take over a transposed convolution's weights."""
-        of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).to(dtype).chunk(2)
-        store(self, of_x=of_x.contiguous(), of_skip=of_skip.contiguous(), bias=conv.bias.to(dtype).repeat(4))
-
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        (rows, _, h, w), halves = x.shape, x.shape[0] // skip.shape[0]
-        shared = torch.addmm(self.bias, _pixels(skip), self.of_skip)
-        if halves == 1:
-            out = shared.addmm_(_pixels(x), self.of_x)
-        else:
-            out = (_pixels(x) @ self.of_x).unflatten(0, (halves, -1)).add_(shared)
-        del shared
-        out = out.reshape(rows, h, w, 2, 2, -1).permute(0, 1, 3, 2, 4, 5)
-        return out.reshape(rows, 2 * h, 2 * w, -1).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -185,13 +104,21 @@ class InferenceUnet(nn.Module):
         dtype: what to compute in.
         channels_last: the memory layout of the features (and oneDNN's layout for weights on the CPU).
         shared: whether guidance shares the encoder and the skips; False repeats x, for comparison.
+        pack, winograd: how convolutions keep their weights, see `Convolution.load`.
     """
 
-    pack = True
-
-    def __init__(self, model: ContextUnet, dtype: torch.dtype, channels_last: bool = True, shared: bool = True) -> None:
+    def __init__(
+        self,
+        model: ContextUnet,
+        dtype: torch.dtype,
+        channels_last: bool = True,
+        shared: bool = True,
+        pack: bool = True,
+        winograd: bool = True,
+    ) -> None:
         super().__init__()
         self.dtype, self.channels_last, self.shared = dtype, channels_last, shared
+        self.kept = {"dtype": dtype, "channels_last": channels_last, "pack": pack, "winograd": winograd}
         self.depth, self.n_cfeat = model.depth, model.n_cfeat
         self.shortcut = None if isinstance(model.init_conv.shortcut, nn.Identity) else Convolution()
         self.initial = self._blocks(1)
@@ -215,16 +142,17 @@ class InferenceUnet(nn.Module):
         if self.folded and all(map(_same, present, self.folded)):
             return
         model = fold_batch_norm(model, torch.float64)
-        dtype, layout = self.dtype, self.channels_last
+        dtype, kept = self.dtype, self.kept
 
         def load(sequence: nn.Sequential, *blocks: ResidualConvBlock) -> None:
             convs = [half[0] for block in blocks for half in (block.conv1, block.conv2)]
             for own, conv in zip(sequence, convs, strict=True):
-                own.load(conv.weight, conv.bias, dtype, layout, self.pack)
+                own.load(conv.weight, conv.bias, **kept)
 
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
-            self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, dtype, layout, self.pack)
+            shortcut = model.init_conv.shortcut
+            self.shortcut.load(shortcut.weight, shortcut.bias, **kept)
         leave_division_to_readers(model)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
@@ -232,15 +160,15 @@ class InferenceUnet(nn.Module):
             self.upsamplings[level - 1].load(up[0], dtype)
             load(self.ups[level - 1], up[1], up[2])
         up0, norm = model.up0[0], model.up0[1]
-        memory_format = torch.channels_last if layout else torch.contiguous_format
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
         of_x, of_skip = model.out[0].weight.chunk(2, dim=1)
-        self.head_of_x.load(of_x, None, dtype, layout, self.pack)
-        self.head_of_skip.load(of_skip, model.out[0].bias, dtype, layout, self.pack)
+        self.head_of_x.load(of_x, None, **kept)
+        self.head_of_skip.load(of_skip, model.out[0].bias, **kept)
         store(self, head_gain=model.out[1].weight.to(dtype), head_offset=model.out[1].bias.to(dtype))
-        self.last.load(model.out[3].weight, model.out[3].bias, dtype, layout, self.pack)
+        self.last.load(model.out[3].weight, model.out[3].bias, **kept)
         # Not registered: only `conditions` calls them, at least in float32.
         kind = torch.promote_types(dtype, torch.float32)
         self.embeddings = {name: child.to(kind) for name, child in model.named_children() if "embed" in name}
@@ -273,7 +201,6 @@ class InferenceUnet(nn.Module):
                 up = self.gate(up, at[1], rows)
             up = self.ups[level](self.upsamplings[level](up, downs[-1 - level]))
         hidden = self.head_of_skip(features)
-        hidden = torch.cat((hidden,) * halves) if halves > 1 else hidden
         del features, downs  # the widest tensors: here memory is at its peak
         hidden = self.head_of_x(up, onto=hidden)
         return self.last(group_norm_relu(hidden, self.head_gain, self.head_offset, GROUPS, self.head_eps))
@@ -374,19 +301,23 @@ _forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Infe
 def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
     """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost.
 
-    Only those of the device that the model is on, and until `release`.
+    Only those of the device that the model is on, and until `release`. dtype: see `computed_in`.
     """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    dtype = computed_in(dtype, device)
     if not _is_plain_unet(model):
         logger.info("nothing is folded: %s is no ContextUnet as built", type(model).__name__)
         return PlainForm(model, dtype)
     forms = _forms.setdefault(model, {})
-    key = dtype, next(model.parameters()).device
+    key = dtype, device
     for left in [other for other in forms if other[1] != key[1]]:
         del forms[left]
     if key in forms:
         forms[key].refresh(model)
     else:
         forms[key] = InferenceUnet(model, dtype)
+        if device.type == "cpu" and dtype == torch.float32 and missing() is not None:
+            logger.info("convolutions are oneDNN's, about half as fast as the operator winograd: %s", missing())
     return forms[key]
 
 

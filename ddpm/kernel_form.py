@@ -9,7 +9,8 @@ itself, `ddpm-bench gpu` measures it.
 import torch
 from torch import Tensor, nn
 
-from ddpm.inference import GROUPS, Convolution, InferenceUnet, store
+from ddpm.convolutions import Convolution, store
+from ddpm.inference import GROUPS, InferenceUnet
 from ddpm.networks import ContextUnet
 from kernels import convolution, group_norm_relu
 
@@ -29,10 +30,8 @@ def _run_all(convs: nn.Sequential, x: Tensor, **after: object) -> Tensor:
 class KernelUnet(InferenceUnet):
     """As `InferenceUnet`, always channels_last and shared."""
 
-    pack = False
-
     def __init__(self, model: ContextUnet, dtype: torch.dtype) -> None:
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, pack=False, winograd=False)
 
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:

@@ -1,8 +1,8 @@
 """The fused operators of fused-ddpm, each with its reference; imports nothing of the floors above.
 
 `philox` is the noise contract; `q_sample`, `noise_mse` and `solver_step` are the operators that
-training and sampling consist of beside the network; `convolution`, `group_norm_relu` and `bottleneck` are parts of the
-network's inference form.
+training and sampling consist of beside the network; `convolution`, `winograd`, `group_norm_relu` and
+`bottleneck` are parts of the network's inference form.
 """
 
 from importlib import metadata
@@ -31,6 +31,7 @@ from kernels.noise_mse import noise_mse  # noqa: E402
 from kernels.q_sample import q_sample  # noqa: E402
 from kernels.q_sample_rows import q_sample_rows  # noqa: E402
 from kernels.solver_step import solver_step  # noqa: E402
+from kernels.winograd import winograd  # noqa: E402
 
 __all__ = [
     "bottleneck",
@@ -41,4 +42,5 @@ __all__ = [
     "q_sample",
     "q_sample_rows",
     "solver_step",
+    "winograd",
 ]

@@ -18,9 +18,9 @@ from bench.memory import BATCH, sampling_memory
 from bench.run import merged, run_child
 from ddpm import load_run, make_table
 from ddpm.command_line import FAILED
-from ddpm.engines import has_bfloat16
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import replacing, write_json
+from ddpm.inference import has_bfloat16
 from ddpm.networks import ContextUnet
 from ddpm.progress import Bar
 

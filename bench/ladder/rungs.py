@@ -1,4 +1,4 @@
-"""The rungs: eager -> folded -> tables -> shared -> channels_last -> compile -> bf16 (-> graph, on CUDA).
+"""The rungs: eager -> folded -> tables -> shared -> channels_last -> winograd -> compile -> bf16 (-> graph, on CUDA).
 
 Each is an engine that has everything of the rung above and one thing more, so the difference of two rungs is what that
 one thing brings. What is timed are the first TIMED_STEPS rows of the very trajectory whose quality is judged.
@@ -26,6 +26,7 @@ from ddpm.runs import Run
 from ddpm.solvers import StepTable
 from kernels.backend import Cost
 from kernels.philox import Stream
+from kernels.winograd import missing as kernel_missing
 
 EAGER = "eager"
 # Five steps' noise of 32 samples is one draw of the fused engine, see `ddpm.engines.fused.AHEAD`.
@@ -40,26 +41,31 @@ Build = Callable[..., Engine]
 class Rung:
     """adds: what it has beyond the rung above. engine: the name in `ddpm.engines` that the machine must be able to run.
 
-    build: makes it; None takes the engine of that name as it is.
+    build: makes it; None takes the engine of that name as it is. native: whether it is the operator `winograd`.
     """
 
     adds: str
     engine: str
     dtype: torch.dtype = torch.float32
     build: Build | None = None
+    native: bool = False
 
     def missing(self, device: torch.device) -> str | None:
         """What this machine lacks to run it, or None."""
-        return missing(self.engine, device, self.dtype)
+        if self.native and device.type != "cpu":
+            return f"a CPU, the model is on {device}"
+        return missing(self.engine, device, self.dtype) or (kernel_missing() if self.native else None)
 
 
 def _folded(model: torch.nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> Engine:
     return EagerEngine(fold_batch_norm(model), timesteps, table, dtype)
 
 
-def _nchw(shared: bool, model: torch.nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> Engine:
-    form = InferenceUnet(model, dtype, channels_last=False, shared=shared)
-    return FusedEngine(model, timesteps, table, dtype, form)
+def _form(
+    options: dict[str, bool], model: torch.nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype
+) -> Engine:
+    """Engine `fused` on an inference form with these options."""
+    return FusedEngine(model, timesteps, table, dtype, InferenceUnet(model, dtype, **options))
 
 
 RUNGS = {
@@ -68,10 +74,15 @@ RUNGS = {
     "tables": Rung(
         "embeddings of time and context computed once a run; no concatenation before ConvTranspose; noise drawn ahead",
         "fused",
-        build=partial(_nchw, False),
+        build=partial(_form, {"channels_last": False, "shared": False}),
     ),
-    "shared": Rung("guidance shares the encoder between its two halves", "fused", build=partial(_nchw, True)),
-    "channels_last": Rung("channels_last; on the CPU oneDNN's own layout for weights: engine `fused`", "fused"),
+    "shared": Rung(
+        "guidance shares the encoder between its two halves", "fused", build=partial(_form, {"channels_last": False})
+    ),
+    "channels_last": Rung(
+        "channels_last; on the CPU oneDNN's own layout for weights", "fused", build=partial(_form, {"winograd": False})
+    ),
+    "winograd": Rung("3x3 convolutions with a quarter of the products: engine `fused`", "fused", native=True),
     "compile": Rung("torch.compile of network, noise and update: engine `compile`", "compile"),
     "bf16": Rung("the network in bfloat16", "compile", torch.bfloat16),
     "graph": Rung("engine `fused` in bfloat16 as a CUDA graph: engine `graph`", "graph", torch.bfloat16),

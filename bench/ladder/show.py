@@ -77,7 +77,7 @@ def notes(content: store.Content) -> list[str]:
     """What the table does not say: the evaluation, memory, what was left out and why."""
     lines = []
     if not content["bfloat16_in_hardware"]:
-        lines.append("This CPU has neither AVX512-BF16 nor AMX: bfloat16 is emulated, and slow.")
+        lines.append("This CPU has neither AVX512-BF16 nor AMX: engines compute bfloat16 in float32, which is faster.")
     if content["evaluation"]:
         parts = []
         for label, found in content["evaluation"].items():

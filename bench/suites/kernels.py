@@ -2,7 +2,7 @@
 
 On the CPU an operator is its PyTorch reference, so the ratio there says what the noise contract costs (torch.randn is
 cheaper than Philox in torch operators), and a slower operator shows in its own row. A convolution's reference is the
-library's, its eager sequence: there is nothing to compare without a GPU.
+library's, its eager sequence: there is nothing to compare without a GPU. `winograd` is for CPUs alone.
 """
 
 from functools import partial
@@ -29,6 +29,7 @@ def _flops(name: str, dtype: torch.dtype, elements: int) -> float:
         "solver_step": lambda: kernels.solver_cost(dtype, dtype),
         "group_norm_relu": lambda: kernels.group_norm_cost(dtype),
         "bottleneck": lambda: kernels.bottleneck_cost(dtype, 128, 1),
+        kernels.WINOGRAD: lambda: kernels.winograd_cost(64, 64, 256, 1),
     }
     return costs[name]().flops * elements if name in costs else 0.0
 
@@ -44,13 +45,15 @@ def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -
 
 def workloads(quick: bool) -> list[Workload]:
     """Every operator of `bench.kernels` by size and type. Its names come from a tiny instance on the CPU."""
-    names = [w.name for w in kernels.workloads(1, torch.float32, torch.device("cpu"))]
-    if not torch.cuda.is_available():
-        names = [name for name in names if name not in kernels.CONVOLUTIONS]
     types = {"fp32": torch.float32} if quick else TYPES
+    names = {
+        label: [w.name for w in kernels.workloads(1, dtype, torch.device("cpu"))] for label, dtype in types.items()
+    }
+    elsewhere = {kernels.WINOGRAD} if torch.cuda.is_available() else set(kernels.CONVOLUTIONS)
     return [
         Workload(f"kernels/{name}/{label}/1e{round(log10(size))}", "kernels", partial(_build, name, size, dtype))
-        for name in names
         for label, dtype in types.items()
+        for name in names[label]
+        if name not in elsewhere
         for size in (QUICK_SIZES if quick else SIZES)
     ]

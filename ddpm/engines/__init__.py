@@ -9,6 +9,7 @@ import shutil
 
 import torch
 
+from ddpm import inference
 from ddpm.engines.compile import CompileEngine
 from ddpm.engines.eager import EagerEngine
 from ddpm.engines.fused import FusedEngine
@@ -61,7 +62,7 @@ def choose(
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
     if dtype == torch.bfloat16:
-        say_if_emulated(device)
+        say_if_emulated(device, name)
     return ENGINES[name]
 
 
@@ -70,12 +71,8 @@ def has_float16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def say_if_emulated(device: torch.device) -> None:
-    """Log it where bfloat16 works and does not pay."""
-    if device.type == "cpu" and not has_bfloat16():
-        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): slower than float32")
-
-
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def say_if_emulated(device: torch.device, name: str = "eager") -> None:
+    """Log it where bfloat16 works and does not pay, and what an engine does about it."""
+    if device.type == "cpu" and not inference.has_bfloat16():
+        instead = "slower than float32" if name == "eager" else f"engine {name} computes in float32, which is faster"
+        logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): %s", instead)

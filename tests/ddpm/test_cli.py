@@ -627,7 +627,8 @@ def test_evaluate_prints_both_figures_beside_those_of_real_data(digits_run, ddpm
     assert figures["accuracy_real"] > 0.95
 
 
-def test_bfloat16_is_asked_for_and_judged_beside_float32(digits_run, ddpm, draw, tmp_path):
+def test_bfloat16_is_asked_for_and_judged_beside_float32(digits_run, ddpm, draw, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm.inference.has_bfloat16", lambda: True)
     how = ("--n", 30, "--steps", 5, "--context", "all", "--guidance", 2)
     fp32, bf16 = draw(digits_run, *how), draw(digits_run, *how, "--precision", "bf16")
     error = np.abs(bf16 - fp32).max() / np.abs(fp32).max()

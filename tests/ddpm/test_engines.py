@@ -66,8 +66,11 @@ def test_the_same_picture(model, engine, way):
     assert distance(actual, exact) <= 4 * distance(expected, exact) + 1e-6
 
 
-@pytest.mark.parametrize("shape", [{"height": 28, "in_channels": 1, "n_cfeat": 0}, {"height": 64}, {"height": 32}])
-def test_the_same_picture_at_other_heights(shape):
+SIZES = [{"height": 28, "in_channels": 1, "n_cfeat": 0}, {"height": 64}, {"height": 32}, {"n_feat": 64}]
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_the_same_picture_at_other_sizes(shape):
     model = unet(**shape)
     assert distance(draw(model, 2, engine="fused"), draw(model, 2, engine="eager")) < 1e-4
 
@@ -240,12 +243,16 @@ def test_float16_needs_a_cpu_that_has_it(model, monkeypatch):
             draw(model, engine=engine, dtype=torch.float16)
 
 
-def test_bfloat16_says_when_it_is_emulated(model, monkeypatch, caplog):
-    monkeypatch.setattr(engines, "has_bfloat16", lambda: False)
+@pytest.mark.parametrize("hardware", [False, True])
+def test_a_cpu_that_emulates_bfloat16_computes_in_float32_and_says_so(model, monkeypatch, caplog, hardware):
+    monkeypatch.setattr("ddpm.inference.has_bfloat16", lambda: hardware)
+    expected = draw(model, engine="fused", steps=3)
     with caplog.at_level(logging.INFO, logger="ddpm"):
         images = draw(model, engine="fused", steps=3, dtype=torch.bfloat16)
     assert images.dtype == torch.float32
-    assert any("bfloat16 is emulated on this CPU" in message for message in caplog.messages)
+    assert torch.equal(images, expected) == (not hardware)
+    assert distance(images, expected) < 0.1
+    assert ("fused computes in float32" in caplog.text) == (not hardware)
 
 
 @needs_cuda

@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from ddpm import ContextUnet, NoiseSchedule, PointMLP, sample
+from ddpm.convolutions import Convolution
 from ddpm.inference import InferenceUnet, PlainForm, fold_batch_norm, inference_form, release
+from kernels.winograd import missing
 
 SHAPES = {
     "16x16": {"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16},
     "28x28 unconditional": {"in_channels": 1, "n_feat": 8, "n_cfeat": 0, "height": 28},
     "64x64": {"in_channels": 3, "n_feat": 8, "n_cfeat": 2, "height": 64},
     "identity shortcut": {"in_channels": 8, "n_feat": 8, "n_cfeat": 3, "height": 8},
+    "wide enough for winograd": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 16},
+    "and of a side that 4 does not divide": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 28},
     "other widths": {"in_channels": 3, "n_feat": 16, "n_cfeat": 3, "height": 16, "multipliers": (1, 3, 2)},
 }
 
@@ -90,6 +94,29 @@ def test_packed_weights_stay_within_float32(shape):
         expected = copy.deepcopy(model).double()(x.double(), times.double().expand(3), context)
         own = distance(model(x, times.expand(3), context), expected)
     assert distance(outputs(form, x, context, times, False)[0], expected) < 4 * own + 1e-6
+
+
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_convolutions_of_32_channels_and_more_multiply_less():
+    form = inference_form(lived_in(**SHAPES["wide enough for winograd"]), torch.float32)
+    convolutions = [module for module in form.modules() if isinstance(module, Convolution)]
+    others = [module.weight.shape for module in convolutions if not module.transformed]
+    assert len(convolutions) == 22
+    assert len(others) == 3  # 3 to 32 channels, the shortcut, 32 to 3
+
+
+def test_without_a_compiler_convolutions_are_the_librarys_and_it_is_said(monkeypatch, caplog):
+    for module in ("inference", "convolutions"):
+        monkeypatch.setattr(f"ddpm.{module}.missing", lambda: "no compiler")
+    model = lived_in(**SHAPES["wide enough for winograd"])
+    with caplog.at_level("INFO", "ddpm"):
+        form = inference_form(model, torch.float32)
+    assert "oneDNN's, about half as fast as the operator winograd: no compiler" in caplog.text
+    assert not any(module.transformed for module in form.modules() if isinstance(module, Convolution))
+    x, context = inputs(model, 2, torch.float32)
+    with torch.no_grad():
+        expected = model(x, torch.full((2,), 0.5), context)
+    assert distance(outputs(form, x, context, torch.tensor([0.5]), False)[0], expected) < 1e-5
 
 
 def test_no_context_is_a_context_of_zeros():

@@ -277,7 +277,7 @@ def test_a_trainer_of_another_engine_is_refused(tiny_data):
 
 @pytest.mark.parametrize("hardware", [False, True])
 def test_emulated_bf16_is_said(make, points, monkeypatch, caplog, hardware):
-    monkeypatch.setattr(engines, "has_bfloat16", lambda: hardware)
+    monkeypatch.setattr("ddpm.inference.has_bfloat16", lambda: hardware)
     with caplog.at_level(logging.INFO, "ddpm"):
         make(points, "eager", precision="bf16")
     assert ("emulated" in caplog.text) == (not hardware)

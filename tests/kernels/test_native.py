@@ -1,0 +1,86 @@
+"""Native kernels: built once, kept, and what is said where they cannot be."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kernels import native
+from kernels.winograd import SOURCE, missing
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing loaded yet."""
+    monkeypatch.setenv("FUSED_DDPM_CACHE", str(tmp_path / "cache"))
+    native.load.cache_clear()
+    yield tmp_path / "cache"
+    native.load.cache_clear()
+
+
+def source(tmp_path, text):
+    path = tmp_path / "answer.cpp"
+    path.write_text(text)
+    return path
+
+
+def answer(tmp_path, number):
+    return native.load(source(tmp_path, f'extern "C" int answer() {{ return {number}; }}')).answer()
+
+
+def test_a_library_is_built_once_and_kept(folder, tmp_path):
+    assert answer(tmp_path, 1) == 1
+    (built,) = folder.iterdir()
+    before = built.stat()
+    native.load.cache_clear()
+    assert answer(tmp_path, 1) == 1
+    assert list(folder.iterdir()) == [built]
+    assert built.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_another_source_is_another_library(folder, tmp_path):
+    assert answer(tmp_path, 1) == 1
+    native.load.cache_clear()
+    assert answer(tmp_path, 2) == 2
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_where_libraries_are_kept(monkeypatch):
+    monkeypatch.delenv("FUSED_DDPM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert native.cache_folder() == Path("/there/fused-ddpm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert native.cache_folder() == Path.home() / ".cache" / "fused-ddpm"
+
+
+def test_no_compiler(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(native.Unavailable, match="found no no-such-compiler"):
+        native.load(SOURCE)
+
+
+def test_a_compiler_that_fails(folder, tmp_path):
+    with pytest.raises(native.Unavailable, match=r"failed: .*answer\.cpp"):
+        native.load(source(tmp_path, "this is no C++"))
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(folder):
+    folder.mkdir(mode=0o500)
+    with pytest.raises(native.Unavailable, match="Permission denied"):
+        native.load(SOURCE)
+
+
+def test_a_file_in_the_place_of_the_folder(folder):
+    folder.write_text("")
+    with pytest.raises(native.Unavailable, match=str(folder)):
+        native.load(SOURCE)
+
+
+def test_a_machine_without_vectors(folder, monkeypatch):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(native.Unavailable, match="need Linux on x86-64 with AVX2 or AVX-512"):
+        native.load(SOURCE)

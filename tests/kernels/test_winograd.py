@@ -1,0 +1,214 @@
+"""winograd: its matrices, the kernel and the reference against a direct sum in float64, registration, bad input."""
+
+from fractions import Fraction
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpm.engines import missing as missing_engine
+from kernels import winograd
+from kernels.winograd import A_T, B_T, PANEL, G, fits, missing, operator, reference, transform
+
+# Of normal inputs and weights of norm one, relative to max(1, |expected|); the root mean square error is a twentieth.
+TOLERANCE = 2e-5
+needs_kernel = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+many = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def arguments(n, channels, k, h, w, repeats=0, seed=0):
+    """(x, plain weights, bias, plus or None)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x = randn(n, channels, h, w).contiguous(memory_format=torch.channels_last)
+    plus = randn(n // repeats, k, h, w) if repeats else None
+    return x, randn(k, channels, 3, 3) / (9 * channels) ** 0.5, randn(k), plus
+
+
+def mathematics(x, weight, bias=None, gelu=False, plus=None):
+    """The direct sum in float64."""
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), padding=1)
+    y = y * (1 + torch.erf(y / 2**0.5)) / 2 if gelu else y
+    return y if plus is None or not len(x) else y + torch.cat([plus.double()] * (len(x) // len(plus)))
+
+
+def distance(actual, expected):
+    assert actual.shape == expected.shape
+    return float(((actual.double() - expected).abs() / expected.abs().clamp(min=1)).max()) if expected.numel() else 0.0
+
+
+def exact(matrix):
+    return [[Fraction(value).limit_denominator(1000) for value in row] for row in matrix]
+
+
+def product(matrix, vector):
+    return [sum((m * v for m, v in zip(row, vector, strict=True)), Fraction(0)) for row in matrix]
+
+
+def test_the_matrices_make_a_correlation_exactly():
+    """In rational numbers, for every unit vector of pixels and of weights: it is bilinear."""
+    a, b, g = exact(A_T), exact(B_T), exact(G)
+    for i in range(6):
+        for j in range(3):
+            pixels, weights = ([Fraction(k == at) for k in range(size)] for size, at in ((6, i), (3, j)))
+            points = [u * v for u, v in zip(product(g, weights), product(b, pixels), strict=True)]
+            assert product(a, points) == [sum(weights[q] * pixels[p + q] for q in range(3)) for p in range(4)]
+
+
+@needs_kernel
+@many
+@given(
+    n=st.integers(1, 5),
+    channels=st.sampled_from([32, 64, 96]),
+    k=st.sampled_from([32, 64, 96]),
+    h=st.integers(1, 17),
+    w=st.integers(1, 17),
+    biased=st.booleans(),
+    gelu=st.booleans(),
+    repeats=st.sampled_from([0, 1, 5]),
+    threads=st.integers(1, 3),
+)
+def test_the_kernel(n, channels, k, h, w, biased, gelu, repeats, threads):
+    n = n * max(repeats, 1)
+    x, weight, bias, plus = arguments(n, channels, k, h, w, repeats)
+    bias = bias if biased else None
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = winograd(x, transform(weight), bias, gelu=gelu, plus=plus)
+    finally:
+        torch.set_num_threads(before)
+    assert distance(y, mathematics(x, weight, bias, gelu, plus)) < TOLERANCE
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 64, 16, 16), (3, 64, 32, 7, 9), (1, 32, 32, 1, 1), (0, 32, 32, 4, 4)])
+def test_the_reference(shape):
+    x, weight, bias, plus = arguments(*shape, repeats=1)
+    y = reference(x.double(), transform(weight), bias.double(), plus.double(), True)
+    # U is rounded to float32.
+    assert distance(y, mathematics(x, weight, bias, True, plus)) < 3e-6
+
+
+@needs_kernel
+def test_it_rounds_little_more_than_the_direct_sum():
+    x, weight, bias, _ = arguments(8, 64, 64, 16, 16)
+    expected = mathematics(x, weight, bias)
+    found, direct = winograd(x, transform(weight), bias), F.conv2d(x, weight, bias, padding=1)
+    root_mean_square = [float((y - expected).square().mean().sqrt()) for y in (found, direct)]
+    assert root_mean_square[0] < 2 * root_mean_square[1]
+
+
+@needs_kernel
+def test_rows_threads_and_batches_do_not_change_a_bit():
+    x, weight, bias, _ = arguments(21, 64, 32, 10, 12)
+    u, before = transform(weight), torch.get_num_threads()
+    whole = winograd(x, u, bias, gelu=True)
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            for count in (1, 2, 5):
+                parts = [winograd(part, u, bias, gelu=True) for part in x.split(count)]
+                assert torch.equal(torch.cat(parts), whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_gelu_and_its_tails():
+    """The middle weight alone, so that the convolution is the identity."""
+    weight = torch.zeros(32, 32, 3, 3)
+    weight[range(32), range(32), 1, 1] = 1
+    values = torch.cat((torch.linspace(-7, 7, 4001), torch.tensor([-100.0, 100.0, -5.4, 5.4, 0.0])))
+    x = F.pad(values, (0, -len(values) % 32)).reshape(1, 32, -1, 1)
+    y = winograd(x, transform(weight), gelu=True)
+    expected = x.double() * (1 + torch.erf(x.double() / 2**0.5)) / 2
+    near = x.abs() <= 7
+    # Rounding of the tile's largest value reaches its neighbours, here up to 100.
+    assert (y - expected).abs()[near].max() < 5e-5
+    assert distance(y, expected) < 5e-5
+
+
+@needs_kernel
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(bad):
+    x, weight, bias, _ = arguments(2, 32, 32, 8, 8)
+    x[0, 3, 2, 2] = bad
+    y = winograd(x, transform(weight), bias, gelu=True)
+    assert not y[0, :, 1:4, 1:4].isfinite().any()
+    assert y[1].isfinite().all()
+    assert y[0, :, 4:, 4:].isfinite().all()
+
+
+@needs_kernel
+def test_any_strides_of_x_and_plus():
+    x, weight, bias, plus = arguments(2, 32, 64, 9, 5, repeats=2)
+    u = transform(weight)
+    expected = winograd(x, u, bias, plus=plus.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(winograd(x.contiguous(), u, bias, plus=plus), expected)
+    wide = torch.cat((x, x), dim=3)[:, :, :, :5]
+    assert torch.equal(winograd(wide, u, bias, plus=plus), expected)
+
+
+def test_registration():
+    x, weight, bias, plus = arguments(2, 32, 64, 8, 8, repeats=2)
+    torch.library.opcheck(operator, (x, transform(weight), bias, plus, True))
+    torch.library.opcheck(operator, (x, transform(weight), None, None, False))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(missing_engine("compile", torch.device("cpu")) is not None, reason="needs a C++ compiler")
+def test_torch_compile_takes_it_whole():
+    x, weight, bias, plus = arguments(2, 32, 32, 8, 8, repeats=1)
+    u = transform(weight)
+    run = torch.compile(lambda x: winograd(x, u, bias, gelu=True, plus=plus) + 1, fullgraph=True)
+    assert torch.equal(run(x), winograd(x, u, bias, gelu=True, plus=plus) + 1)
+
+
+def test_without_the_kernel_it_is_the_reference(monkeypatch):
+    monkeypatch.setattr(import_module("kernels.winograd"), "missing", lambda: "a compiler")
+    x, weight, bias, plus = arguments(2, 32, 32, 6, 6, repeats=2)
+    y = winograd(x, transform(weight), bias, gelu=True, plus=plus)
+    assert torch.equal(y, reference(x, transform(weight), bias, plus, True))
+
+
+def test_which_weights_fit():
+    assert fits(torch.empty(64, 32, 3, 3))
+    for shape in ((64, 32, 1, 1), (64, 3, 3, 3), (3, 64, 3, 3), (48, 64, 3, 3)):
+        assert not fits(torch.empty(shape))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 32, 8)}, ValueError, r"x: got \[2, 32, 8\], needs \[n, C, h, w\]"),
+        ({"x": torch.zeros(2, 32, 0, 8)}, ValueError, "needs .* at least one pixel"),
+        ({"x": torch.zeros(2, 32, 8, 8).double()}, TypeError, "x: got torch.float64, needs float32"),
+        ({"x": torch.zeros(2, 64, 8, 8)}, ValueError, r"weight: got \[36, 2, 32, 32\], needs \[36, K / 32, 64, 32\]"),
+        ({"weight": torch.zeros(64, 32, 3, 3)}, ValueError, "weight: got .*kernels.winograd.transform"),
+        ({"weight": torch.zeros(36, 2, 32, 64)[..., ::2]}, ValueError, "weight: has strides"),
+        ({"bias": torch.zeros(32)}, ValueError, r"bias: got \[32\]"),
+        ({"bias": torch.zeros(128)[::2]}, ValueError, r"bias: .* needs contiguous \[64\]"),
+        ({"bias": torch.zeros(64).half()}, TypeError, "bias: got torch.float16"),
+        ({"plus": torch.zeros(3, 64, 8, 8)}, ValueError, r"plus: got \[3, 64, 8, 8\], needs \[2 or a divisor"),
+        ({"plus": torch.zeros(2, 32, 8, 8)}, ValueError, "plus: got"),
+        ({"plus": torch.zeros(0, 64, 8, 8)}, ValueError, "plus: got"),
+        ({"x": torch.zeros(2, 32, 8, 8, requires_grad=True)}, ValueError, "x: requires a gradient"),
+    ],
+)
+def test_bad_input(change, error, message):
+    given = {"x": torch.zeros(2, 32, 8, 8), "weight": torch.zeros(36, 64 // PANEL, 32, PANEL)} | change
+    with pytest.raises(error, match=message):
+        winograd(given["x"], given["weight"], given.get("bias"), plus=given.get("plus"))
+
+
+@pytest.mark.parametrize("shape", [(64, 32, 1, 1), (33, 32, 3, 3), (32, 3, 3, 3), (32, 32, 3)])
+def test_weights_that_cannot_be_transformed(shape):
+    with pytest.raises(ValueError, match=r"weight: got .* needs .*multiples of 32"):
+        transform(torch.zeros(shape))
