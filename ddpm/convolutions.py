@@ -83,9 +83,9 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """onto: what the result (without GELU) is added to, perhaps in its memory; its images repeat."""
         if self.transformed:
-            return winograd(x, self.weight, self.bias, gelu=self.gelu, plus=onto)
+            return winograd(x, [self.weight], [self.bias], gelu=self.gelu, plus=onto)
         if onto is not None and onto.shape[0] < x.shape[0]:
-            onto = onto.repeat(x.shape[0] // onto.shape[0], 1, 1, 1)
+            onto = torch.cat((onto,) * (x.shape[0] // onto.shape[0]))  # keeps its layout, as `repeat` does not
         if onto is not None and self.packed and not torch.compiler.is_compiling():
             # torch.compile cannot trace this operator, and fuses the sum by itself.
             after = ("add", 1.0, None, [], None)
@@ -98,6 +98,28 @@ class Convolution(nn.Module):
             y = F.conv2d(x, self.weight, self.bias, padding=self.padding)
             y = F.gelu(y) if self.gelu else y
         return y if onto is None else onto.add_(y)
+
+
+class Chain(nn.Sequential):
+    """Convolutions with GELU, one after the other; neighbours by one call of the operator `winograd`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(*(Convolution(gelu=True) for _ in range(count)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        waiting: list[Convolution] = []
+        for convolution in self:
+            if convolution.transformed:
+                waiting.append(convolution)
+            else:
+                x, waiting = convolution(_together(waiting, x)), []
+        return _together(waiting, x)
+
+
+def _together(convolutions: list[Convolution], x: Tensor) -> Tensor:
+    if not convolutions:
+        return x
+    return winograd(x, [each.weight for each in convolutions], [each.bias for each in convolutions], gelu=True)
 
 
 def _pixels(x: Tensor) -> Tensor:
@@ -123,7 +145,7 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         halves = x.shape[0] // skip.shape[0]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not x.is_cuda:
             # It fuses the three sums with the shuffle; a product onto something would copy that first.
             of_skip = self._spread(_pixels(skip) @ self.of_skip, skip)
             out = self._spread(_pixels(x) @ self.of_x, x).unflatten(0, (halves, -1)) + of_skip + self.bias.chunk(4)[0]

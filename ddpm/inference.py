@@ -14,6 +14,7 @@
 import copy
 import json
 import logging
+import platform
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -23,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ddpm.convolutions import Convolution, Upsampling, store
+from ddpm.convolutions import Chain, Convolution, Upsampling, store
 from ddpm.networks import GROUPS, ContextUnet, ResidualConvBlock, build_network
 from kernels import bottleneck, group_norm_relu
-from kernels.winograd import missing
+from kernels.winograd import PANEL, fits, missing
 
 logger = logging.getLogger("ddpm")
 
@@ -49,7 +50,9 @@ def leave_division_to_readers(model: ContextUnet) -> None:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware."""
+    """Whether this CPU multiplies bfloat16 in hardware; taken for granted where it is no x86."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -121,19 +124,15 @@ class InferenceUnet(nn.Module):
         self.kept = {"dtype": dtype, "channels_last": channels_last, "pack": pack, "winograd": winograd}
         self.depth, self.n_cfeat = model.depth, model.n_cfeat
         self.shortcut = None if isinstance(model.init_conv.shortcut, nn.Identity) else Convolution()
-        self.initial = self._blocks(1)
-        self.downs = nn.ModuleList(self._blocks(2) for _ in range(self.depth))
+        self.initial = Chain(2)
+        self.downs = nn.ModuleList(Chain(4) for _ in range(self.depth))
         self.upsamplings = nn.ModuleList(Upsampling() for _ in range(self.depth))
-        self.ups = nn.ModuleList(self._blocks(2) for _ in range(self.depth))
+        self.ups = nn.ModuleList(Chain(4) for _ in range(self.depth))
         self.head_of_x, self.head_of_skip, self.last = Convolution(), Convolution(), Convolution()
         for name in ("up0_weight", "up0_bias", "up0_gain", "up0_offset", "head_gain", "head_offset"):
             self.register_buffer(name, None)
         self.folded: list[Tensor] = []
         self.refresh(model)
-
-    @staticmethod
-    def _blocks(count: int) -> nn.Sequential:
-        return nn.Sequential(*(Convolution(gelu=True) for _ in range(2 * count)))
 
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:
@@ -301,13 +300,13 @@ _forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Infe
 def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
     """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost.
 
-    Only those of the device that the model is on, and until `release`. dtype: see `computed_in`.
+    Only those of the device that the model is on, and until `release`. A ContextUnet's dtype: see `computed_in`.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    dtype = computed_in(dtype, device)
     if not _is_plain_unet(model):
         logger.info("nothing is folded: %s is no ContextUnet as built", type(model).__name__)
         return PlainForm(model, dtype)
+    device = next(model.parameters()).device
+    dtype = computed_in(dtype, device)
     forms = _forms.setdefault(model, {})
     key = dtype, device
     for left in [other for other in forms if other[1] != key[1]]:
@@ -316,9 +315,17 @@ def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
         forms[key].refresh(model)
     else:
         forms[key] = InferenceUnet(model, dtype)
-        if device.type == "cpu" and dtype == torch.float32 and missing() is not None:
-            logger.info("convolutions are oneDNN's, about half as fast as the operator winograd: %s", missing())
+        if device.type == "cpu" and dtype == torch.float32:
+            _say_if_slow(forms[key], model)
     return forms[key]
+
+
+def _say_if_slow(form: InferenceUnet, model: ContextUnet) -> None:
+    if any(module.transformed for module in form.modules() if isinstance(module, Convolution)):
+        return
+    fitting = any(parameter.ndim == 4 and fits(parameter) for parameter in model.parameters())
+    lack = missing() if fitting else f"no convolution has channels in multiples of {PANEL} (n_feat)"
+    logger.info("convolutions are the library's, about half as fast as the operator winograd: %s", lack)
 
 
 def release(model: nn.Module) -> None:

@@ -1,13 +1,14 @@
 """Kernels in C++ for the CPU: built by the machine's compiler at first use, kept on disk, loaded.
 
 A library is named by what it is made from (source, compiler, instruction set), so it is never stale and may be shared
-by processes. It links the OpenMP runtime that PyTorch has loaded, and its threads.
+by processes. Built by g++ it runs on the threads of the OpenMP runtime that PyTorch has loaded.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -17,7 +18,10 @@ from pathlib import Path
 import torch
 
 # Named, not "native": the libraries of a home that several machines share must run on each.
-ARCHITECTURES = {"AVX2": "x86-64-v3", "AVX512": "x86-64-v4"}
+INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma"),
+    "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+}
 COMPILERS = ("g++", "clang++", "c++")
 LANGUAGE = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
@@ -29,33 +33,34 @@ class Unavailable(RuntimeError):
 def cache_folder() -> Path:
     """Where libraries are kept: FUSED_DDPM_CACHE, else fused-ddpm in the user's cache folder."""
     named = os.environ.get("FUSED_DDPM_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-ddpm"
+    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-ddpm"
+    return folder.resolve()
 
 
-def _architecture() -> str:
+def instructions() -> tuple[str, ...]:
+    """The compiler's options for this CPU. Raises Unavailable where there are none."""
     capability = torch.backends.cpu.get_cpu_capability()
-    if platform.system() != "Linux" or platform.machine() != "x86_64" or capability not in ARCHITECTURES:
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or capability not in INSTRUCTIONS:
         found = f"{platform.system()} on {platform.machine()}, {capability}"
         raise Unavailable(f"native kernels: found {found}; they need Linux on x86-64 with AVX2 or AVX-512")
-    return ARCHITECTURES[capability]
+    return INSTRUCTIONS[capability]
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
-    if found is None:
-        raise Unavailable(f"native kernels need a C++ compiler: found no {named or ', '.join(COMPILERS)} (set CXX)")
-    return found
+def compiler() -> list[str]:
+    """The command CXX, or the first of COMPILERS that is there. Raises Unavailable if none is."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    program, *options = named or [next(filter(shutil.which, COMPILERS), "")]
+    if shutil.which(program) is None:
+        raise Unavailable(f"native kernels need a C++ compiler: found no {program or ', '.join(COMPILERS)} (set CXX)")
+    return [program, *options]
 
 
 def _run(*command: str) -> str:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
-        raise Unavailable(f"native kernels: {' '.join(command)} failed: {said[0] if said else error}") from error
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)  # noqa: S603
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Unavailable(f"native kernels: {' '.join(command)} failed: {said[0]}")
+    return done.stdout
 
 
 @cache
@@ -64,17 +69,18 @@ def load(source: Path) -> ctypes.CDLL:
 
     Raises: Unavailable if the machine lacks something, or the cache folder cannot be written.
     """
-    flags = (*LANGUAGE, f"-march={_architecture()}")
-    compiler = _compiler()
-    made_from = "\n".join((source.read_text(), *flags, _run(compiler, "--version")))
-    library = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    command = [*compiler(), *LANGUAGE, *instructions()]
     try:
+        made_from = "\n".join((source.read_text(), *command, _run(*compiler(), "--version")))
+        library = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 built = Path(folder) / library.name
-                _run(compiler, *flags, str(source), "-o", str(built))
+                _run(*command, str(source), "-o", str(built))
                 built.replace(library)
         return ctypes.CDLL(str(library))
-    except OSError as error:
+    except Unavailable:
+        raise
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder
         raise Unavailable(f"native kernels: {error}") from error

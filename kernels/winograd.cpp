@@ -1,7 +1,8 @@
 // winograd.py has the equations and this operator's reference. Images are NHWC, float32.
 //
 // A block is some tiles of 4x4 pixels: its points V and the products M stay in the second cache between the three
-// stages, the weights U stream through. Vectors are along channels, so transforms never exchange lanes.
+// stages, the weights U stream through. Vectors are along channels, so transforms never exchange lanes. Small images go
+// through all layers block by block, so that what is between two layers stays there as well.
 
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +13,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8;  // 16 of 32 registers are sums, enough to hide the latency of two FMA units
 #else
-constexpr int LANES = 8, ROWS = 3;  // 12 of 16 registers
+constexpr int LANES = 8, ROWS = 4;  // 8 of 16 registers; untuned
 #endif
 constexpr int PANEL = 32;  // output channels that are done at once, as winograd.py packs them
 constexpr int TILE = 4, SIDE = 6, POINTS = SIDE * SIDE;
@@ -29,7 +30,7 @@ inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from);
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 
 struct Shape {
-    int64_t n, h, w, c, k;
+    int64_t n, h, w;
     int64_t down() const { return (h + TILE - 1) / TILE; }
     int64_t across() const { return (w + TILE - 1) / TILE; }
     int64_t tiles() const { return n * down() * across(); }
@@ -81,8 +82,9 @@ inline Vec gelu(Vec x) {
 }
 
 // V: row `row` of every point, from the 6x6 pixels around a tile.
-void gather(const float* x, const Shape& s, const Place& place, float* v, int64_t row, int64_t stride) {
-    for (int64_t c = 0; c < s.c; c += LANES) {
+void gather(const float* x, const Shape& s, int64_t channels, const Place& place, float* v, int64_t row,
+            int64_t stride) {
+    for (int64_t c = 0; c < channels; c += LANES) {
         Vec lines[SIDE][SIDE];
         for (int i = 0; i < SIDE; ++i) {
             Vec pixels[SIDE];
@@ -90,7 +92,7 @@ void gather(const float* x, const Shape& s, const Place& place, float* v, int64_
             for (int j = 0; j < SIDE; ++j) {
                 const int64_t z = place.left + j - 1;
                 const bool inside = y >= 0 && y < s.h && z >= 0 && z < s.w;
-                pixels[j] = inside ? load(x + ((place.image * s.h + y) * s.w + z) * s.c + c) : Vec{};
+                pixels[j] = inside ? load(x + ((place.image * s.h + y) * s.w + z) * channels + c) : Vec{};
             }
             to_points(pixels, lines[i]);
         }
@@ -98,7 +100,7 @@ void gather(const float* x, const Shape& s, const Place& place, float* v, int64_
             Vec column[SIDE], points[SIDE];
             for (int i = 0; i < SIDE; ++i) column[i] = lines[i][j];
             to_points(column, points);
-            for (int i = 0; i < SIDE; ++i) store(v + (i * SIDE + j) * stride + row * s.c + c, points[i]);
+            for (int i = 0; i < SIDE; ++i) store(v + (i * SIDE + j) * stride + row * channels + c, points[i]);
         }
     }
 }
@@ -107,7 +109,7 @@ void gather(const float* x, const Shape& s, const Place& place, float* v, int64_
 template <int R>
 inline void multiply(const float* v, const float* u, float* m, int64_t c) {
     constexpr int N = PANEL / LANES;
-    constexpr int WIDE = N > 2 ? 2 : N;  // vectors of a row that are summed at once
+    constexpr int WIDE = 2;  // vectors of a row that are summed at once
     for (int first = 0; first < N; first += WIDE) {
         for (int64_t from = 0; from < c; from += CHUNK) {
             Vec sums[R][WIDE] = {};
@@ -134,16 +136,16 @@ void multiply_rows(const float* v, const float* u, float* m, int64_t c, int64_t 
     for (; r < rows; ++r) multiply<1>(v + r * c, u, m + r * PANEL, c);
 }
 
-// What follows a product: y = GELU(. + bias) + plus, the latter two and GELU optional; images of plus repeat.
-struct Epilogue {
-    const float *bias, *plus;
-    int64_t plus_images;
+// One convolution of a chain. u [36, k / 32, c, 32]; y = GELU(. + bias) + plus, the latter two and GELU optional.
+struct Layer {
+    const float *u, *bias, *plus;
+    int64_t c, k, plus_images;
     bool gelu;
 };
 
-// One tile's pixels in the PANEL channels from `channel`, from row `row` of every point of M.
+// One tile's pixels in the PANEL channels from `channel`, from row `row` of every point of M. image: of plus.
 void scatter(const float* m, int64_t row, int64_t stride, const Shape& s, const Place& place, int64_t channel,
-             const Epilogue& then, float* y) {
+             const Layer& layer, int64_t image, float* y) {
     const int64_t height = std::min<int64_t>(TILE, s.h - place.top), width = std::min<int64_t>(TILE, s.w - place.left);
     for (int64_t c = 0; c < PANEL; c += LANES) {
         Vec lines[TILE][SIDE];
@@ -153,18 +155,97 @@ void scatter(const float* m, int64_t row, int64_t stride, const Shape& s, const 
             to_pixels(points, pixels);
             for (int i = 0; i < TILE; ++i) lines[i][j] = pixels[i];
         }
-        const Vec bias = then.bias ? load(then.bias + channel + c) : Vec{};
+        const Vec bias = layer.bias ? load(layer.bias + channel + c) : Vec{};
         for (int64_t i = 0; i < height; ++i) {
             Vec pixels[TILE];
             to_pixels(lines[i], pixels);
             for (int64_t j = 0; j < width; ++j) {
                 const int64_t pixel = (place.top + i) * s.w + place.left + j, area = s.h * s.w;
                 Vec value = pixels[j] + bias;
-                if (then.gelu) value = gelu(value);
-                if (then.plus) {
-                    value += load(then.plus + (place.image % then.plus_images * area + pixel) * s.k + channel + c);
+                if (layer.gelu) value = gelu(value);
+                if (layer.plus) {
+                    value += load(layer.plus + (image % layer.plus_images * area + pixel) * layer.k + channel + c);
                 }
-                store(y + (place.image * area + pixel) * s.k + channel + c, value);
+                store(y + (place.image * area + pixel) * layer.k + channel + c, value);
+            }
+        }
+    }
+}
+
+// A thread's memory, kept: fresh memory would be cleared page by page. Aligned, so that no vector spans two lines.
+float* workspace(int64_t floats) {
+    constexpr size_t LINE = 64 / sizeof(float);
+    static thread_local std::vector<float> memory;
+    memory.resize(std::max<size_t>(memory.size(), floats + LINE));
+    return memory.data() + LINE - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % LINE;
+}
+
+int64_t block_floats(const Layer& layer, int64_t block) {
+    return POINTS * (block * (layer.c + PANEL) + 2 * STAGGER);
+}
+
+// Tiles [first, first + rows) of a layer in its panels [from, to). image: the number of x's first one, for plus.
+void convolve(const Layer& layer, const float* x, float* y, const Shape& s, int64_t first, int64_t rows, int64_t from,
+              int64_t to, int64_t image, float* memory) {
+    const int64_t v_stride = rows * layer.c + STAGGER, m_stride = rows * PANEL + STAGGER;
+    float *v = memory, *m = v + POINTS * v_stride;
+    for (int64_t row = 0; row < rows; ++row) gather(x, s, layer.c, Place(s, first + row), v, row, v_stride);
+    for (int64_t panel = from; panel < to; ++panel) {
+        for (int point = 0; point < POINTS; ++point) {
+            const float* u = layer.u + (point * (layer.k / PANEL) + panel) * layer.c * PANEL;
+            multiply_rows(v + point * v_stride, u, m + point * m_stride, layer.c, rows);
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+            const Place place(s, first + row);
+            scatter(m, row, m_stride, s, place, panel * PANEL, layer, image + place.image, y);
+        }
+    }
+}
+
+int64_t split(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
+
+// All tiles of one layer, dealt out to threads.
+void run_layer(const Layer& layer, const float* x, float* y, const Shape& s, int threads) {
+    const int64_t tiles = s.tiles(), panels = layer.k / PANEL;
+    const int64_t share = split(tiles, split(tiles, BLOCK * threads) * threads);
+    const int64_t block = split(share, ROWS) * ROWS, blocks = split(tiles, block);
+    // With fewer blocks than threads each block's output channels are split too, and its points computed by each.
+    const int64_t parts = blocks < threads ? std::min(panels, split(threads, blocks)) : 1;
+#pragma omp parallel num_threads(threads)
+    {
+        float* memory = workspace(block_floats(layer, block));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t work = 0; work < blocks * parts; ++work) {
+            const int64_t first = work / parts * block, part = work % parts;
+            convolve(layer, x, y, s, first, std::min(block, tiles - first), panels * part / parts,
+                     panels * (part + 1) / parts, 0, memory);
+        }
+    }
+}
+
+// All layers, some whole images at a time. between: floats of what is between two layers, per image.
+void run_images(const std::vector<Layer>& layers, const float* x, float* y, const Shape& s, int64_t between,
+                int threads) {
+    const int64_t per_image = s.down() * s.across(), area = s.h * s.w;
+    const int64_t count = std::min(std::max<int64_t>(BLOCK / per_image, 1), split(s.n, threads));
+    int64_t floats = 0;
+    for (const Layer& layer : layers) floats = std::max(floats, block_floats(layer, std::min(count * per_image, BLOCK)));
+#pragma omp parallel num_threads(threads)
+    {
+        float* memory = workspace(floats + 2 * count * between);
+        float* halves[2] = {memory + floats, memory + floats + count * between};
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t start = 0; start < s.n; start += count) {
+            const Shape part{std::min(count, s.n - start), s.h, s.w};
+            const float* from = x + start * area * layers[0].c;
+            for (size_t i = 0; i < layers.size(); ++i) {
+                const Layer& layer = layers[i];
+                float* to = i + 1 < layers.size() ? halves[i % 2] : y + start * area * layer.k;
+                for (int64_t first = 0; first < part.tiles(); first += BLOCK) {
+                    const int64_t rows = std::min(BLOCK, part.tiles() - first);
+                    convolve(layer, from, to, part, first, rows, 0, layer.k / PANEL, start, memory);
+                }
+                from = to;
             }
         }
     }
@@ -172,36 +253,25 @@ void scatter(const float* m, int64_t row, int64_t stride, const Shape& s, const 
 
 }  // namespace
 
-// x [n, h, w, c], u [36, k / 32, c, 32], bias [k] or null, plus [plus_images, h, w, k] or null -> y [n, h, w, k];
-// c a multiple of 16, k of 32.
-extern "C" void winograd(const float* x, const float* u, const float* bias, const float* plus, float* y, int64_t n,
-                         int64_t h, int64_t w, int64_t c, int64_t k, int64_t plus_images, int gelu, int threads) {
-    const Shape s{n, h, w, c, k};
-    const Epilogue then{bias, plus, plus_images, gelu != 0};
-    const int64_t tiles = s.tiles(), panels = k / PANEL;
-    const int64_t rounds = (tiles + BLOCK * threads - 1) / (BLOCK * threads);
-    const int64_t share = (tiles + rounds * threads - 1) / (rounds * threads);
-    const int64_t block = (share + ROWS - 1) / ROWS * ROWS, blocks = (tiles + block - 1) / block;
-    // With fewer blocks than threads each block's output channels are split too, and its points computed by each.
-    const int64_t parts = blocks < threads ? std::min(panels, (threads + blocks - 1) / blocks) : 1;
-    const int64_t v_stride = block * c + STAGGER, m_stride = block * PANEL + STAGGER;
-#pragma omp parallel num_threads(threads)
-    {
-        static thread_local std::vector<float> memory;  // kept: fresh memory would be cleared page by page
-        memory.resize(std::max<size_t>(memory.size(), POINTS * (v_stride + m_stride)));
-        float *v = memory.data(), *m = v + POINTS * v_stride;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t work = 0; work < blocks * parts; ++work) {
-            const int64_t first = work / parts * block, rows = std::min(block, tiles - first), part = work % parts;
-            for (int64_t row = 0; row < rows; ++row) gather(x, s, Place(s, first + row), v, row, v_stride);
-            for (int64_t panel = panels * part / parts; panel < panels * (part + 1) / parts; ++panel) {
-                for (int point = 0; point < POINTS; ++point) {
-                    const float* right = u + (point * panels + panel) * c * PANEL;
-                    multiply_rows(v + point * v_stride, right, m + point * m_stride, c, rows);
-                }
-                for (int64_t row = 0; row < rows; ++row)
-                    scatter(m, row, m_stride, s, Place(s, first + row), panel * PANEL, then, y);
-            }
-        }
+// `count` convolutions one after the other, GELU after each if asked: x [n, h, w, widths[0]] -> y [n, h, w,
+// widths[count]]. u[i] [36, widths[i + 1] / 32, widths[i], 32], bias[i] [widths[i + 1]] or null, plus [plus_images, ...]
+// like y or null, added to y alone. Widths are multiples of 32. scratch: two tensors [n, h, w, the largest width] to go
+// layer by layer; null to go image by image.
+extern "C" void winograd(const float* x, const float* const* u, const float* const* bias, const float* plus, float* y,
+                         float* scratch, int64_t n, int64_t h, int64_t w, const int64_t* widths, int64_t count,
+                         int64_t plus_images, int gelu, int threads) {
+    const Shape s{n, h, w};
+    std::vector<Layer> layers;
+    int64_t widest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        layers.push_back({u[i], bias[i], i + 1 == count ? plus : nullptr, widths[i], widths[i + 1], plus_images, gelu != 0});
+        widest = std::max(widest, widths[i + 1]);
+    }
+    const int64_t between = h * w * widest;
+    if (count > 1 && !scratch) return run_images(layers, x, y, s, between, threads);
+    for (int64_t i = 0; i < count; ++i) {
+        float* to = i + 1 < count ? scratch + i % 2 * n * between : y;
+        run_layer(layers[i], x, to, s, threads);
+        x = to;
     }
 }

@@ -18,9 +18,10 @@ from bench.registry import Bench, Candidate, Workload
 from bench.suites.networks import PARITY, engine_error
 from bench.timing import Call
 from ddpm.engines import Engine, choose, missing
+from ddpm.engines.compile import CompileEngine
 from ddpm.engines.eager import EagerEngine
 from ddpm.engines.fused import FusedEngine
-from ddpm.inference import InferenceUnet, fold_batch_norm
+from ddpm.inference import InferenceUnet, computed_in, fold_batch_norm
 from ddpm.noise import PhiloxNoise
 from ddpm.runs import Run
 from ddpm.solvers import StepTable
@@ -68,6 +69,13 @@ def _form(
     return FusedEngine(model, timesteps, table, dtype, InferenceUnet(model, dtype, **options))
 
 
+def _bfloat16(model: torch.nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> Engine:
+    """In that type even where the engines take float32 instead, because it is emulated."""
+    if computed_in(dtype, next(model.parameters()).device) == dtype:
+        return CompileEngine(model, timesteps, table, dtype)
+    return _form({}, model, timesteps, table, dtype)
+
+
 RUNGS = {
     EAGER: Rung("module, table, plain torch operators", "eager"),
     "folded": Rung("BatchNorm folded into its convolution", "eager", build=_folded),
@@ -84,7 +92,7 @@ RUNGS = {
     ),
     "winograd": Rung("3x3 convolutions with a quarter of the products: engine `fused`", "fused", native=True),
     "compile": Rung("torch.compile of network, noise and update: engine `compile`", "compile"),
-    "bf16": Rung("the network in bfloat16", "compile", torch.bfloat16),
+    "bf16": Rung("the network in bfloat16", "compile", torch.bfloat16, _bfloat16),
     "graph": Rung("engine `fused` in bfloat16 as a CUDA graph: engine `graph`", "graph", torch.bfloat16),
 }
 

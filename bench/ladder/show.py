@@ -77,7 +77,7 @@ def notes(content: store.Content) -> list[str]:
     """What the table does not say: the evaluation, memory, what was left out and why."""
     lines = []
     if not content["bfloat16_in_hardware"]:
-        lines.append("This CPU has neither AVX512-BF16 nor AMX: engines compute bfloat16 in float32, which is faster.")
+        lines.append("This CPU has neither AVX512-BF16 nor AMX: rung `bf16` emulates it, engines take float32.")
     if content["evaluation"]:
         parts = []
         for label, found in content["evaluation"].items():

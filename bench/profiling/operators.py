@@ -84,11 +84,22 @@ def _matrix(name: str, dims: Dims) -> tuple[int, int] | None:
     return 2 * rows * inner * columns, rows * columns
 
 
+def _winograd(x: Sequence[int], weights: Sequence[Sequence[int]]) -> Work:
+    """The products that are computed, a quarter of the direct sums'; x read, the weights read, the result written."""
+    n, _, height, width = x
+    tiles = n * -(-height // 4) * -(-width // 4)
+    numbers = sum(math.prod(weight) for weight in weights)
+    outputs = n * height * width * weights[-1][1] * weights[-1][3]
+    return Work(float(2 * tiles * numbers), 4.0 * (math.prod(x) + numbers + outputs))
+
+
 def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]) -> Work | None:
     """Flops and bytes of a call of PyTorch's as the profiler recorded it, or None for an operator not counted here.
 
     dims, types, concrete: the trace's "Input Dims", "Input type" and "Concrete Inputs", one entry per argument.
     """
+    if name == "fused_ddpm::winograd":
+        return _winograd(*dims[:2])
     space, _, short = name.partition("::")
     packed, added = short == "_convolution_pointwise", short == "_convolution_pointwise_"
     packed = space == "mkldnn" and (packed or added)

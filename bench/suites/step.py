@@ -23,6 +23,7 @@ from bench.suites.networks import (
 from bench.timing import Call
 from ddpm import NoiseSchedule, make_table
 from ddpm.engines import ENGINES
+from ddpm.inference import computed_in
 from ddpm.noise import PhiloxNoise
 from ddpm.sampling import sample_shape
 from kernels import philox
@@ -53,12 +54,13 @@ def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device
         return call
 
     expected = cache(lambda: make("eager", torch.float32)())
+    kind = computed_in(dtype, device)
     candidates = {
-        name: Candidate(partial(make, name, dtype), lambda call: engine_error(call(), expected(), dtype), PARITY[dtype])
+        name: Candidate(partial(make, name, dtype), lambda call: engine_error(call(), expected(), kind), PARITY[kind])
         for name in competitors(device)
     }
     calls = 1 if guidance == 1.0 else 2
-    cost = Cost(STEPS * step_bytes(model, batch, dtype), STEPS * calls * batch * forward_flops())
+    cost = Cost(STEPS * step_bytes(model, batch, kind), STEPS * calls * batch * forward_flops())
     return Bench([()], make("eager", torch.float32), candidates, cost, calls=STEPS)
 
 

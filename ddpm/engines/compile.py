@@ -6,12 +6,14 @@ two serve all batches (one sample, more).
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.engines.fused import Advance, Advanced, FusedEngine
+from ddpm.inference import InferenceUnet
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.solvers import StepTable
 from kernels import philox
@@ -55,6 +57,14 @@ def batch_may_vary(*tensors: Tensor | None, dim: int = 0) -> None:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
+def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
+    """Which guards to keep: not those of modules, globals and weights, which an inference form never exchanges.
+
+    They are 500 of 540 and took 0.1 ms a step, next to 4 ms for the network at batch 1 (n_feat 64, 16x16).
+    """
+    return [not guard.name.startswith(("self", "L['self']", "G[")) for guard in guards]
+
+
 class CompileEngine(FusedEngine):
     """Arguments as `EagerEngine`. A network's first call compiles it (tens of seconds) and logs how long that took."""
 
@@ -62,7 +72,8 @@ class CompileEngine(FusedEngine):
         super().__init__(model, timesteps, table, dtype)
         # Kept with the network, as its inference form is. A function, not a module: it must not become a submodule.
         if not hasattr(self.form, "compiled"):
-            self.form.compiled = torch.compile(self.form.forward, fullgraph=True)
+            options = {"guard_filter_fn": _guards_of_arguments} if isinstance(self.form, InferenceUnet) else None
+            self.form.compiled = torch.compile(self.form.forward, fullgraph=True, options=options)
 
     def network(self, x: Tensor, at: tuple[Tensor, ...], rows: tuple[Tensor, ...] | None) -> Tensor:
         """The compiled form."""

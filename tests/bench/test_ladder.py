@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from bench import store
 from bench.cli import main
 from bench.ladder import command, quality
-from bench.ladder.rungs import EAGER, RUNGS, Job, Rung, workload
+from bench.ladder.rungs import EAGER, RUNGS, Job, Rung, _form, workload
 from bench.ladder.show import HEADINGS, notes, plot, rows_of
 from bench.machine import ROOT
 from bench.measure import convolution_ceiling, measure
@@ -23,7 +24,7 @@ from ddpm.runs import make_config, start_run
 
 CPU = torch.device("cpu")
 CLASSES = ("a", "b", "c")
-FAST = ("folded", "tables", "shared", "channels_last")
+FAST = ("folded", "tables", "shared", "channels_last", "winograd")
 
 
 def _write(folder, network, classes=()):
@@ -54,7 +55,9 @@ def job(run):
 @pytest.fixture
 def few_rungs(monkeypatch):
     """Without the compiled rungs, which take a minute; `bf16` is then the fused engine in bfloat16."""
-    fast = {name: RUNGS[name] for name in (EAGER, *FAST)} | {"bf16": Rung("bfloat16", "fused", torch.bfloat16)}
+    fast = {name: RUNGS[name] for name in (EAGER, *FAST)} | {
+        "bf16": Rung("bfloat16", "fused", torch.bfloat16, partial(_form, {}))
+    }
     fast["graph"] = RUNGS["graph"]
     for module in ("bench.ladder.command", "bench.ladder.quality", "bench.ladder.rungs"):
         monkeypatch.setattr(f"{module}.RUNGS", fast)
@@ -100,8 +103,13 @@ def test_each_rung_adds_one_thing(job):
     for name in FAST[1:]:
         engine = (RUNGS[name].build or FusedEngine)(job.run.model, 20, job.table, torch.float32)
         assert isinstance(engine.form, InferenceUnet)
-        forms[name] = (engine.form.shared, engine.form.channels_last)
-    assert forms == {"tables": (False, False), "shared": (True, False), "channels_last": (True, True)}
+        forms[name] = (engine.form.shared, engine.form.kept["channels_last"], engine.form.kept["winograd"])
+    assert forms == {
+        "tables": (False, False, True),  # but for channels_last only
+        "shared": (True, False, True),
+        "channels_last": (True, True, False),
+        "winograd": (True, True, True),
+    }
     folded = RUNGS["folded"].build(job.run.model, 20, job.table, torch.float32)
     kinds = {type(module) for module in folded.model.modules()}
     assert torch.nn.BatchNorm2d not in kinds
@@ -116,8 +124,7 @@ def test_the_cost_is_that_of_the_timed_steps(job):
     assert guided.bytes == 5 * (weights + 8 * 3 * 256)
 
 
-def test_quality_is_measured_against_eager_and_float64(job, few_rungs, monkeypatch):
-    monkeypatch.setattr("ddpm.inference.has_bfloat16", lambda: True)
+def test_quality_is_measured_against_eager_and_float64(job, few_rungs):
     found = quality.judge([EAGER, *FAST, "bf16"], job, quiet=True)
     assert found[EAGER]["to_eager"] == 0
     assert found[EAGER]["psnr_db"] is None
@@ -268,7 +275,7 @@ def test_notes_say_what_the_table_does_not():
         "left_out": {"graph": "a CUDA device"},
     }
     text = "\n".join(notes(content))
-    assert "bfloat16 in float32" in text
+    assert "emulates it" in text
     assert "9 samples each: fp32: Frechet distance 1.00, 50.0% read as the class asked for; bf16: Frechet" in text
     assert "samples a batch of 256: eager 3 MiB, fused 1 MiB." in text
     assert "Rung `graph` is left out: it needs a CUDA device." in text

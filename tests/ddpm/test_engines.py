@@ -34,7 +34,8 @@ def unet(**shape):
 
 @pytest.fixture(scope="module")
 def model():
-    return unet()
+    """Wide enough for `winograd`."""
+    return unet(n_feat=32)
 
 
 def draw(model, n=3, **options):

@@ -61,6 +61,19 @@ def test_no_compiler(folder, monkeypatch):
         native.load(SOURCE)
 
 
+def test_a_compiler_with_arguments(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", f"{native.compiler()[0]} -DNUMBER=5")
+    assert native.load(source(tmp_path, 'extern "C" int answer() { return NUMBER; }')).answer() == 5
+
+
+def test_nobodys_home_folder(folder, monkeypatch):
+    for name in ("FUSED_DDPM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("kernels.native.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(native.Unavailable, match="no home"):
+        native.load(SOURCE)
+
+
 def test_a_compiler_that_fails(folder, tmp_path):
     with pytest.raises(native.Unavailable, match=r"failed: .*answer\.cpp"):
         native.load(source(tmp_path, "this is no C++"))

@@ -1,22 +1,28 @@
 """winograd: its matrices, the kernel and the reference against a direct sum in float64, registration, bad input."""
 
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ddpm.engines import missing as missing_engine
-from kernels import winograd
+from kernels import native, winograd
 from kernels.winograd import A_T, B_T, PANEL, G, fits, missing, operator, reference, transform
 
 # Of normal inputs and weights of norm one, relative to max(1, |expected|); the root mean square error is a twentieth.
 TOLERANCE = 2e-5
 needs_kernel = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-many = settings(max_examples=40, deadline=None, derandomize=True)
+many = settings(
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def arguments(n, channels, k, h, w, repeats=0, seed=0):
@@ -61,6 +67,43 @@ def test_the_matrices_make_a_correlation_exactly():
             assert product(a, points) == [sum(weights[q] * pixels[p + q] for q in range(3)) for p in range(4)]
 
 
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What is not written stays NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_machine_with_a_compiler_has_the_kernel():
+    """Else the tests of the kernel would be skipped where it does not compile."""
+    try:
+        native.compiler(), native.instructions()
+    except native.Unavailable as lack:
+        pytest.skip(str(lack))
+    assert missing() is None
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="AVX2 is what the others test here")
+@needs_kernel
+def test_the_kernel_for_avx2():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "chain or tails"]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
 @needs_kernel
 @many
 @given(
@@ -74,24 +117,43 @@ def test_the_matrices_make_a_correlation_exactly():
     repeats=st.sampled_from([0, 1, 5]),
     threads=st.integers(1, 3),
 )
-def test_the_kernel(n, channels, k, h, w, biased, gelu, repeats, threads):
+def test_the_kernel(set_threads, n, channels, k, h, w, biased, gelu, repeats, threads):
     n = n * max(repeats, 1)
     x, weight, bias, plus = arguments(n, channels, k, h, w, repeats)
     bias = bias if biased else None
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        y = winograd(x, transform(weight), bias, gelu=gelu, plus=plus)
-    finally:
-        torch.set_num_threads(before)
+    set_threads(threads)
+    y = winograd(x, [transform(weight)], [bias], gelu=gelu, plus=plus)
     assert distance(y, mathematics(x, weight, bias, gelu, plus)) < TOLERANCE
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 16), (2, 16, 16), (7, 16, 16), (9, 5, 3), (11, 8, 8), (3, 9, 13), (40, 4, 4), (2, 40, 36)]
+)
+def test_a_chain_is_one_convolution_after_the_other(shape, threads, set_threads):
+    """Few images layer by layer, small ones image by image, those of 40x36 with 96 channels too large for that."""
+    n, h, w = shape
+    set_threads(threads)
+    widths = (32, 64, 32, 96)
+    x, *_, plus = arguments(n, widths[0], widths[-1], h, w, repeats=1)
+    plain = [arguments(1, c, k, 1, 1, seed=k) for c, k in pairwise(widths)]
+    weights, biases = [transform(each[1]) for each in plain], [plain[0][2], None, plain[2][2]]
+    expected, one_by_one = x, x
+    for i, (_, weight, *_) in enumerate(plain):
+        last = plus if i == 2 else None
+        expected = mathematics(expected, weight, biases[i], True, last)
+        one_by_one = winograd(one_by_one, [weights[i]], [biases[i]], gelu=True, plus=last)
+    y = winograd(x, weights, biases, gelu=True, plus=plus)
+    assert distance(y, expected) < TOLERANCE
+    assert torch.equal(y, one_by_one)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 64, 16, 16), (3, 64, 32, 7, 9), (1, 32, 32, 1, 1), (0, 32, 32, 4, 4)])
 def test_the_reference(shape):
     x, weight, bias, plus = arguments(*shape, repeats=1)
-    y = reference(x.double(), transform(weight), bias.double(), plus.double(), True)
+    y = reference(x.double(), [transform(weight)], [bias.double()], plus.double(), True)
     # U is rounded to float32.
     assert distance(y, mathematics(x, weight, bias, True, plus)) < 3e-6
 
@@ -100,24 +162,20 @@ def test_the_reference(shape):
 def test_it_rounds_little_more_than_the_direct_sum():
     x, weight, bias, _ = arguments(8, 64, 64, 16, 16)
     expected = mathematics(x, weight, bias)
-    found, direct = winograd(x, transform(weight), bias), F.conv2d(x, weight, bias, padding=1)
+    found, direct = winograd(x, [transform(weight)], [bias]), F.conv2d(x, weight, bias, padding=1)
     root_mean_square = [float((y - expected).square().mean().sqrt()) for y in (found, direct)]
     assert root_mean_square[0] < 2 * root_mean_square[1]
 
 
 @needs_kernel
-def test_rows_threads_and_batches_do_not_change_a_bit():
-    x, weight, bias, _ = arguments(21, 64, 32, 10, 12)
-    u, before = transform(weight), torch.get_num_threads()
-    whole = winograd(x, u, bias, gelu=True)
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for count in (1, 2, 5):
-                parts = [winograd(part, u, bias, gelu=True) for part in x.split(count)]
-                assert torch.equal(torch.cat(parts), whole)
-    finally:
-        torch.set_num_threads(before)
+def test_rows_threads_and_batches_do_not_change_a_bit(set_threads):
+    x, weight, bias, _ = arguments(21, 64, 64, 10, 12)
+    chain = [transform(weight)] * 2, [bias, None]
+    whole = winograd(x, *chain, gelu=True)
+    for threads in (1, 2, 4):
+        set_threads(threads)
+        for count in (1, 2, 5):
+            assert torch.equal(torch.cat([winograd(part, *chain, gelu=True) for part in x.split(count)]), whole)
 
 
 @needs_kernel
@@ -127,7 +185,7 @@ def test_gelu_and_its_tails():
     weight[range(32), range(32), 1, 1] = 1
     values = torch.cat((torch.linspace(-7, 7, 4001), torch.tensor([-100.0, 100.0, -5.4, 5.4, 0.0])))
     x = F.pad(values, (0, -len(values) % 32)).reshape(1, 32, -1, 1)
-    y = winograd(x, transform(weight), gelu=True)
+    y = winograd(x, [transform(weight)], [None], gelu=True)
     expected = x.double() * (1 + torch.erf(x.double() / 2**0.5)) / 2
     near = x.abs() <= 7
     # Rounding of the tile's largest value reaches its neighbours, here up to 100.
@@ -140,7 +198,7 @@ def test_gelu_and_its_tails():
 def test_what_is_no_number_stays_none(bad):
     x, weight, bias, _ = arguments(2, 32, 32, 8, 8)
     x[0, 3, 2, 2] = bad
-    y = winograd(x, transform(weight), bias, gelu=True)
+    y = winograd(x, [transform(weight)], [bias], gelu=True)
     assert not y[0, :, 1:4, 1:4].isfinite().any()
     assert y[1].isfinite().all()
     assert y[0, :, 4:, 4:].isfinite().all()
@@ -150,16 +208,16 @@ def test_what_is_no_number_stays_none(bad):
 def test_any_strides_of_x_and_plus():
     x, weight, bias, plus = arguments(2, 32, 64, 9, 5, repeats=2)
     u = transform(weight)
-    expected = winograd(x, u, bias, plus=plus.contiguous(memory_format=torch.channels_last))
-    assert torch.equal(winograd(x.contiguous(), u, bias, plus=plus), expected)
+    expected = winograd(x, [u], [bias], plus=plus.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(winograd(x.contiguous(), [u], [bias], plus=plus), expected)
     wide = torch.cat((x, x), dim=3)[:, :, :, :5]
-    assert torch.equal(winograd(wide, u, bias, plus=plus), expected)
+    assert torch.equal(winograd(wide, [u], [bias], plus=plus), expected)
 
 
 def test_registration():
     x, weight, bias, plus = arguments(2, 32, 64, 8, 8, repeats=2)
-    torch.library.opcheck(operator, (x, transform(weight), bias, plus, True))
-    torch.library.opcheck(operator, (x, transform(weight), None, None, False))
+    torch.library.opcheck(operator, (x, [transform(weight)], [bias], plus, True))
+    torch.library.opcheck(operator, (x, [transform(weight)], [None], None, False))
 
 
 @pytest.mark.long
@@ -167,15 +225,15 @@ def test_registration():
 def test_torch_compile_takes_it_whole():
     x, weight, bias, plus = arguments(2, 32, 32, 8, 8, repeats=1)
     u = transform(weight)
-    run = torch.compile(lambda x: winograd(x, u, bias, gelu=True, plus=plus) + 1, fullgraph=True)
-    assert torch.equal(run(x), winograd(x, u, bias, gelu=True, plus=plus) + 1)
+    run = torch.compile(lambda x: winograd(x, [u], [bias], gelu=True, plus=plus) + 1, fullgraph=True)
+    assert torch.equal(run(x), winograd(x, [u], [bias], gelu=True, plus=plus) + 1)
 
 
 def test_without_the_kernel_it_is_the_reference(monkeypatch):
     monkeypatch.setattr(import_module("kernels.winograd"), "missing", lambda: "a compiler")
     x, weight, bias, plus = arguments(2, 32, 32, 6, 6, repeats=2)
-    y = winograd(x, transform(weight), bias, gelu=True, plus=plus)
-    assert torch.equal(y, reference(x, transform(weight), bias, plus, True))
+    y = winograd(x, [transform(weight)], [bias], gelu=True, plus=plus)
+    assert torch.equal(y, reference(x, [transform(weight)], [bias], plus, True))
 
 
 def test_which_weights_fit():
@@ -190,12 +248,16 @@ def test_which_weights_fit():
         ({"x": torch.zeros(2, 32, 8)}, ValueError, r"x: got \[2, 32, 8\], needs \[n, C, h, w\]"),
         ({"x": torch.zeros(2, 32, 0, 8)}, ValueError, "needs .* at least one pixel"),
         ({"x": torch.zeros(2, 32, 8, 8).double()}, TypeError, "x: got torch.float64, needs float32"),
-        ({"x": torch.zeros(2, 64, 8, 8)}, ValueError, r"weight: got \[36, 2, 32, 32\], needs \[36, K / 32, 64, 32\]"),
-        ({"weight": torch.zeros(64, 32, 3, 3)}, ValueError, "weight: got .*kernels.winograd.transform"),
-        ({"weight": torch.zeros(36, 2, 32, 64)[..., ::2]}, ValueError, "weight: has strides"),
-        ({"bias": torch.zeros(32)}, ValueError, r"bias: got \[32\]"),
-        ({"bias": torch.zeros(128)[::2]}, ValueError, r"bias: .* needs contiguous \[64\]"),
-        ({"bias": torch.zeros(64).half()}, TypeError, "bias: got torch.float16"),
+        (
+            {"x": torch.zeros(2, 64, 8, 8)},
+            ValueError,
+            r"weights\[0\]: got \[36, 2, 32, 32\], needs \[36, K / 32, 64, 32\]",
+        ),
+        ({"weight": torch.zeros(64, 32, 3, 3)}, ValueError, r"weights\[0\]: got .*kernels.winograd.transform"),
+        ({"weight": torch.zeros(36, 2, 32, 64)[..., ::2]}, ValueError, r"weights\[0\]: has strides"),
+        ({"bias": torch.zeros(32)}, ValueError, r"biases\[0\]: got \[32\]"),
+        ({"bias": torch.zeros(128)[::2]}, ValueError, r"biases\[0\]: .* needs contiguous \[64\]"),
+        ({"bias": torch.zeros(64).half()}, TypeError, r"biases\[0\]: got torch.float16"),
         ({"plus": torch.zeros(3, 64, 8, 8)}, ValueError, r"plus: got \[3, 64, 8, 8\], needs \[2 or a divisor"),
         ({"plus": torch.zeros(2, 32, 8, 8)}, ValueError, "plus: got"),
         ({"plus": torch.zeros(0, 64, 8, 8)}, ValueError, "plus: got"),
@@ -205,7 +267,16 @@ def test_which_weights_fit():
 def test_bad_input(change, error, message):
     given = {"x": torch.zeros(2, 32, 8, 8), "weight": torch.zeros(36, 64 // PANEL, 32, PANEL)} | change
     with pytest.raises(error, match=message):
-        winograd(given["x"], given["weight"], given.get("bias"), plus=given.get("plus"))
+        winograd(given["x"], [given["weight"]], [given.get("bias")], plus=given.get("plus"))
+
+
+def test_lists_of_different_lengths_and_tensors_alone():
+    x, weight = torch.zeros(2, 32, 8, 8), torch.zeros(36, 1, 32, 32)
+    for weights, biases in (([], []), ([weight], []), ([weight], [None, None])):
+        with pytest.raises(ValueError, match=r"weights: got \d with \d biases"):
+            winograd(x, weights, biases)
+    with pytest.raises(TypeError, match="got a tensor, needs a list"):
+        winograd(x, weight, None)
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 1, 1), (33, 32, 3, 3), (32, 3, 3, 3), (32, 32, 3)])
