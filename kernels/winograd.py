@@ -3,19 +3,21 @@
     V = B^T d B         d: the 6x6 pixels around a tile of 4x4, of one channel; V: its 36 points
     U = G g G^T         g: the 3x3 weights from one channel to another
     Y = A^T M A         M[k] = sum_c U[k, c] * V[c], point by point: 36 products [tiles, C] x [C, K]
-    x <- GELU(Y + bias)                  both optional; the last sum, plus, too, which repeats under guidance
+    x <- GELU(Y + bias) after each convolution, out = x + plus at the end, whose images repeat under guidance;
+                        GELU, bias and plus are optional
 
 F(4x4, 3x3) of Winograd's minimal filtering (Lavin & Gray: Fast Algorithms for Convolutional Neural Networks, 2016,
 equation 8), evaluated at 0, 1, -1, 1/2, -2 and infinity: A, B and G follow from the points by the construction of Cook
-and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd Convolution, 2020, who find these
-points). Inference only: no autograd. There is no Triton kernel: on a GPU the tensor cores are faster than the memory
-that the transforms would need.
+and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
+2020, who compare points). Inference only: no autograd. There is no Triton kernel: for GPUs there is `convolution`.
 
 Does it pay? Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own layout:
 
     64 to 64 channels, 16x16      batch 1: 0.08 ms instead of 0.24, batch 32: 1.9 instead of 3.9
     128 to 128, 8x8               batch 1: 0.10 instead of 0.25, batch 32: 1.6 instead of 3.8
     512 to 512, 8x8               batch 2: 2.6 instead of 3.8, batch 16: 17 instead of 30
+
+(One convolution; in a chain each takes a tenth to a third less, see KEPT.)
 
 With AVX2 alone about as much. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7
 against 2.9e-7 for normal inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half
