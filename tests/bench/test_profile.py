@@ -213,6 +213,14 @@ def test_work_by_hand(name, dims, concrete, flops, moved):
     assert (work and work.flops, work and work.bytes) == (flops, moved)
 
 
+def test_products_of_winograd_by_hand():
+    """Two convolutions of 6x6 images, 32 to 32 to 64 channels: 8 tiles, 36 points each."""
+    dims = [[2, 32, 6, 6], [[36, 1, 32, 32], [36, 2, 32, 32]], [], [], []]
+    work = work_of("fused_ddpm::winograd", dims, ["float", "TensorList", "", "", "Scalar"], ["", "", "", "", "True"])
+    assert work.flops == 2 * 8 * 36 * (32 * 32 + 32 * 64)
+    assert work.bytes == 4 * (2 * 32 * 36 + 36 * (32 * 32 + 32 * 64) + 2 * 64 * 36)
+
+
 def test_an_unknown_operator_has_no_count():
     assert work_of("aten::mystery", [[2, 2]], ["float"], [""]) is None
     assert work_of("fused_ddpm::solver_step", [[2, 2]], ["float"], [""]) is None
