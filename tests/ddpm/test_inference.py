@@ -15,9 +15,12 @@ SHAPES = {
     "28x28 unconditional": {"in_channels": 1, "n_feat": 8, "n_cfeat": 0, "height": 28},
     "64x64": {"in_channels": 3, "n_feat": 8, "n_cfeat": 2, "height": 64},
     "identity shortcut": {"in_channels": 8, "n_feat": 8, "n_cfeat": 3, "height": 8},
-    "wide enough for winograd": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 16},
-    "and of a side that 4 does not divide": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 28},
     "other widths": {"in_channels": 3, "n_feat": 16, "n_cfeat": 3, "height": 16, "multipliers": (1, 3, 2)},
+}
+# Convolutions by `winograd`, which is for float32; 4 does not divide the deeper side of the second.
+WIDE = {
+    "32 channels": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 16},
+    "32 channels, 28x28": {"in_channels": 3, "n_feat": 32, "n_cfeat": 5, "height": 28},
 }
 
 
@@ -85,7 +88,7 @@ def test_the_form_is_the_network(shape, guided, channels_last, shared):
 
 
 @pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", (SHAPES | WIDE).values(), ids=SHAPES | WIDE)
 def test_packed_and_transformed_weights_stay_within_float32(shape, guided):
     model = lived_in(**shape)
     if guided and not model.n_cfeat:
@@ -107,7 +110,7 @@ def test_packed_and_transformed_weights_stay_within_float32(shape, guided):
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_convolutions_of_32_channels_and_more_multiply_less():
-    form = inference_form(lived_in(**SHAPES["wide enough for winograd"]), torch.float32)
+    form = inference_form(lived_in(**WIDE["32 channels"]), torch.float32)
     convolutions = [module for module in form.modules() if isinstance(module, Convolution)]
     others = [module.weight.shape for module in convolutions if not module.transformed]
     assert len(convolutions) == 22
@@ -117,7 +120,7 @@ def test_convolutions_of_32_channels_and_more_multiply_less():
 def test_without_a_compiler_convolutions_are_the_librarys_and_it_is_said(monkeypatch, caplog):
     for module in ("inference", "convolutions"):
         monkeypatch.setattr(f"ddpm.{module}.missing", lambda: "no compiler")
-    model = lived_in(**SHAPES["wide enough for winograd"])
+    model = lived_in(**WIDE["32 channels"])
     with caplog.at_level("INFO", "ddpm"):
         form = inference_form(model, torch.float32)
     assert "about half as fast as the operator winograd: no compiler" in caplog.text
