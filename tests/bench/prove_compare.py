@@ -58,6 +58,14 @@ _as_it_was = {name}
 def {name}(*arguments, **options):
     return _as_it_was(*arguments, **options) + 0.01
 """
+GONE = """
+
+_as_it_was = workloads
+
+
+def workloads(quick):
+    return [workload for workload in _as_it_was(quick) if "/noise_mse/" not in workload.name]
+"""
 LOAD = """
 import random, sys, time
 import numpy
@@ -153,8 +161,8 @@ def branches(root):
     plant(root, "much_slower", {"solver_step": SLOWER}, share=0.3)
     plant(root, "broken", {"q_sample": CRASHING, "group_norm_relu": WRONG})
     git(root, "checkout", "-q", "--detach", "base")
-    suite = root / "bench" / "suites" / "kernels.py"
-    suite.write_text(suite.read_text().replace("for name in names\n", 'for name in names if name != "noise_mse"\n'))
+    with (root / "bench" / "suites" / "kernels.py").open("a") as file:
+        file.write(GONE)
     commit(root, "gone")
 
 
