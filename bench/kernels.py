@@ -112,7 +112,6 @@ def workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows
         *image_workloads(elements, dtype, device, data_set_rows(device) if data_rows is None else data_rows),
         *network_workloads(elements, dtype, device),
         *convolution_workloads(elements, dtype, device),
-        *winograd_workloads(elements, dtype, device),
     ]
 
 
@@ -172,31 +171,10 @@ def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.devic
 WINOGRAD = "winograd"
 
 
-def winograd_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """The most frequent convolution of a ContextUnet with n_feat 64 on 16x16 images; for CPUs, in float32."""
-    if device.type != "cpu" or dtype != torch.float32 or missing() is not None:
-        return []
-    n = max(1, elements // (64 * 256))
-    randn = partial(normal, dtype, device)
-    weight, bias = randn(1, 64, 64, 3, 3) / 24, randn(2, 64)
-    transformed = transform(weight)
-
-    def eager(x: Tensor, weight: Tensor = weight, bias: Tensor = bias) -> Tensor:
-        return F.gelu(F.conv2d(x, weight, bias, padding=1))
-
-    def fused(x: Tensor) -> Tensor:
-        return winograd(x, [transformed], [bias], gelu=True)
-
-    def error(a: tuple[Tensor, ...]) -> float:
-        return relative_error(fused(*a), eager(a[0].double(), weight.double(), bias.double()))
-
-    count = n * 64 * 256
-    moved = winograd_cost(64, 64, 256, n).bytes * count
-    return [Workload(WINOGRAD, dtype, count, moved, lambda k: (randn(k, n, 64, 16, 16),), fused, eager, error)]
-
-
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """Operators inside a ContextUnet with n_feat 64 on 16x16 images: the out head and the bottleneck, channels_last."""
+    """Operators inside a ContextUnet with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
+    where its kernel runs, the convolution most frequent there.
+    """
 
     randn = partial(normal, dtype, device)
 
@@ -216,12 +194,15 @@ def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -
         up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
         return scale[:, :, None, None] * F.relu(F.group_norm(up, 8, norm_weight, norm_bias)) + shift[:, :, None, None]
 
+    def eager_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.gelu(F.conv2d(x, weight, bias, padding=1))
+
     head, deep = max(1, elements // (64 * 256)), max(1, elements // (128 * 16))
     vectors = [randn(k, 64) for k in (1, 2)]
     # Gains around one, as in trained networks: they multiply what rounding the pooled vector to the type costs.
     film = [1 + randn(7, 1, 128) / 8, randn(8, 1, 128)]
     deep_weights = [randn(3, 128, 128, 4, 4), randn(4, 128), 1 + randn(5, 128) / 8, randn(6, 128), *film]
-    return [
+    found = [
         workload(
             "group_norm_relu",
             lambda k: (randn(k, head, 64, 16, 16), *vectors),
@@ -239,6 +220,20 @@ def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -
             eager_bottleneck,
         ),
     ]
+    if device.type == "cpu" and dtype == torch.float32 and missing() is None:
+        conv_weights = [randn(9, 64, 64, 3, 3) / 24, randn(10, 64)]
+        transformed = transform(conv_weights[0])
+        found.append(
+            workload(
+                WINOGRAD,
+                lambda k: (randn(k, head, 64, 16, 16), *conv_weights),
+                winograd_cost(64, 64, 256, head).bytes,
+                lambda x, _, bias: winograd(x, [transformed], [bias], gelu=True),
+                eager_convolution,
+                eager_convolution,
+            )
+        )
+    return found
 
 
 def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows: int) -> list[Workload]:

@@ -121,7 +121,7 @@ class InferenceUnet(nn.Module):
     ) -> None:
         super().__init__()
         self.dtype, self.channels_last, self.shared = dtype, channels_last, shared
-        self.kept = {"dtype": dtype, "channels_last": channels_last, "pack": pack, "winograd": winograd}
+        self.pack, self.winograd = pack, winograd
         self.depth, self.n_cfeat = model.depth, model.n_cfeat
         self.shortcut = None if isinstance(model.init_conv.shortcut, nn.Identity) else Convolution()
         self.initial = Chain(2)
@@ -141,7 +141,8 @@ class InferenceUnet(nn.Module):
         if self.folded and all(map(_same, present, self.folded)):
             return
         model = fold_batch_norm(model, torch.float64)
-        dtype, kept = self.dtype, self.kept
+        dtype, layout = self.dtype, self.channels_last
+        kept = {"dtype": dtype, "channels_last": layout, "pack": self.pack, "winograd": self.winograd}
 
         def load(sequence: nn.Sequential, *blocks: ResidualConvBlock) -> None:
             convs = [half[0] for block in blocks for half in (block.conv1, block.conv2)]
@@ -159,7 +160,7 @@ class InferenceUnet(nn.Module):
             self.upsamplings[level - 1].load(up[0], dtype)
             load(self.ups[level - 1], up[1], up[2])
         up0, norm = model.up0[0], model.up0[1]
-        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        memory_format = torch.channels_last if layout else torch.contiguous_format
         store(self, up0_weight=up0.weight.to(dtype, memory_format=memory_format), up0_bias=up0.bias.to(dtype))
         store(self, up0_gain=norm.weight.to(dtype), up0_offset=norm.bias.to(dtype))
         self.up0_eps, self.head_eps = norm.eps, model.out[1].eps
@@ -190,9 +191,8 @@ class InferenceUnet(nn.Module):
         x = x.to(self.dtype)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        halves = 1 if rows is None else rows[0].shape[0]
-        if not self.shared and halves > 1:
-            x, halves, rows = x.repeat(halves, 1, 1, 1), 1, tuple(row.flatten(0, 1)[None] for row in rows)
+        if not self.shared and rows is not None:
+            x, rows = torch.cat((x,) * rows[0].shape[0]), tuple(row.flatten(0, 1)[None] for row in rows)
         features, *downs = self.encode(x)
         up = self.bottleneck(downs[-1], at[0], rows)
         for level in range(self.depth):
@@ -300,13 +300,13 @@ _forms: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], Infe
 def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
     """The network's inference form with its present weights; a ContextUnet's is kept, so compiling it is not lost.
 
-    Only those of the device that the model is on, and until `release`. A ContextUnet's dtype: see `computed_in`.
+    Only those of the device that the model is on, and until `release`. dtype: see `computed_in`.
     """
+    device = next(model.parameters(), torch.empty(0)).device
+    dtype = computed_in(dtype, device)
     if not _is_plain_unet(model):
         logger.info("nothing is folded: %s is no ContextUnet as built", type(model).__name__)
         return PlainForm(model, dtype)
-    device = next(model.parameters()).device
-    dtype = computed_in(dtype, device)
     forms = _forms.setdefault(model, {})
     key = dtype, device
     for left in [other for other in forms if other[1] != key[1]]:
@@ -323,7 +323,7 @@ def inference_form(model: nn.Module, dtype: torch.dtype) -> Form:
 def _say_if_slow(form: InferenceUnet, model: ContextUnet) -> None:
     if any(module.transformed for module in form.modules() if isinstance(module, Convolution)):
         return
-    fitting = any(parameter.ndim == 4 and fits(parameter) for parameter in model.parameters())
+    fitting = any(map(fits, model.parameters()))
     lack = missing() if fitting else f"no convolution has channels in multiples of {PANEL} (n_feat)"
     logger.info("convolutions are the library's, about half as fast as the operator winograd: %s", lack)
 

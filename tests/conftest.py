@@ -22,20 +22,24 @@ def references_on_the_cpu(monkeypatch):
 
 
 @pytest.fixture
-def triton_device(monkeypatch):
+def poisoned():
+    """Tensors are made full of NaN: what a kernel does not write stays so."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def triton_device(monkeypatch, poisoned):
     """Where Triton kernels run here, compiled on CUDA or interpreted on the CPU, with outputs poisoned with NaN."""
     backend = pytest.importorskip("kernels.backend")
     if backend.triton is None:
         pytest.skip("Triton is not installed")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
     interpreted = not torch.cuda.is_available()
     monkeypatch.setattr("kernels.backend.INTERPRETED", interpreted)
-    try:
-        yield torch.device("cpu" if interpreted else "cuda")
-    finally:
-        torch.use_deterministic_algorithms(before)
+    return torch.device("cpu" if interpreted else "cuda")
 
 
 def _philox_block(seed, block, step, sample, stream):

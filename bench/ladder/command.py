@@ -20,7 +20,7 @@ from ddpm import load_run, make_table
 from ddpm.command_line import FAILED
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import replacing, write_json
-from ddpm.inference import has_bfloat16
+from ddpm.inference import computed_in
 from ddpm.networks import ContextUnet
 from ddpm.progress import Bar
 
@@ -132,7 +132,7 @@ def ladder(
     content |= {
         "sampling": job.run.sampling | {"steps": steps, "guidance": guidance, "batch": batch},
         "timed_steps": min(TIMED_STEPS, steps),
-        "bfloat16_in_hardware": has_bfloat16() if job.device.type == "cpu" else True,
+        "bfloat16_in_hardware": computed_in(torch.bfloat16, job.device) == torch.bfloat16,
         "rungs": {name: found.adds for name, found in RUNGS.items()},
         "left_out": {name: lack for name, lack in lacks.items() if lack is not None},
         "quality": judged,

@@ -103,7 +103,7 @@ def test_each_rung_adds_one_thing(job):
     for name in FAST[1:]:
         engine = (RUNGS[name].build or FusedEngine)(job.run.model, 20, job.table, torch.float32)
         assert isinstance(engine.form, InferenceUnet)
-        forms[name] = (engine.form.shared, engine.form.kept["channels_last"], engine.form.kept["winograd"])
+        forms[name] = (engine.form.shared, engine.form.channels_last, engine.form.winograd)
     assert forms == {
         "tables": (False, False, True),  # but for channels_last only
         "shared": (True, False, True),

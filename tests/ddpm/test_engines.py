@@ -256,6 +256,13 @@ def test_a_cpu_that_emulates_bfloat16_computes_in_float32_and_says_so(model, mon
     assert ("fused computes in float32" in caplog.text) == (not hardware)
 
 
+def test_so_does_a_network_that_is_not_folded(monkeypatch):
+    monkeypatch.setattr("ddpm.inference.has_bfloat16", lambda: False)
+    points = PointMLP(2, n_feat=16, n_cfeat=5).eval()
+    expected = draw(points, engine="fused", steps=3)
+    assert torch.equal(draw(points, engine="fused", steps=3, dtype=torch.bfloat16), expected)
+
+
 @needs_cuda
 def test_a_graph_serves_other_seeds_tables_and_weights():
     model = unet().cuda()
