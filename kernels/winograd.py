@@ -69,20 +69,20 @@ A_T = [
 
 
 def fits(weight: Tensor) -> bool:
-    """Whether a convolution's weights [K, C, h, w] have a size that the kernel takes: 3x3, K and C multiples of 32."""
+    """Whether these are weights that the kernel takes: [K, C, 3, 3], K and C multiples of 32."""
     return weight.shape[2:] == (3, 3) and weight.shape[0] % PANEL == 0 and weight.shape[1] % PANEL == 0
 
 
 def transform(weight: Tensor) -> Tensor:
-    """U, computed in float64: [K, C, 3, 3] -> float32 [36, K / 32, C, 32], 32 output channels beside each other.
+    """U, computed in float64: [K, C, 3, 3] -> float32 [K / 32, 36, C, 32], 32 output channels beside each other.
 
     Raises: ValueError for weights that do not `fits`.
     """
-    if weight.ndim != 4 or not fits(weight):
+    if not fits(weight):
         raise ValueError(f"weight: got {list(weight.shape)}, needs [K, C, 3, 3] with K and C multiples of {PANEL}")
     g = torch.tensor(G, dtype=torch.float64, device=weight.device)
-    u = torch.einsum("ip,kcpq,jq->ijkc", g, weight.double(), g)
-    return u.reshape(SIDE**2, -1, PANEL, weight.shape[1]).transpose(2, 3).float().contiguous()
+    u = torch.einsum("ip,kcpq,jq->kijc", g, weight.double(), g)
+    return u.reshape(-1, PANEL, SIDE**2, weight.shape[1]).permute(0, 2, 3, 1).float().contiguous()
 
 
 def reference(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: Tensor | None, gelu: bool) -> Tensor:
@@ -90,10 +90,10 @@ def reference(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plu
     n, _, h, w = x.shape
     a, b = (torch.tensor(matrix, dtype=x.dtype, device=x.device) for matrix in (A_T, B_T))
     for weight, bias in zip(weights, biases, strict=True):
-        u = weight.to(x.dtype).unflatten(0, (SIDE, SIDE))
+        u = weight.to(x.dtype).unflatten(1, (SIDE, SIDE))
         d = F.pad(x, (1, 1 + -w % TILE, 1, 1 + -h % TILE)).unfold(2, SIDE, TILE).unfold(3, SIDE, TILE)
         v = torch.einsum("ip,jq,ncyxpq->ijncyx", b, b, d)
-        m = torch.einsum("ijncyx,ijock->ijnokyx", v, u)
+        m = torch.einsum("ijncyx,oijck->ijnokyx", v, u)
         y = torch.einsum("pi,qj,ijnokyx->nokypxq", a, a, m)
         x = y.reshape(n, _columns(weight), y.shape[3] * TILE, y.shape[5] * TILE)[:, :, :h, :w]
         x = x if bias is None else x + bias[:, None, None]
@@ -130,16 +130,19 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: 
     image = h * w * max(widths[1:])
     by_images = len(weights) == 1 or (n >= threads and image * x.element_size() <= KEPT)
     scratch = None if by_images else x.new_empty(2, n, image)
-    x_at, plus_at, out_at, scratch_at = (t if t is None else t.data_ptr() for t in (x, plus, out, scratch))
     several = ctypes.c_void_p * len(weights)
-    u_at, bias_at = (several(*(t if t is None else t.data_ptr() for t in tensors)) for tensors in (weights, biases))
+    u_at, bias_at = several(*map(_address, weights)), several(*map(_address, biases))
     counts = (n, h, w, (ctypes.c_int64 * len(widths))(*widths), len(weights), 1 if plus is None else plus.shape[0])
-    _kernel()(x_at, u_at, bias_at, plus_at, out_at, scratch_at, *counts, gelu, threads)
+    _kernel()(_address(x), u_at, bias_at, *map(_address, (plus, out, scratch)), *counts, gelu, threads)
     return out
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _columns(weight: Tensor) -> int:
-    return weight.shape[1] * PANEL
+    return weight.shape[0] * PANEL
 
 
 def _elsewhere(
@@ -188,7 +191,7 @@ def winograd(
 
     Args:
         x: float32 [n, C_0, h, w]; read fastest in channels_last.
-        weights: of each convolution float32 [36, C_i / 32, C_(i-1), 32], from `transform`.
+        weights: of each convolution float32 [C_i / 32, 36, C_(i-1), 32], from `transform`.
         biases: of each convolution float32 [C_i], or None.
         gelu: whether GELU (with erf) follows each.
         plus: float32 [n / r, C, h, w] that is added at the end, to every of r repetitions of its images; or None.
@@ -213,8 +216,8 @@ def winograd(
         _check(f"weights[{i}]", weight)
         _check(f"biases[{i}]", bias)
         backend.same_device(x, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
-        if weight.ndim != 4 or weight.shape[::3] != (SIDE**2, PANEL) or weight.shape[2] != channels:
-            shape = f"[{SIDE**2}, K / {PANEL}, {channels}, {PANEL}]"
+        if weight.ndim != 4 or weight.shape[1::2] != (SIDE**2, PANEL) or weight.shape[2] != channels:
+            shape = f"[K / {PANEL}, {SIDE**2}, {channels}, {PANEL}]"
             raise ValueError(f"weights[{i}]: got {list(weight.shape)}, needs {shape}, see kernels.winograd.transform")
         if not weight.is_contiguous():
             raise ValueError(f"weights[{i}]: has strides {weight.stride()}, needs a contiguous tensor")

@@ -19,6 +19,7 @@ from kernels.winograd import A_T, B_T, PANEL, G, fits, missing, operator, refere
 
 # Of normal inputs and weights of norm one, relative to max(1, |expected|); the root mean square error is a twentieth.
 TOLERANCE = 2e-5
+pytestmark = pytest.mark.usefixtures("poisoned")
 needs_kernel = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 many = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -65,16 +66,6 @@ def test_the_matrices_make_a_correlation_exactly():
             pixels, weights = ([Fraction(k == at) for k in range(size)] for size, at in ((6, i), (3, j)))
             points = [u * v for u, v in zip(product(g, weights), product(b, pixels), strict=True)]
             assert product(a, points) == [sum(weights[q] * pixels[p + q] for q in range(3)) for p in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is not written stays NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 @pytest.fixture
@@ -251,10 +242,10 @@ def test_which_weights_fit():
         (
             {"x": torch.zeros(2, 64, 8, 8)},
             ValueError,
-            r"weights\[0\]: got \[36, 2, 32, 32\], needs \[36, K / 32, 64, 32\]",
+            r"weights\[0\]: got \[2, 36, 32, 32\], needs \[K / 32, 36, 64, 32\]",
         ),
         ({"weight": torch.zeros(64, 32, 3, 3)}, ValueError, r"weights\[0\]: got .*kernels.winograd.transform"),
-        ({"weight": torch.zeros(36, 2, 32, 64)[..., ::2]}, ValueError, r"weights\[0\]: has strides"),
+        ({"weight": torch.zeros(2, 36, 32, 64)[..., ::2]}, ValueError, r"weights\[0\]: has strides"),
         ({"bias": torch.zeros(32)}, ValueError, r"biases\[0\]: got \[32\]"),
         ({"bias": torch.zeros(128)[::2]}, ValueError, r"biases\[0\]: .* needs contiguous \[64\]"),
         ({"bias": torch.zeros(64).half()}, TypeError, r"biases\[0\]: got torch.float16"),
@@ -265,13 +256,13 @@ def test_which_weights_fit():
     ],
 )
 def test_bad_input(change, error, message):
-    given = {"x": torch.zeros(2, 32, 8, 8), "weight": torch.zeros(36, 64 // PANEL, 32, PANEL)} | change
+    given = {"x": torch.zeros(2, 32, 8, 8), "weight": torch.zeros(64 // PANEL, 36, 32, PANEL)} | change
     with pytest.raises(error, match=message):
         winograd(given["x"], [given["weight"]], [given.get("bias")], plus=given.get("plus"))
 
 
 def test_lists_of_different_lengths_and_tensors_alone():
-    x, weight = torch.zeros(2, 32, 8, 8), torch.zeros(36, 1, 32, 32)
+    x, weight = torch.zeros(2, 32, 8, 8), torch.zeros(1, 36, 32, 32)
     for weights, biases in (([], []), ([weight], []), ([weight], [None, None])):
         with pytest.raises(ValueError, match=r"weights: got \d with \d biases"):
             winograd(x, weights, biases)
