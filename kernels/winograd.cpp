@@ -119,7 +119,7 @@ inline Vec half_erf(Vec a) {
     const Vec s = a * a * (2.f / (LIMIT * LIMIT)) - 1.f;
     Vec q = Vec{} + Q[14];
     for (int i = 13; i >= 0; --i) q = q * s + Q[i];
-    return a * q;
+    return a < LIMIT ? a * q : Vec{} + .5f;
 }
 #endif
 

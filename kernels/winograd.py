@@ -13,15 +13,14 @@ and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd
 
 Does it pay? Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own layout:
 
-    64 to 64 channels, 16x16      batch 1: 0.08 ms instead of 0.24, batch 32: 1.9 instead of 3.9
-    128 to 128, 8x8               batch 1: 0.10 instead of 0.25, batch 32: 1.6 instead of 3.8
-    512 to 512, 8x8               batch 2: 2.6 instead of 3.8, batch 16: 17 instead of 30
+    64 to 64 channels, 16x16      batch 1: 0.07 ms instead of 0.24, batch 32: 1.4 instead of 4.5
+    128 to 128, 8x8               batch 1: 0.10 instead of 0.29, batch 32: 1.7 instead of 4.8
+    512 to 512, 8x8               batch 2: 2.6 instead of 4.5, batch 16: 10 instead of 30
 
-(One convolution; in a chain each takes a tenth to a third less, see KEPT.)
-
-With AVX2 alone about as much. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7
-against 2.9e-7 for normal inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half
-as much again. A pixel that is no finite number makes its tile, and tiles beside it, NaN.
+(Each of four in a chain.) With AVX2 alone batches take twice as long, and oneDNN held to that three times or more as
+long. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7 against 2.9e-7 for normal
+inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half as much again. A pixel that
+is no finite number makes its tile, and tiles beside it, NaN.
 """
 
 import ctypes
@@ -40,9 +39,10 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 TILE, SIDE = 4, 6
 PANEL = 32  # output channels that winograd.cpp computes at once
 # Bytes of an image's widest features up to which it goes through all convolutions before the next one does, so that
-# they stay in the second cache (1 MiB): of four convolutions, 64 channels, 16x16, batch 32, each takes 2.2 ms instead
-# of 2.65 one by one, at batch 2 0.17 instead of 0.28. The limit itself is untuned.
+# they stay in the second cache (1 MiB): up to a tenth less time for four convolutions. The limit itself is untuned.
 KEPT = 1 << 18
+# Tiles a thread below which it does not: the weights are then read by every thread for little work (1.5 times as long).
+FEW = 8
 
 B_T = [
     [1, -1.5, -2, 1.5, 1, 0],
@@ -128,7 +128,8 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: 
     x = x.contiguous(memory_format=torch.channels_last)
     plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
     image = h * w * max(widths[1:])
-    by_images = len(weights) == 1 or (n >= threads and image * x.element_size() <= KEPT)
+    busy = n >= threads and n * -(-h // TILE) * -(-w // TILE) >= FEW * threads
+    by_images = len(weights) == 1 or (busy and image * x.element_size() <= KEPT)
     scratch = None if by_images else x.new_empty(2, n, image)
     several = ctypes.c_void_p * len(weights)
     u_at, bias_at = several(*map(_address, weights)), several(*map(_address, biases))
