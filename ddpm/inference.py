@@ -325,7 +325,7 @@ def _say_if_slow(form: InferenceUnet, model: ContextUnet) -> None:
         return
     fitting = any(map(fits, model.parameters()))
     lack = missing() if fitting else f"no convolution has channels in multiples of {PANEL} (n_feat)"
-    logger.info("convolutions are the library's, about half as fast as the operator winograd: %s", lack)
+    logger.info("convolutions are the library's, about a third as fast as the operator winograd: %s", lack)
 
 
 def release(model: nn.Module) -> None:

@@ -65,7 +65,7 @@ def _run(*command: str) -> str:
 
 @cache
 def load(source: Path) -> ctypes.CDLL:
-    """The library of a C++ source, built if this source, compiler and machine have none yet (about a second).
+    """The library of a C++ source, built if this source, compiler and machine have none yet (a second or two).
 
     Raises: Unavailable if the machine lacks something, or the cache folder cannot be written.
     """

@@ -17,10 +17,10 @@ Does it pay? Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution wit
     128 to 128, 8x8               batch 1: 0.10 instead of 0.29, batch 32: 1.7 instead of 4.8
     512 to 512, 8x8               batch 2: 2.6 instead of 4.5, batch 16: 10 instead of 30
 
-(Each of four in a chain.) With AVX2 alone batches take twice as long, and oneDNN held to that three times or more as
-long. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7 against 2.9e-7 for normal
-inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half as much again. A pixel that
-is no finite number makes its tile, and tiles beside it, NaN.
+(Each of four in a chain.) With AVX2 alone batches take twice as long; oneDNN, held to AVX2 too, three times as long as
+that or more. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7 against 2.9e-7 for
+normal inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half as much again. A
+pixel that is no finite number makes its tile, and tiles beside it, NaN.
 """
 
 import ctypes
@@ -39,9 +39,11 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 TILE, SIDE = 4, 6
 PANEL = 32  # output channels that winograd.cpp computes at once
 # Bytes of an image's widest features up to which it goes through all convolutions before the next one does, so that
-# they stay in the second cache (1 MiB): up to a tenth less time for four convolutions. The limit itself is untuned.
+# they stay in the second cache (1 MiB): a tenth less time for four convolutions with 64 channels, 16x16, batch 32 (two
+# cores at 2.5 GHz). The limit itself is untuned.
 KEPT = 1 << 18
-# Tiles a thread below which it does not: the weights are then read by every thread for little work (1.5 times as long).
+# Tiles a thread below which images go layer by layer all the same: else every thread reads all weights for little work.
+# Four convolutions there: 1.5 times as long with 4 tiles and 256 channels, 1.2 with 4 and 128, as long with 8.
 FEW = 8
 
 B_T = [
@@ -217,7 +219,7 @@ def winograd(
         _check(f"weights[{i}]", weight)
         _check(f"biases[{i}]", bias)
         backend.same_device(x, **{f"weights[{i}]": weight, f"biases[{i}]": bias})
-        if weight.ndim != 4 or weight.shape[1::2] != (SIDE**2, PANEL) or weight.shape[2] != channels:
+        if weight.ndim != 4 or weight.shape[1::2] != (SIDE**2, PANEL) or weight.shape[2] != channels or not len(weight):
             shape = f"[K / {PANEL}, {SIDE**2}, {channels}, {PANEL}]"
             raise ValueError(f"weights[{i}]: got {list(weight.shape)}, needs {shape}, see kernels.winograd.transform")
         if not weight.is_contiguous():

@@ -89,7 +89,7 @@ def _winograd(x: Sequence[int], weights: Sequence[Sequence[int]]) -> Work:
     n, _, height, width = x
     tiles = n * -(-height // 4) * -(-width // 4)
     numbers = sum(math.prod(weight) for weight in weights)
-    outputs = n * height * width * weights[-1][1] * weights[-1][3]
+    outputs = n * height * width * weights[-1][0] * weights[-1][3]
     return Work(float(2 * tiles * numbers), 4.0 * (math.prod(x) + numbers + outputs))
 
 

@@ -209,6 +209,7 @@ def test_pytest_bench_measures_the_same_registry(tmp_path):
     assert names == {"kernels/noise_mse/fp32/1e5 eager]", "kernels/noise_mse/fp32/1e5 operator]"}
 
 
+@pytest.mark.long
 def test_several_processes_are_merged_into_one_file(tmp_path, capsys):
     out = tmp_path / "r.json"
     arguments = ["--suite", "kernels", "--quick", "--filter", "group_norm", "--rounds", "1", "--processes", "2"]

@@ -133,6 +133,7 @@ def test_every_loss_is_that_of_eager(make, points, prediction, loss, min_snr, re
     assert (run(trainer, 6) - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 def test_more_trainers_than_torch_compile_keeps_of_one_function(make, points):
     with torch._dynamo.config.patch(recompile_limit=2):
         for batch_size in range(2, 6):
@@ -151,6 +152,7 @@ def test_generated_code_trains_as_eager_and_resumes_bit_for_bit(make, tiny_data,
     assert_same_bits(whole, second)
 
 
+@pytest.mark.long
 def test_resuming_keeps_every_bit(make, tiny_data):
     whole, second = (make(tiny_data, "compile") for _ in range(2))
     run(whole, 3)

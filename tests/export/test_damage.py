@@ -151,6 +151,7 @@ def test_steps_refuse_noise_of_another_batch(exported):
         session.run(None, feeds | {"noise": x[None, :1]})
 
 
+@pytest.mark.long
 def test_class_accuracy_and_frechet_distance_of_a_trained_run(tmp_path, export, monkeypatch):
     """Tiny and hardly trained, so floors are lowered; fp16 keeps what fp32 has."""
     from ddpm.commands import main as ddpm

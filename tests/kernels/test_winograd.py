@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ddpm.engines import missing as missing_engine
 from kernels import native, winograd
-from kernels.winograd import A_T, B_T, PANEL, G, fits, missing, operator, reference, transform
+from kernels.winograd import A_T, B_T, PANEL, G, fits, launch, missing, operator, reference, transform
 
 # Of normal inputs and weights of norm one, relative to max(1, |expected|); the root mean square error is a twentieth.
 TOLERANCE = 2e-5
@@ -124,7 +124,7 @@ def test_the_kernel(set_threads, n, channels, k, h, w, biased, gelu, repeats, th
     "shape", [(1, 16, 16), (2, 16, 16), (7, 16, 16), (9, 5, 3), (11, 8, 8), (3, 9, 13), (40, 4, 4), (2, 40, 36)]
 )
 def test_a_chain_is_one_convolution_after_the_other(shape, threads, set_threads):
-    """Few images layer by layer, small ones image by image, those of 40x36 with 96 channels too large for that."""
+    """Few images layer by layer, small ones one by one, those of 40x36 with 96 channels too large for that."""
     n, h, w = shape
     set_threads(threads)
     widths = (32, 64, 32, 96)
@@ -167,6 +167,20 @@ def test_rows_threads_and_batches_do_not_change_a_bit(set_threads):
         set_threads(threads)
         for count in (1, 2, 5):
             assert torch.equal(torch.cat([winograd(part, *chain, gelu=True) for part in x.split(count)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("n", "side", "channels", "images"),
+    [(2, 16, 64, True), (4, 8, 128, True), (1, 32, 32, False), (3, 8, 64, False), (2, 32, 96, False)],
+)
+def test_small_images_go_one_by_one_if_all_threads_are_busy(n, side, channels, images, monkeypatch, set_threads):
+    """Else all of them layer by layer, for which the kernel is given memory."""
+    calls = []
+    monkeypatch.setattr(import_module("kernels.winograd"), "_kernel", lambda: lambda *given: calls.append(given))
+    set_threads(2)
+    weight = torch.zeros(channels // PANEL, 36, channels, PANEL)
+    launch(torch.zeros(n, channels, side, side), [weight] * 2, [None] * 2, None, True)
+    assert [given[5] is None for given in calls] == [images]
 
 
 @needs_kernel
@@ -242,6 +256,7 @@ def test_which_weights_fit():
             r"weights\[0\]: got \[2, 36, 32, 32\], needs \[K / 32, 36, 64, 32\]",
         ),
         ({"weight": torch.zeros(64, 32, 3, 3)}, ValueError, r"weights\[0\]: got .*kernels.winograd.transform"),
+        ({"weight": torch.zeros(0, 36, 32, 32)}, ValueError, r"weights\[0\]: got \[0, 36, 32, 32\]"),
         ({"weight": torch.zeros(2, 36, 32, 64)[..., ::2]}, ValueError, r"weights\[0\]: has strides"),
         ({"bias": torch.zeros(32)}, ValueError, r"biases\[0\]: got \[32\]"),
         ({"bias": torch.zeros(128)[::2]}, ValueError, r"biases\[0\]: .* needs contiguous \[64\]"),
