@@ -59,7 +59,7 @@ def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)  # noqa: S603
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise Unavailable(f"native kernels: {' '.join(command)} failed: {said[0]}")
+        raise Unavailable(f"native kernels: {command[0]} failed: {said[0]}")
     return done.stdout
 
 
