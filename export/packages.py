@@ -1,8 +1,6 @@
 """PyTorch without Python: a torch.export program, and an AOTInductor package compiled for this machine's CPU."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
+from ddpm.engines.compile import compiler_missing
 from ddpm.errors import WorkFailed
 from ddpm.files import replacing
 from ddpm.runs import Run
@@ -70,9 +69,8 @@ def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     unless the environment says AOTI_RUNTIME_CHECK_INPUTS=1.
     Raises WorkFailed without a C++ compiler, or if it differs from the run.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise WorkFailed(f"{path}: AOTInductor needs a C++ compiler, found no {compiler}; install g++ or set CXX")
+    if compiler_missing() is not None:
+        raise WorkFailed(f"{path}: AOTInductor needs {compiler_missing()}")
     program = program_of(run)
     with replacing(path) as partial, torch.no_grad(), quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(partial))

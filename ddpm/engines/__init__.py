@@ -5,12 +5,11 @@ engine(x_T, samples, context, guidance, noise, callback) -> x_0.
 """
 
 import logging
-import shutil
 
 import torch
 
 from ddpm import inference
-from ddpm.engines.compile import CompileEngine
+from ddpm.engines.compile import CompileEngine, compiler_missing
 from ddpm.engines.eager import EagerEngine
 from ddpm.engines.fused import FusedEngine
 from ddpm.engines.graph import GraphEngine
@@ -37,8 +36,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32,
         return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
     if name != "eager" and device.type == "cuda" and backend.triton is None:
         return "Triton, which is not installed"
-    if name == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        return "a C++ compiler (g++ or clang++), there is none on the PATH"
+    if name == "compile" and device.type == "cpu" and compiler_missing() is not None:
+        return compiler_missing()
     if dtype == torch.float16 and device.type == "cpu" and not has_float16():
         return "a CPU with AVX512-FP16 for float16"
     return None

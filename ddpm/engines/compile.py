@@ -5,6 +5,8 @@ two serve all batches (one sample, more).
 """
 
 import logging
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +26,12 @@ logger = logging.getLogger("ddpm")
 # Graphs per function in one process, an error beyond: each network, type, solver with or without noise, memory of x0,
 # clip and guidance has its own, and PyTorch's eight are soon used up.
 VARIANTS = 256
+
+
+def compiler_missing() -> str | None:
+    """The C++ compiler that torch.compile and AOTInductor lack here, or None: they take CXX, else g++, and no other."""
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"a C++ compiler, found no {compiler!r} (install g++ or set CXX)"
 
 
 @torch.compile(fullgraph=True)

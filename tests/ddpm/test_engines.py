@@ -232,8 +232,9 @@ def test_graph_needs_cuda(model):
 
 
 def test_compile_needs_a_compiler(model, monkeypatch):
-    monkeypatch.setattr(engines.shutil, "which", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"engine: 'compile' in float32 needs a C\+\+ compiler"):
+    """The one that torch.compile will take: with g++ there and CXX set otherwise it would fail much later."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"'compile' in float32 needs a C\+\+ compiler, found no 'no-such-compiler'"):
         draw(model, engine="compile")
 
 
