@@ -37,6 +37,7 @@ def stored(out, name):
 # --- kernels ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_kernel_benchmark_runs_and_records(triton_device, elementwise, tmp_path):
     sizes, types = (800,), (torch.float32, torch.float16)
     content = run_kernels(tmp_path, triton_device, 600, sizes, types, rounds=1)

@@ -112,6 +112,7 @@ def test_networks_without_classes(unconditional, tmp_path, noise):
     assert distance(images, eager(unconditional, 3, seed=9, first_sample=5, **options)) <= SAMPLER_TOLERANCE
 
 
+@pytest.mark.long
 def test_noise_as_an_input_is_the_same_noise(opened, tmp_path):
     session, metadata = sampler_of(opened, tmp_path, "input")
     assert {value.name for value in session.get_inputs()} == {"x_T", "noise", "context"}
