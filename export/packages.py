@@ -69,8 +69,9 @@ def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     unless the environment says AOTI_RUNTIME_CHECK_INPUTS=1.
     Raises WorkFailed without a C++ compiler, or if it differs from the run.
     """
-    if compiler_missing() is not None:
-        raise WorkFailed(f"{path}: AOTInductor needs {compiler_missing()}")
+    lack = compiler_missing()
+    if lack is not None:
+        raise WorkFailed(f"{path}: AOTInductor needs {lack}")
     program = program_of(run)
     with replacing(path) as partial, torch.no_grad(), quiet():
         torch._inductor.aoti_compile_and_package(program, package_path=str(partial))

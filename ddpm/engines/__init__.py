@@ -36,8 +36,8 @@ def missing(name: str, device: torch.device, dtype: torch.dtype = torch.float32,
         return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
     if name != "eager" and device.type == "cuda" and backend.triton is None:
         return "Triton, which is not installed"
-    if name == "compile" and device.type == "cpu" and compiler_missing() is not None:
-        return compiler_missing()
+    if name == "compile" and device.type == "cpu" and (lack := compiler_missing()) is not None:
+        return lack
     if dtype == torch.float16 and device.type == "cpu" and not has_float16():
         return "a CPU with AVX512-FP16 for float16"
     return None

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import zipfile
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm.engines.compile import compiler_missing
 from ddpm.networks import PointMLP
 from ddpm.runs import load_run
 from export import bundle, quality, run
@@ -390,7 +390,7 @@ def test_aoti_needs_a_compiler(run_folder, export, tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(compiler_missing() is not None, reason=f"needs {compiler_missing()}")
 def test_aoti_runs_without_the_module(run_folder, opened, export, tmp_path):
     answer = export("aoti", run_folder, "--out", tmp_path / "d.pt2")
     assert answer.code == 0, answer.err

@@ -23,7 +23,7 @@ shapes = st.one_of(
     st.sampled_from([(0, 8, 4), (17, 16, 2), (33, 8, 3), (3, 128, 4), (2, 64, 7), (2, 256, 8)]),
 )
 many = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
