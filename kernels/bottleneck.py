@@ -1,17 +1,17 @@
-"""bottleneck: everything between the last down block and the first up block of a ContextUnet.
+"""bottleneck: everything between the last down block and the first up block of the network.
 
     a = GELU(mean of x over its pixels)                       GELU(v) = v (1 + erf(v / sqrt 2)) / 2
     u = ConvTranspose(a), kernel = stride = s, so a product   u[c, i, j] = sum_k a[k] W[k, c, i, j] + up_bias[c]
     y = ReLU(GroupNorm(u))                                    (see group_norm_relu)
-    out = film_scale * y + film_shift
+    out = film_scale * y + film_shift                         under guidance once for each half's film_scale
 
-(Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) `to_vec`, `up0` and the
-first gate of ddpm/networks.py. Inference only: no autograd.
+(Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) Its `to_vec`, `up0`
+and first gate. Inference only: no autograd.
 
 Does it pay? Modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA graph),
-not measured, on n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written per image, 512 KiB of
-weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool, GELU, transposed
-convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the step's:
+not measured, on a U-Net with n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written per
+image, 512 KiB of weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool, GELU,
+transposed convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the step's:
 
     n                    1        16        64      1024
     step             60-90     60-90     60-90   800-950
@@ -71,9 +71,10 @@ def reference(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """The equations above."""
+    """The equations above; for film_scale [k, n, C] the k results one behind the other."""
     up = product(x, up_weight, up_bias)
-    return group_norm_reference(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
+    y = group_norm_reference(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
+    return y.flatten(0, 1) if y.ndim == 5 else y
 
 
 @jit
@@ -182,7 +183,14 @@ def launch(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """One launch; for groups wider than WIDEST a product of the library's between pooling and group_norm_relu."""
+    """One launch for each copy; for groups wider than WIDEST the library's product between pooling and group_norm_relu.
+
+    Copies repeat everything before FiLM: at small batches that is less than a launch of its own for the FiLM.
+    """
+    if film_scale is not None and film_scale.ndim == 3:
+        tensors = (x, up_weight, up_bias, norm_weight, norm_bias)
+        copies = [launch(*tensors, scale, film_shift, groups, eps) for scale in film_scale.unbind()]
+        return torch.cat(copies).contiguous(memory_format=_layout(x))
     n, channels, *sides = x.shape
     area, group = sides[0] * sides[1], channels // groups
     up_bias, norm_weight, norm_bias = up_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
@@ -224,10 +232,14 @@ def launch(
     return out
 
 
+def _layout(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if backend.layout_of(x)[1] else torch.contiguous_format
+
+
 def _on_cpu(x: Tensor, *tensors: Tensor | None, groups: int, eps: float) -> Tensor:
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = backend.computed_in(x.dtype)
     y = reference(*(None if tensor is None else tensor.to(compute) for tensor in (x, *tensors)), groups, eps)
-    return backend.like(y.to(x.dtype), x)
+    return y.to(x.dtype).contiguous(memory_format=_layout(x))
 
 
 @torch.library.custom_op("fused_ddpm::bottleneck", mutates_args=())
@@ -242,7 +254,8 @@ def operator(
     groups: int,
     eps: float,
 ) -> Tensor:
-    """The registered operator."""
+    """The registered operator. Checks sizes again, which tracing leaves out."""
+    _check_rows(x, film_scale, film_shift)
     run = launch if backend.runs_triton(x) else _on_cpu
     tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
     return run(*tensors, groups=groups, eps=eps)
@@ -250,11 +263,27 @@ def operator(
 
 @operator.register_fake
 def _(x: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(x)
+    film_scale = others[4]
+    if film_scale is None or film_scale.ndim == 2:
+        return torch.empty_like(x)
+    shape = (film_scale.shape[0] * x.shape[0], *x.shape[1:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+
+
+def _check_rows(x: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> None:
+    """Raise ValueError unless FiLM has rows for x. Asked while tracing, it would fix the number of images."""
+    n, channels = x.shape[:2]
+    for name, film in (("film_scale", film_scale), ("film_shift", film_shift)):
+        if film is None:
+            continue
+        copies = film.shape[:-2] if name == "film_scale" and film.ndim == 3 else ()
+        if tuple(film.shape) not in ((*copies, n, channels), (*copies, 1, channels)) or 0 in copies:
+            needs = f"[{n}, {channels}] or [1, {channels}]" + (", or k >= 1 of them" if name == "film_scale" else "")
+            raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating {needs}")
 
 
 def _check(x: Tensor, up_weight: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> None:
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     shape = (channels, channels, height, width)
     if up_weight.shape != shape or up_weight.dtype != x.dtype:
         raise ValueError(
@@ -265,11 +294,8 @@ def _check(x: Tensor, up_weight: Tensor, film_scale: Tensor | None, film_shift: 
     for name, film in (("film_scale", film_scale), ("film_shift", film_shift)):
         if film is None:
             continue
-        fits = film.ndim == 2 and film.shape[1] == channels and (film.shape[0] == 1 or film.shape[0] == n)
-        if not fits or film.dtype not in FLOATS:
-            raise ValueError(
-                f"{name}: got {film.dtype} {list(film.shape)}, needs a floating [{n}, {channels}] or [1, {channels}]"
-            )
+        if film.dtype not in FLOATS:
+            raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating tensor")
         if film.is_cuda and film.dtype == torch.float64:
             raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
 
@@ -292,13 +318,15 @@ def bottleneck(
         up_weight: [C, C, s, s] of x's type, channels_last or contiguous: read fastest in the layout of x.
         up_bias, norm_weight, norm_bias: [C], any floating type.
         film_scale, film_shift: [n, C], or [1, C] for all images; film_scale None = 1 (an unconditional network).
+            film_scale may also be [k, n, C] or [k, 1, C]: k copies share x, as the halves of guidance do (the
+            conditional one first), and the shift.
         groups: a divisor of C.
         eps: added to the variance.
 
     The pooled vector is rounded to x's type before the product, which accumulates in float32, as do the moments; where
     groups are too wide for one launch (see WIDEST) the product is rounded to x's type as well.
 
-    Returns: [n, C, s, s] like x. Not differentiable.
+    Returns: [n, C, s, s] like x; of k copies [k * n, C, s, s], all images of copy 0 first. Not differentiable.
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     check_images(x, groups, eps)
@@ -306,7 +334,9 @@ def bottleneck(
     _check(x, up_weight, film_scale, film_shift)
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     backend.same_device(x, up_weight=up_weight, film_scale=film_scale, film_shift=film_shift, **vectors)
-    run = _on_cpu if backend.inlines(x) else operator
+    if not torch.compiler.is_compiling():
+        _check_rows(x, film_scale, film_shift)
+    run = operator if backend.is_opaque(x) else _on_cpu
     tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
     return run(*tensors, groups=groups, eps=eps)
 

@@ -1,12 +1,12 @@
-"""convolution: a 3x3 or 1x1 convolution of channels_last images with everything that follows it in a ContextUnet.
+"""convolution: a 3x3 or 1x1 convolution of channels_last images with everything that follows it in the network.
 
     u = sum_s sum_tap W_s[:, :, tap] x_s[.., p + tap] + bias     stride 1, zero padding, one or two sources s
     v = film_scale * GELU(u) + film_shift + onto                 each of the three optional
     out = v | its maximum over 2x2 pixels | 4 C' channels as C' of 2x2 pixels
 
 The second source is a skip connection: the sum is the convolution of the concatenation, which is never made; under
-guidance x has twice its rows, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit GEMM:
-Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
+guidance x has twice its images, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit
+GEMM: Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
 
 Does it pay? A step of the inference form is about 90 launches with the library's convolutions, 30 with these. Modelled
 for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against 60-90. At
@@ -50,8 +50,9 @@ def reference(
     """The equations above."""
     y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
     if skip is not None:
-        shared, copies = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2), x.shape[0] // skip.shape[0]
-        y = y + (shared if copies == 1 else shared.repeat(copies, 1, 1, 1))
+        shared = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2)
+        # For any number of copies, so that torch.export may leave it open.
+        y = (y.unflatten(0, (-1, skip.shape[0])) + shared).flatten(0, 1)
     y = F.gelu(y) if gelu else y
     y = y if film_scale is None else film_scale[:, :, None, None] * y
     y = y if film_shift is None else y + film_shift[:, :, None, None]
@@ -223,6 +224,9 @@ def launch(
     bias, film_scale, film_shift = map(backend.vector, (bias, film_scale, film_shift))
     n, channels, height, width = x.shape
     columns, rows = weight.shape[0], n * height * width
+    widest = max(channels, columns, 0 if skip is None else skip.shape[1])
+    if rows * widest >= ELEMENTS_LIMIT:
+        raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
     out = _empty(x, weight, then)
     block_m, block_n = tile(rows, columns)
     backend.launch(
@@ -286,18 +290,18 @@ def operator(
     onto: Tensor | None,
     gelu: bool,
     then: str,
-    kernel: bool,
 ) -> Tensor:
-    """The registered operator."""
+    """The registered operator. Checks sizes again, which tracing leaves out."""
     tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto)
-    if kernel and backend.runs_triton(x):
+    _check_sizes(*tensors)
+    if backend.runs_triton(x):
         return launch(*tensors, gelu, then)
     return reference(*tensors, gelu, then).contiguous(memory_format=LAST)
 
 
 @operator.register_fake
 def _(x: Tensor, weight: Tensor, *others: object) -> Tensor:
-    return _empty(x, weight, others[-2])
+    return _empty(x, weight, others[-1])
 
 
 def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
@@ -311,14 +315,30 @@ def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, side
         )
 
 
-def _check_additions(x: Tensor, columns: int, onto: Tensor | None, **vectors: Tensor | None) -> None:
+def _check_sizes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    skip_weight: Tensor | None,
+    film_scale: Tensor | None,
+    film_shift: Tensor | None,
+    onto: Tensor | None,
+) -> None:
+    """Raise ValueError unless everything goes together. Asked while tracing, it would fix the number of images."""
     n, _, height, width = x.shape
-    for name, vector in vectors.items():
+    columns = weight.shape[0]
+    if skip is not None and (skip_weight.shape[::2] != weight.shape[::2] or not skip.shape[0] or n % skip.shape[0]):
+        raise ValueError(
+            f"skip: got {skip.shape[0]} images and weight {list(skip_weight.shape)}, needs a divisor of x's"
+            f" {n} images and {columns} outputs, kernel {weight.shape[-1]}"
+        )
+    for name, vector in {"bias": bias, "film_scale": film_scale, "film_shift": film_shift}.items():
         if vector is None:
             continue
-        fits = (columns,) if name == "bias" else ((1, columns), (n, columns))
-        if (vector.shape != fits if name == "bias" else tuple(vector.shape) not in fits) or vector.dtype != x.dtype:
-            needs = f"[{columns}]" if name == "bias" else f"[{n}, {columns}] or [1, {columns}]"
+        fits = ((columns,),) if name == "bias" else ((n, columns), (1, columns))
+        if tuple(vector.shape) not in fits or vector.dtype != x.dtype:
+            needs = " or ".join(map(str, map(list, fits)))
             raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs {x.dtype} {needs}")
     if onto is not None and (onto.shape != (n, columns, height, width) or onto.dtype != x.dtype):
         raise ValueError(f"onto: got {onto.dtype} {list(onto.shape)}, needs {x.dtype} {[n, columns, height, width]}")
@@ -347,12 +367,13 @@ def convolution(
         film_scale, film_shift: [n, C'] or [1, C'].
         onto: [n, C', h, w], added at last.
         then: "keep"; "pool", the maximum of 2x2 pixels (h and w even); "spread", channels (dy, dx, c) to 2x2 pixels.
-        kernel: by one Triton kernel, where Triton runs (on a CPU it does not), with products of float32 in float32;
-            else by the library.
+        kernel: by one Triton kernel, where Triton runs (on a CPU it does not, nor under torch.export), with products
+            of float32 in float32; else by the library.
 
     Sums are float32, rounded once (by the library: to x's type after every operator).
 
-    Returns: channels_last [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type. Not differentiable.
+    Returns: [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type; channels_last if x is, and by the kernel
+    always. Not differentiable.
     Raises: ValueError naming the argument, what it was and what it must be.
     """
     if x.ndim != 4 or x.dtype not in FLOATS:
@@ -364,25 +385,23 @@ def convolution(
         raise ValueError("skip and skip_weight: got one of them, needs both or none")
     if skip is not None:
         _check_source("skip", skip, skip_weight, x.dtype, x.shape[2:])
-        if skip_weight.shape[::2] != weight.shape[::2] or not skip.shape[0] or x.shape[0] % skip.shape[0]:
-            raise ValueError(
-                f"skip: got {skip.shape[0]} images and weight {list(skip_weight.shape)}, needs a divisor of x's"
-                f" {x.shape[0]} images and {weight.shape[0]} outputs, kernel {weight.shape[-1]}"
-            )
-    columns = weight.shape[0]
-    _check_additions(x, columns, onto, bias=bias, film_scale=film_scale, film_shift=film_shift)
+    tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto)
+    if not torch.compiler.is_compiling():
+        _check_sizes(*tensors)
     if then not in (KEEP, POOL, SPREAD):
         raise ValueError(f"then: got {then!r}, needs {KEEP}, {POOL} or {SPREAD}")
     if then == POOL and (x.shape[2] % 2 or x.shape[3] % 2):
         raise ValueError(f"x: got {list(x.shape)}, needs even sides to pool")
-    if then == SPREAD and columns % 4:
-        raise ValueError(f"weight: got {columns} outputs, needs a multiple of 4 to spread")
-    widest = max(x.shape[1], columns, 0 if skip is None else skip.shape[1])
-    if kernel and x.shape[0] * x.shape[2] * x.shape[3] * widest >= ELEMENTS_LIMIT:
-        raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
+    if then == SPREAD and weight.shape[0] % 4:
+        raise ValueError(f"weight: got {weight.shape[0]} outputs, needs a multiple of 4 to spread")
     others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
     backend.same_device(x, weight=weight, bias=bias, onto=onto, **others)
-    return operator(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then, kernel)
+    if kernel and backend.is_opaque(x):
+        return operator(*tensors, gelu, then)
+    y = reference(*tensors, gelu, then)
+    if torch.compiler.is_compiling():  # who traces lays tensors out
+        return y
+    return y.contiguous(memory_format=LAST) if x.is_contiguous(memory_format=LAST) else y
 
 
 def cost(dtype: torch.dtype, channels: int, columns: int, taps: int, then: str = KEEP) -> Cost:

@@ -71,15 +71,19 @@ def solver_step_kernel(
     RUN: tl.constexpr,
     LAYOUT: tl.constexpr,
     GUIDED: tl.constexpr,
+    GUIDED_BY_ROW: tl.constexpr,
     MEMORY: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
     spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
     live, row, shape = spot[0], spot[1], (numel, HW, C)
-    c = table + tl.load(index) * 8
+    entry = tl.load(index)
+    c = table + entry * 8
     c0, c1, c2, c3, c4 = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
     c5, c6 = tl.load(c + 5), tl.load(c + 6)
-    w = tl.load(guidance) if GUIDED else 1.0
+    if GUIDED:
+        # No stride of 0 or 1 at run time: with it, 3% more instructions (fp32, sm_80 to sm_100).
+        w = tl.load(guidance + entry) if GUIDED_BY_ROW else tl.load(guidance)
     # Unclipped, the equation is linear in x and m: multiplied out, it takes three instructions less per element.
     of_x, of_m = c2 + c3 * c0, c4 + c3 * c1
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
@@ -144,6 +148,7 @@ def launch(
         0.0 if clip is None else clip,
         STREAM=int(Stream.SAMPLING),
         GUIDED=m_uncond is not None,
+        GUIDED_BY_ROW=guidance is not None and guidance.ndim == 1,
         MEMORY=x0_prev is not None,
         CLIPPED=clip is not None,
     )
@@ -162,20 +167,24 @@ def operator(
     x0_prev: Tensor | None,
     clip: float | None,
 ) -> None:
-    """The registered operator: index, seed (int64) and guidance (float32, with m_uncond) are scalars."""
+    """The registered operator: index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S]."""
     if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
         raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
     if backend.runs_triton(x):
         launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
         return
+    entry = int(index)
     compute = torch.promote_types(x.dtype, torch.float32)
-    row = table.index_select(0, index.reshape(1)).reshape(COLUMNS).to(compute)
-    step = row[7].to(torch.int64)
-    z = philox.normal(seed, samples, step, Stream.SAMPLING, tuple(x.shape[1:]), device=x.device, dtype=compute)
+    row = table[entry].to(compute)
+    z = None
+    if row[6] != 0:  # as in the kernel: a step of 32 3x16x16 images takes 1.4 ms with noise, 0.2 without (EPYC)
+        step = row[7].to(torch.int64)
+        z = philox.normal(seed, samples, step, Stream.SAMPLING, tuple(x.shape[1:]), device=x.device, dtype=compute)
     previous = None if x0_prev is None else x0_prev.to(compute)
     guided = m.to(compute)
     if m_uncond is not None:
-        guided = guide(guided, m_uncond.to(compute), guidance.to(compute))
+        weight = guidance[entry] if guidance.ndim else guidance
+        guided = guide(guided, m_uncond.to(compute), weight.to(compute))
     x_new, x0 = reference(x.to(compute), guided, row[:7].unbind(), z, previous, clip)
     x.copy_(x_new)
     if x0_prev is not None:
@@ -218,6 +227,20 @@ def _check(
     backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
 
 
+def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
+    """float32 [] or [S] on the table's device."""
+    if not isinstance(guidance, Tensor) or guidance.numel() == 1:
+        return backend.scalar("guidance", guidance, torch.float32, table.device)
+    rows = table.shape[0]
+    if guidance.shape != (rows,) or not guidance.is_floating_point():
+        raise ValueError(
+            f"guidance: got {guidance.dtype} {list(guidance.shape)}, needs a number or a floating [{rows}], one weight"
+            " for each row of the table"
+        )
+    backend.same_device(table, guidance=guidance)
+    return guidance.to(torch.float32).contiguous()
+
+
 def solver_step(
     x: Tensor,
     m: Tensor,
@@ -238,7 +261,8 @@ def solver_step(
         table: float32 [S, 8], see `StepTable.rows`.
         index: the row in 0..S-1, or an int64 tensor of one element (its value is checked where `q_sample`'s t is).
         seed, samples: of the noise contract; samples int64 [n].
-        m_uncond, guidance: the unconditional output and the guidance weight w; no guidance without m_uncond.
+        m_uncond, guidance: the unconditional output and the guidance weight w: a number, a tensor of one element, or
+            [S], one weight for each row of the table; no guidance without m_uncond.
         x0_prev: of x's shape and strides; read as the previous x0 and overwritten with this one. None for solvers
             without memory.
         clip: bound of x0, or None.
@@ -258,7 +282,7 @@ def solver_step(
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
     index = backend.scalar("index", index, torch.int64, x.device)
     seed = backend.scalar("seed", seed, torch.int64, x.device)
-    weight = None if m_uncond is None else backend.scalar("guidance", guidance, torch.float32, x.device)
+    weight = None if m_uncond is None else _weights(guidance, table)
     operator(x, m, table, index, seed, samples, m_uncond, weight, x0_prev, clip)
     return x
 

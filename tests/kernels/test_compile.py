@@ -55,6 +55,7 @@ def key_of(call):
     return launch.kernel.fn.__name__, launch.constants, signature, constants, attributes
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
 def test_kernel_keys_in_a_process_that_compiles():
     pytest.importorskip("triton")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import solver_step
+from kernels import philox, solver_step
 
 SHAPES = [(3, 1, 16, 16), (5, 3, 7, 9), (4, 17), (2, 1), (1, 2, 3, 5, 2)]
 SEED = 2**45 + 1
@@ -116,6 +116,35 @@ def test_guidance_as_a_tensor():
     torch.testing.assert_close(got, solver_step(x, m, random_table(), 1, SEED, samples, uncond, 2.5))
 
 
+@pytest.mark.parametrize("where", ["triton_device", "cpu"])
+def test_guidance_by_row(request, where):
+    device = "cpu" if where == "cpu" else request.getfixturevalue(where)
+    x, m, uncond, _, samples = (tensor.to(device) for tensor in arguments((3, 4)))
+    table, weights = random_table().to(device), torch.tensor([2.5, 0.0, -1.0], device=device)
+    results = []
+    for index, weight in enumerate(weights.tolist()):
+        at = torch.tensor(index, device=device)
+        results.append(solver_step(x.clone(), m, table, at, SEED, samples, uncond, weights))
+        assert torch.equal(results[-1], solver_step(x.clone(), m, table, index, SEED, samples, uncond, weight))
+        wide = weights.repeat_interleave(2).double()[::2]
+        assert torch.equal(results[-1], solver_step(x.clone(), m, table, at, SEED, samples, uncond, wide))
+    assert not torch.equal(results[0], solver_step(x.clone(), m, table, 0, SEED, samples, uncond, weights.flip(0)))
+
+
+@pytest.mark.parametrize("weights", [torch.ones(2), torch.ones(3, 1), torch.ones(0), torch.ones(3).long()])
+def test_guidance_of_another_length_than_the_table(weights):
+    x, m, uncond, _, samples = arguments((3, 4))
+    with pytest.raises(ValueError, match=r"guidance: got .* needs a number or a floating \[3\]"):
+        solver_step(x, m, random_table(), 1, SEED, samples, uncond, weights)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3, device="meta"), torch.ones((), device="meta")])
+def test_guidance_elsewhere(weights):
+    x, m, uncond, _, samples = arguments((3, 4))
+    with pytest.raises(ValueError, match=r"guidance: .* on meta"):
+        solver_step(x, m, random_table(), 1, SEED, samples, uncond, weights)
+
+
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_index_and_seed(shape):
     x, m, *_, samples = arguments((3, 4))
@@ -131,6 +160,20 @@ def test_a_row_without_noise_ignores_the_seed():
     table[0, 6] = 0
     silent = [solver_step(x.clone(), m, table, 0, seed, samples) for seed in (1, 2)]
     assert torch.equal(*silent)
+
+
+def test_noise_is_drawn_for_noisy_rows_only(monkeypatch):
+    x, m, *_, samples = arguments((3, 4))
+    table = random_table()
+    table[0, 6] = 0
+    drawn = []
+    normal = philox.normal
+    monkeypatch.setattr(philox, "normal", lambda *given, **options: drawn.append(given) or normal(*given, **options))
+    solver_step(x, m, table, 0, SEED, samples)
+    assert not drawn
+    solver_step(x, m, table, 1, SEED, samples)
+    ((seed, _, step, stream, _),) = drawn
+    assert (int(seed), int(step), int(stream)) == (SEED, TIMES[1], 1)
 
 
 def test_rows_do_not_depend_on_the_batch():

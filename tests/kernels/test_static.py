@@ -54,10 +54,12 @@ def dumped(folder, name, arch, kind):
     return (folder / f"{'-'.join(name.replace(',', '').split())}.{arch}.{kind}").read_text()
 
 
+@pytest.mark.long
 def test_every_case_compiles_for_every_architecture(records):
     assert set(records) == set(PAIRS)
 
 
+@pytest.mark.long
 def test_nothing_spills(records):
     for record in records.values():
         assert record["spill_store_bytes"] == record["spill_load_bytes"] == record["stack"] == 0, record
@@ -117,6 +119,7 @@ def accesses(name):
 
 
 @pytest.mark.parametrize("name", [name for name, case in static.CASES.items() if case.yardstick is not None])
+@pytest.mark.long
 def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
     loads, stores = accesses(name)
     for arch in static.ARCHS:
@@ -126,6 +129,7 @@ def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
         assert {int(bits): number for bits, number in record["store_widths"].items()} == +stores, arch
 
 
+@pytest.mark.long
 def test_accesses_of_the_networks_operators(records):
     for arch in static.ARCHS:
         for name in NETWORK:
@@ -147,6 +151,7 @@ def test_accesses_of_the_networks_operators(records):
 
 @pytest.mark.parametrize("name", [name for name in NETWORK if name.startswith("convolution")])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.long
 def test_convolutions_multiply_on_tensor_cores_and_load_tiles_in_16_bytes(folder, name, arch):
     """On sm_90 by wgmma where a program has 64 rows, and without a wait for each product."""
     launch, listing = static.CASES[name].launch(), dumped(folder, name, arch, "sass")
@@ -161,6 +166,7 @@ def test_convolutions_multiply_on_tensor_cores_and_load_tiles_in_16_bytes(folder
 
 
 @pytest.mark.parametrize("name", ["q_sample bf16", "solver_step fp32"])
+@pytest.mark.long
 def test_operators_stand_within_1_3_of_the_bare_kernel(records, name):
     for arch in static.ARCHS:
         bare = records[static.CASES[name].yardstick, arch]["instructions_per_element"]
@@ -171,15 +177,13 @@ def test_operators_stand_within_1_3_of_the_bare_kernel(records, name):
 
 
 @pytest.mark.parametrize("name", NOISE)
+@pytest.mark.long
 def test_offsets_are_64_bit_from_the_row_on(folder, name):
     """In the TTIR every access to image tensors [B, RUN] adds an int64 offset, multiplied out in int64."""
     for arch in ("sm_80", "sm_100"):
         ttir = dumped(folder, name, arch, "ttir")
-        accesses = re.findall(r"tt\.addptr (%\w+), .*: tensor<128x\d+x!tt\.ptr<\w+>>, tensor<128x\d+xi(\d+)>", ttir)
-        assert accesses
-        for base, width in accesses:
-            # 32 bits serve from the start of a gathered row on, which was reached by 64.
-            assert width == "64" or re.search(rf"{base} = tt\.broadcast .* : tensor<128x1x!tt\.ptr<\w+>> ->", ttir)
+        widths = re.findall(r"tt\.addptr .*: tensor<128x\d+x!tt\.ptr<\w+>>, tensor<128x\d+xi(\d+)>", ttir)
+        assert set(widths) == {"64"}
         # Rows or chunks are widened first ...
         assert re.search(r"arith\.ext[su]i .*: tensor<128xi32> to tensor<128xi64>", ttir)
         # ... and then scaled to elements.
@@ -188,6 +192,7 @@ def test_offsets_are_64_bit_from_the_row_on(folder, name):
 
 # A convolution refuses calls whose offsets would not fit 32 bits.
 @pytest.mark.parametrize("name", [name for name in NETWORK if not name.startswith("convolution")])
+@pytest.mark.long
 def test_images_start_at_64_bit_offsets(folder, name):
     """In the TTIR, accesses to x and to the output start at an int64 offset; within an image they have 32 bits."""
     for arch in ("sm_80", "sm_100"):
@@ -201,6 +206,7 @@ def test_images_start_at_64_bit_offsets(folder, name):
 
 
 @pytest.mark.parametrize("name", NETWORK)
+@pytest.mark.long
 def test_networks_share_their_elements_out_among_programs(records, name):
     case = static.CASES[name]
     launch = case.launch()
@@ -211,6 +217,7 @@ def test_networks_share_their_elements_out_among_programs(records, name):
         assert record["ratio"] is None
 
 
+@pytest.mark.long
 def test_products_run_on_tensor_cores_in_16_bit(folder):
     for arch in static.ARCHS:
         listing = dumped(folder, "bottleneck bf16", arch, "sass")
@@ -218,12 +225,14 @@ def test_products_run_on_tensor_cores_in_16_bit(folder):
         assert len(re.findall(r"HMMA\.16816\.F32\.BF16", listing)) == steps
 
 
+@pytest.mark.long
 def test_listings_end_with_their_kernel(folder, records):
     for name, arch in PAIRS:
         assert dumped(folder, name, arch, "sass").count(" EXIT") >= 1
         assert records[name, arch]["instructions"] > 150
 
 
+@pytest.mark.long
 def test_cards_are_predicted_from_what_their_units_do(records):
     record = records["q_sample bf16", "sm_90"]
     card, each = record["cards"]["H200"], record["per_element"]
@@ -280,12 +289,14 @@ def test_instructions_are_told_apart(instruction, kind):
     assert sass.class_of(instruction) == kind
 
 
+@pytest.mark.long
 def test_tables_fit_120_columns_uncut(folder):
     lines = (folder / "out.txt").read_text().splitlines()
     assert max(map(len, lines)) <= 120
     assert not any("…" in line for line in lines)
 
 
+@pytest.mark.long
 def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
     slower = copy.deepcopy(list(records.values()))
     for record in slower:
@@ -305,6 +316,7 @@ def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
         ("global_loads", lambda value: value + 1),
     ],
 )
+@pytest.mark.long
 def test_compare_finds_planted_violations(records, field, change):
     planted = copy.deepcopy(list(records.values()))
     planted[7][field] = change(planted[7][field])
@@ -314,6 +326,7 @@ def test_compare_finds_planted_violations(records, field, change):
     assert field in line
 
 
+@pytest.mark.long
 def test_compare_fails_closed(records):
     everything = list(records.values())
     (line,) = static.compare(everything[1:], everything)
