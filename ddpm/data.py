@@ -23,6 +23,7 @@ from ddpm.errors import BadInput
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 DIGITS_SIDE = 16
+ALL = "all"  # what `--context` takes for every class in turn
 UNREADABLE_IMAGE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
 
@@ -99,12 +100,18 @@ def load_data(
     if classes is not None:
         if len(classes) != len(names):
             raise BadInput(f"--classes: got {len(classes)} names, needs {len(names)} for {source}")
-        if len(set(classes)) < len(classes) or not all(classes) or "all" in classes:
-            raise BadInput(f"--classes: got {','.join(classes)}, needs names that differ, none of them empty or 'all'")
+        check_class_names(classes, "--classes")
         names = tuple(classes)
     values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     name = source if source == "digits" else path.stem
     return Dataset(name, values, None if one_hot is None else torch.from_numpy(one_hot), names)
+
+
+def check_class_names(names: Sequence[str], said_by: str) -> None:
+    """Raise BadInput, naming `said_by`, for names that `--context` could not tell from each other or from `all`."""
+    wrong = next((name for k, name in enumerate(names) if name in ("", ALL) or name in names[:k]), None)
+    if wrong is not None:
+        raise BadInput(f"{said_by}: got a class {wrong!r}, needs names that differ, none of them empty or {ALL!r}")
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -189,6 +196,8 @@ def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarra
         raise BadInput(
             f"{folder}: no images found, needs {', '.join(sorted(IMAGE_SUFFIXES))} (in class subfolders or not)"
         )
+    if found:
+        check_class_names([sub.name for sub in subfolders], str(folder))
     opened = [_open(path) for path, _ in files]
     mode = "L" if all(image.mode in ("L", "1") for image in opened) else "RGB"
     arrays = []

@@ -9,8 +9,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,38 +54,50 @@ def train(options):
     return call
 
 
+def after_step(patch: pytest.MonkeyPatch, k: int, act: Callable[[], None]) -> None:
+    """Call act() at the end of step k of any trainer, once."""
+    step = Trainer.step
+
+    def stepping(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.index == k:
+            patch.setattr(Trainer, "step", step)
+            act()
+
+    patch.setattr(Trainer, "step", stepping)
+
+
+@pytest.fixture(scope="module")
+def made(options, tmp_path_factory) -> Path:
+    """Two runs: `undisturbed`, and `interrupted` by Ctrl-C after four of its nine steps. Copy before changing."""
+    folder, here = tmp_path_factory.mktemp("made"), {"device": torch.device("cpu"), "world": World()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as every test here
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        fitting.train(options, folder / "undisturbed", **here)
+        after_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(fitting.Interrupted):
+            fitting.train(options, folder / "interrupted", **here)
+    torch.set_num_threads(threads)
+    return folder
+
+
 @pytest.fixture
-def undisturbed(tmp_path, train) -> Path:
-    train(tmp_path / "undisturbed")
-    return tmp_path / "undisturbed"
+def undisturbed(made) -> Path:
+    return made / "undisturbed"
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """stop_at(k, act): call act() at the end of step k of any trainer, once."""
-
-    def patch(k: int, act) -> None:
-        step = Trainer.step
-
-        def stepping(trainer: Trainer) -> None:
-            step(trainer)
-            if trainer.index == k:
-                monkeypatch.setattr(Trainer, "step", step)
-                act()
-
-        monkeypatch.setattr(Trainer, "step", stepping)
-
-    return patch
+    """stop_at(k, act): see `after_step`."""
+    return partial(after_step, monkeypatch)
 
 
 @pytest.fixture
-def interrupted(tmp_path, train, stop_at) -> Path:
-    """The run stopped by Ctrl-C after four of its nine steps."""
-    folder = tmp_path / "interrupted"
-    stop_at(4, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(fitting.Interrupted):
-        train(folder)
-    return folder
+def interrupted(made, tmp_path) -> Path:
+    """A copy of the run stopped after four of its nine steps."""
+    return Path(shutil.copytree(made / "interrupted", tmp_path / "interrupted"))
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -191,8 +204,7 @@ def test_resume_of_a_finished_run_says_so_and_changes_nothing(ddpm, digits_run, 
     before = snapshot(run)
     answer = ddpm("train", "--out", run, "--resume")
     assert answer.code == 0
-    said = (answer.out + answer.err).replace(str(run), "RUN")
-    assert re.search(r"finished|complete|nothing (left )?to", said), said
+    assert answer.out.startswith(f"finished before: {run} (")
     after = snapshot(run)
     assert before.keys() == after.keys()
     # The order of a safetensors file's metadata is not fixed, so its bytes may differ; the tensors may not.
@@ -360,9 +372,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_partial_one(tmp_path):
     def fail_halfway() -> None:
         with replacing(path) as partial:
             partial.write_text("half")
-            raise RuntimeError
+            raise RuntimeError("halfway")
 
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="halfway"):
         fail_halfway()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -478,7 +490,7 @@ def test_a_file_of_a_runs_name_is_not_taken_for_ours(tmp_path, ddpm, name):
         ("data", {}, "has no digest"),
         ("data", 5, "has no digest"),
         ("classes", [1] * 10, "needs names"),
-        ("schedule", {"kind": "linear", "timesteps": 10**14}, "config.json"),
+        ("schedule", {"kind": "linear", "timesteps": 10**14}, ": .+"),
     ],
 )
 def test_a_damaged_config_is_named(interrupted, ddpm, key, value, words):
@@ -486,7 +498,7 @@ def test_a_damaged_config_is_named(interrupted, ddpm, key, value, words):
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     answer = ddpm("sample", interrupted, "--n", "1", "--out", interrupted / "a.png")
     assert answer.code == 2
-    assert re.fullmatch(rf"error: .*config\.json.*{words}.*\n|error: .*{words}.*\n", answer.err)
+    assert re.fullmatch(rf"error: .*config\.json.*{words}.*\n", answer.err)
 
 
 @pytest.mark.parametrize("spoil", [lambda t: t * math.nan, lambda t: t.to(torch.int32)], ids=["nan", "integer"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm.data import load_data
+from ddpm.data import check_class_names, load_data
 from ddpm.errors import BadInput
 
 RNG = np.random.default_rng(0)
@@ -312,6 +312,37 @@ def test_class_names_for_data_without_classes_are_refused(source):
     np.save("x.npy", IMAGES)
     with pytest.raises(BadInput, match=r"--classes: got 2 names, needs 0"):
         load_data(source, classes=["a", "b"])
+
+
+BAD_NAMES = {
+    "repeated": (["cat", "dog", "cat"], "'cat'"),
+    "empty": (["cat", ""], "''"),
+    "all": (["all", "dog"], "'all'"),
+}
+
+
+@pytest.mark.parametrize(("names", "named"), BAD_NAMES.values(), ids=BAD_NAMES)
+def test_class_names_that_a_context_could_not_say_are_refused(names, named):
+    message = f"--classes: got a class {named}, needs names that differ, none of them empty or 'all'$"
+    with pytest.raises(BadInput, match=f"^{message}"):
+        check_class_names(names, "--classes")
+    np.save("x.npy", IMAGES)
+    np.save("y.npy", np.arange(6) % len(names))
+    with pytest.raises(BadInput, match=f"^{message}"):
+        load_data("x.npy", "y.npy", classes=names)
+
+
+@pytest.mark.parametrize("names", [[], ["cat"], ["1", "2"], ["All", "a,b", " "]])
+def test_other_class_names_are_taken(names):
+    check_class_names(names, "--classes")
+
+
+def test_a_class_folder_named_all_is_refused(folder):
+    for name in ("all", "cat"):
+        (folder / name).mkdir()
+        Image.fromarray(IMAGES[0]).save(folder / name / "a.png")
+    with pytest.raises(BadInput, match="pictures: got a class 'all', needs names that differ"):
+        load_data(str(folder))
 
 
 def test_wrong_number_of_class_names_is_refused():

@@ -1,7 +1,13 @@
-"""The schedulers for diffusers, against diffusers' own: grids, rows, noise, configuration, pipelines."""
+"""The schedulers for diffusers: steps against float64 formulas, grids, rows, noise, configuration, pipelines.
 
+diffusers' float32 is no reference: it takes 1 - a / s of numbers close to 1, and is up to 4e-5 from its own formulas.
+What is compared with it runs in float64.
+"""
+
+import math
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -31,17 +37,20 @@ GRIDS = [
 
 
 def network(x, t):
-    """Some smooth function of the state and the time that stays bounded, so that trajectories can be compared."""
-    return torch.tanh(0.7 * x.roll(1, -1) + 0.01 * float(t))
+    """Some smooth function of the state and the time that stays bounded, so that trajectories can be compared.
+
+    Computed in float64: the last bit of a float32 tanh differs by CPU, and 1 / sqrt(a) carries it to 1e-5.
+    """
+    return torch.tanh(0.7 * x.double().roll(1, -1) + 0.01 * float(t)).to(x.dtype)
 
 
 def start(seed=0):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def trajectory(scheduler, **options):
+def trajectory(scheduler, dtype=torch.float32, **options):
     """Every prev_sample and pred_original_sample of a run."""
-    x, seen = start(), []
+    x, seen = start().to(dtype), []
     for t in scheduler.timesteps:
         out = scheduler.step(network(x, t), t, x, **options)
         x = out.prev_sample
@@ -49,36 +58,109 @@ def trajectory(scheduler, **options):
     return torch.stack(seen)
 
 
+def noise(t):
+    """What a run of seed 5 draws at diffusers' timestep t."""
+    return philox.normal(5, torch.arange(SHAPE[0]), t + 1, philox.Stream.SAMPLING, SHAPE[1:], dtype=torch.float64)
+
+
+def predicted(m, x, a, prediction):
+    """(x0, eps) from x = sqrt(a) x0 + sqrt(1 - a) eps and the network's m; v = sqrt(a) eps - sqrt(1 - a) x0."""
+    signal, spread = math.sqrt(a), math.sqrt(1 - a)
+    if prediction == "epsilon":
+        return (x - spread * m) / signal, m
+    if prediction == "v_prediction":
+        return signal * x - spread * m, signal * m + spread * x
+    return m, (x - signal * m) / spread
+
+
 def close(actual, expected, tolerance=1e-5):
-    """The design's parity: max|difference| / max(1, max|expected|)."""
-    error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert error <= tolerance, float(error)
+    """The design's parity, of each state [n, c, h, w]: max|difference| / max(1, max|expected|)."""
+    images = (-4, -3, -2, -1)
+    error = (actual - expected).abs().amax(images) / expected.abs().amax(images).clamp(min=1)
+    assert (error <= tolerance).all(), error.tolist()
+
+
+def room(a):
+    """What float32 may lose of x0 = (x - sqrt(1 - a) m) / sqrt(a): two factors and two products round by 2^-24 each.
+
+    For |x| and |m| up to 1, as clipping leaves smaller ones alone; at a = 4e-5 it is 4e-5.
+    """
+    return 1e-5 + 4 * 2**-24 / math.sqrt(a)
+
+
+def formulas(scheduler, eta=0.0):
+    """`trajectory` in float64, by DDPM's eq. 7 or DDIM's eq. 12 and 16, and what float32 may lose of each state.
+
+    Of diffusers' scheduler it has the numbers alphas_cumprod, the timesteps, and which timestep comes before which.
+    """
+    config, grid, bars = scheduler.config, scheduler.timesteps.tolist(), scheduler.alphas_cumprod.double().tolist()
+    clean = 1.0 if config.get("set_alpha_to_one", True) else bars[0]
+    x, seen, rooms = start().double(), [], []
+    for t, after in zip(grid, [*grid[1:], -1], strict=True):
+        ddpm = isinstance(scheduler, DDPMScheduler)
+        previous = after if ddpm else t - config.num_train_timesteps // len(grid)
+        a, s = bars[t], bars[previous] if previous >= 0 else clean
+        x0, eps = predicted(network(x, t), x, a, config.prediction_type)
+        if config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        beta = 1 - a / s
+        variance = (1 - s) / (1 - a) * beta
+        if ddpm:
+            mean = (math.sqrt(s) * beta * x0 + math.sqrt(a / s) * (1 - s) * x) / (1 - a)
+            if config.variance_type == "fixed_large":
+                variance = beta
+            sigma = math.sqrt(variance) if t > 0 else 0.0
+        else:
+            sigma = eta * math.sqrt(variance)
+            mean = math.sqrt(s) * x0 + math.sqrt(1 - s - sigma**2) * eps
+        x = mean + sigma * noise(t) if sigma else mean
+        seen += [x, x0]
+        rooms += [1e-5, room(a) if config.prediction_type == "epsilon" else 1e-5]
+    return torch.stack(seen), torch.tensor(rooms)
 
 
 @pytest.fixture
-def shared_noise(monkeypatch):
-    """diffusers draws what we draw: its randn becomes the noise contract, step by step, from `steps`."""
-    steps = []
+def walks_by_the_formulas(monkeypatch):
+    """Ours in float32 (1e-5, see `room`), ours in float64 and diffusers' in float64 (1e-9) against `formulas`."""
 
-    def randn_tensor(shape, **_):
-        return philox.normal(5, torch.arange(shape[0]), steps.pop(0), philox.Stream.SAMPLING, tuple(shape[1:]))
+    def check(kind, options, *arguments, eta=None, **grid):
+        fused, theirs = (make(**options) for make in PAIRS[kind])
+        fused.set_timesteps(*arguments, **grid, seed=5)
+        theirs.set_timesteps(*arguments, **grid)
+        assert fused.timesteps.tolist() == theirs.timesteps.tolist()
+        eta = {} if eta is None else {"eta": eta}
+        expected, rooms = formulas(theirs, **eta)
+        close(trajectory(fused, **eta), expected, rooms)
+        close(trajectory(fused, torch.float64, **eta), expected, 1e-9)
+        theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+        for one in {"final_alpha_cumprod", "one"} & vars(theirs).keys():
+            setattr(theirs, one, getattr(theirs, one).double())
+        noisy = iter(theirs.timesteps.tolist())
+        randn = f"diffusers.schedulers.scheduling_{kind}.randn_tensor"
+        monkeypatch.setattr(randn, lambda *_, **__: noise(next(noisy)))  # diffusers draws what we draw
+        close(trajectory(theirs, torch.float64, **eta), expected, 1e-9)  # its least variance is 1e-20
 
-    for name in ("ddpm", "ddim"):
-        monkeypatch.setattr(f"diffusers.schedulers.scheduling_{name}.randn_tensor", randn_tensor)
-    return steps
+    return check
 
 
-@pytest.mark.parametrize(("spacing", "steps", "grid"), GRIDS)
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("clip", [None, 1.0, 0.5])
-def test_ddim_walks_as_diffusers_does(spacing, steps, grid, prediction, clip):
-    options = {"num_train_timesteps": 100, "timestep_spacing": spacing, "prediction_type": prediction, **grid}
+@pytest.mark.parametrize(
+    ("grid", "prediction", "clip"),
+    [
+        *((grid, "epsilon", 1.0) for grid in GRIDS),
+        *(
+            (GRIDS[1], prediction, clip)
+            for prediction in ("epsilon", "v_prediction", "sample")
+            for clip in (None, 1.0, 0.5)
+        ),
+        (GRIDS[-1], "v_prediction", None),
+        (GRIDS[-1], "sample", None),
+    ],
+)
+def test_ddim_walks_by_its_formula_as_diffusers_does(grid, prediction, clip, walks_by_the_formulas):
+    spacing, steps, options = grid
+    options = {"num_train_timesteps": 100, "timestep_spacing": spacing, "prediction_type": prediction, **options}
     options |= {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
-    fused, theirs = FusedDDIMScheduler(**options), DDIMScheduler(**options)
-    for scheduler in (fused, theirs):
-        scheduler.set_timesteps(steps)
-    assert fused.timesteps.tolist() == theirs.timesteps.tolist()
-    close(trajectory(fused), trajectory(theirs))
+    walks_by_the_formulas("ddim", options, steps)
 
 
 @pytest.mark.parametrize(
@@ -93,45 +175,32 @@ def test_ddim_walks_as_diffusers_does(spacing, steps, grid, prediction, clip):
     ids=lambda options: next(iter(options)),
 )
 @pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_ddim_with_noise_and_other_schedules(options, eta, shared_noise):
-    fused, theirs = FusedDDIMScheduler(**options), DDIMScheduler(**options)
-    fused.set_timesteps(25, seed=5)
-    theirs.set_timesteps(25)
-    shared_noise += [t + 1 for t in theirs.timesteps.tolist()]
-    close(trajectory(fused, eta=eta), trajectory(theirs, eta=eta))
-    assert len(shared_noise) == (0 if eta else 25)
+def test_ddim_with_noise_and_other_schedules(options, eta, walks_by_the_formulas):
+    walks_by_the_formulas("ddim", options, 25, eta=eta)
 
 
-@pytest.mark.parametrize(("spacing", "steps", "grid"), GRIDS)
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_ddpm_walks_as_diffusers_does_with_the_same_noise(spacing, steps, grid, variance, prediction, shared_noise):
-    options = {"num_train_timesteps": 100, "timestep_spacing": spacing, "variance_type": variance, **grid}
+@pytest.mark.parametrize(
+    ("grid", "variance", "prediction"),
+    [
+        *((grid, variance, "epsilon") for grid in GRIDS for variance in ("fixed_small", "fixed_large")),
+        *((GRIDS[1], "fixed_small_log", prediction) for prediction in ("epsilon", "v_prediction", "sample")),
+        (GRIDS[-1], "fixed_small", "v_prediction"),
+        (GRIDS[-1], "fixed_large", "sample"),
+    ],
+)
+def test_ddpm_walks_by_its_formula_as_diffusers_does(grid, variance, prediction, walks_by_the_formulas):
+    spacing, steps, options = grid
+    options = {"num_train_timesteps": 100, "timestep_spacing": spacing, "variance_type": variance, **options}
     options |= {"prediction_type": prediction, "clip_sample": prediction == "epsilon"}
-    fused, theirs = FusedDDPMScheduler(**options), DDPMScheduler(**options)
-    fused.set_timesteps(steps, seed=5)
-    theirs.set_timesteps(steps)
-    noisy = [t + 1 for t in theirs.timesteps.tolist()]
-    actual = trajectory(fused)
-    shared_noise[:] = noisy
-    # diffusers takes 1 - a / s of float32 numbers close to 1: measured 1.8e-5 at S = T, where ours is within 2e-6 of
-    # its formulas in float64.
-    close(actual, trajectory(theirs), 5e-5)
-    theirs.alphas_cumprod, theirs.one = theirs.alphas_cumprod.double(), theirs.one.double()
-    shared_noise[:] = noisy
-    close(actual, trajectory(theirs), 2e-6)
+    walks_by_the_formulas("ddpm", options, steps)
 
 
-def test_ddpm_takes_a_grid_of_ones_own_and_none(shared_noise):
-    fused, theirs = FusedDDPMScheduler(), DDPMScheduler()
-    fused.set_timesteps(timesteps=[900, 400, 399, 3], seed=5)
-    theirs.set_timesteps(timesteps=[900, 400, 399, 3])
-    shared_noise += [901, 401, 400, 4]
-    close(trajectory(fused), trajectory(theirs))
-    x = start()
-    shared_noise.append(1000)
-    ours, others = (s.step(network(x, 999), 999, x) for s in (FusedDDPMScheduler(), DDPMScheduler()))
-    close(ours.pred_original_sample, others.pred_original_sample)
+def test_ddpm_takes_a_grid_of_ones_own_and_none(walks_by_the_formulas):
+    walks_by_the_formulas("ddpm", {}, timesteps=[900, 400, 399, 3])
+    x, a = start(), float(DDPMScheduler().alphas_cumprod[999])
+    x0, _ = predicted(network(x, 999).double(), x.double(), a, "epsilon")
+    out = FusedDDPMScheduler().step(network(x, 999), 999, x)
+    close(out.pred_original_sample, x0.clamp(-1, 1), room(a))
 
 
 def test_step_leaves_its_arguments_alone_and_can_return_a_tuple():
@@ -239,11 +308,12 @@ def images(pipeline, **options):
 
 
 def test_in_diffusers_pipelines(unet, tmp_path):
-    theirs = DDIMPipeline(unet, DDIMScheduler())
+    theirs = DDIMPipeline(deepcopy(unet).double(), DDIMScheduler())
+    theirs.scheduler.alphas_cumprod = theirs.scheduler.alphas_cumprod.double()
     expected = images(theirs)
     # The pipeline's constructor makes every scheduler a DDIMScheduler of its own; afterwards it can be exchanged.
     theirs.scheduler = FusedDDIMScheduler.from_config(theirs.scheduler.config)
-    close(torch.from_numpy(images(theirs)), torch.from_numpy(expected))
+    close(torch.from_numpy(images(theirs)), torch.from_numpy(expected), 1e-9)
     noisy = DDPMPipeline(unet, FusedDDPMScheduler())
     first = images(noisy)
     assert np.array_equal(first, images(noisy))
