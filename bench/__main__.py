@@ -2,7 +2,11 @@
 
 import sys
 
-from bench.cli import main
+from bench import packages
+
+packages.install()  # before anything of ours is imported
+
+from bench.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from bench import sides, store, verdicts
-from bench.registry import located, selected
+from bench import machine, packages, sides, store, verdicts
+from bench.measure import one_line
+from bench.registry import is_file, located, selected
 from bench.show import compare_markdown, compare_table
 from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
@@ -40,20 +41,23 @@ def compare_refs(
 ) -> tuple[dict, dict, list[Verdict]]:
     """Verdicts on two git refs; rows beyond their threshold are measured once more, in more processes."""
     suite = located(suite)  # one file for both sides
+    if not is_file(suite) and not packages.is_ours(machine.repository()):
+        raise BadInput(
+            f"--suite: {suite} measures fused-ddpm, which {machine.repository()} is no checkout of, needs FILE.py"
+        )
     commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
     sides.refuse_dirty()
     selected(suite, quick, pattern)
     options = ["--quick"] if quick else []
     with sides.checkouts(*commits.values(), suite, quick, pattern) as found_there:
-        roots = found_there.roots
         arguments = ["--suite", suite, "--filter", pattern, *options]
-        contents = sides.measure_sides(roots, processes, arguments, "compare", FIRST_ROUND)
+        contents = sides.measure_sides(found_there, processes, arguments, "compare", FIRST_ROUND)
         found = verdicts.judge(*contents.values(), thresholds)
         suspects = verdicts.suspects(found)
         if suspects:
             names = sorted({re.escape(row.partition(" ")[0]) for row in suspects})
             arguments = ["--suite", suite, "--filter", f"^({'|'.join(names)})$", *options]
-            again = sides.measure_sides(roots, AGAIN * processes, arguments, "confirm", SECOND_ROUND)
+            again = sides.measure_sides(found_there, AGAIN * processes, arguments, "confirm", SECOND_ROUND)
             found = verdicts.confirmed(found, verdicts.judge(*again.values(), thresholds))
     found += [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found_there.gone]
     for side, content in contents.items():
@@ -89,7 +93,9 @@ def compare(
     except BadInput:
         raise
     except Exception as error:  # whatever it was, it must not look like a verdict: 1 says "slower"
-        reason = str(error) if isinstance(error, WorkFailed) else f"{type(error).__name__}: {error}"
+        reason = one_line(error)
+        if isinstance(error, WorkFailed):
+            reason = reason.removeprefix("WorkFailed: ")
         sys.stderr.write(f"error: {reason}\n")
         if markdown is not None:
             write_text(markdown, f"**Nothing was compared**: {reason}\n")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.timing import interleaved, summary, timer
+from ddpm.metrics import elementwise, worst
 from kernels import bottleneck, convolution, group_norm_relu, philox, q_sample, q_sample_rows, solver_step, winograd
 from kernels import noise_mse as noise_mse_function
 from kernels.bottleneck import cost as bottleneck_cost
@@ -60,15 +61,9 @@ class Workload:
     error: Callable[[tuple], float]
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """max |actual - expected| / max(1, |expected|), in float64; NaN stays NaN."""
-    expected = expected.double()
-    return float(((actual.double() - expected).abs() / expected.abs().clamp(min=1)).max())
-
-
 def _worst(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The largest error, NaN if there is any: Python's max would lose it."""
-    return float(torch.tensor([relative_error(actual, expected) for actual, expected in pairs]).max())
+    """The largest error of these pairs (actual, expected)."""
+    return worst(elementwise(actual, expected) for actual, expected in pairs)
 
 
 def _rows(n: int) -> Iterator[slice]:
@@ -121,7 +116,7 @@ def normal(dtype: torch.dtype, device: torch.device, k: int, *shape: int) -> Ten
     return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
 
-# Those of a ContextUnet with n_feat 64 on 16x16 images: channels, of a second source, outputs, side, what follows.
+# Those of the U-Net with n_feat 64 on 16x16 images: channels, of a second source, outputs, side, what follows.
 CONVOLUTIONS = {
     "convolution": (64, 0, 64, 16, "keep"),
     "convolution first": (3, 0, 64, 16, "keep"),
@@ -172,7 +167,7 @@ WINOGRAD = "winograd"
 
 
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """Operators inside a ContextUnet with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
+    """Operators inside the U-Net with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
     where its kernel runs, the convolution most frequent there.
     """
 
@@ -293,7 +288,7 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
             noise_mse_reference(a[0][r].double(), _noise(samples[r], 0, Stream.TRAINING_NOISE)) * (r.stop - r.start)
             for r in _rows(n)
         ]
-        return relative_error(noise_mse_function(a[0], seed, samples), torch.stack(parts).sum() / n)
+        return elementwise(noise_mse_function(a[0], seed, samples), torch.stack(parts).sum() / n)
 
     def gradient_error(a: tuple) -> float:
         scale = a[0].numel()

@@ -11,9 +11,12 @@ from typing import Any
 import numpy
 import torch
 
+from bench.packages import OURS, ROOT, is_ours
 from kernels import backend
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "bench/results"
+# Suffixes of what Python runs, and of what it compiles.
+SOURCES = (".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 
 
 def git(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[bytes] | None:
@@ -34,7 +37,20 @@ def repository() -> Path:
 
 def _said(*arguments: str) -> str | None:
     done = git(*arguments)
-    return None if done is None or done.returncode else done.stdout.decode().strip()
+    return None if done is None or done.returncode else done.stdout.decode(errors="replace").strip("\n")
+
+
+def changed() -> list[str] | None:
+    """Source files that are not as in the commit, untracked ones too; None outside a checkout.
+
+    Of this project those of its packages, of another one all. What no measurement runs does not count: results, the
+    documents' pictures, runs/, the file that is being written, and what git ignores.
+    """
+    paths = ["--", *OURS, f":(exclude){RESULTS}"] if is_ours(repository()) else []
+    status = _said("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", *paths)
+    if status is None:
+        return None
+    return [line[3:] for line in status.split("\0") if line.endswith(SOURCES)]
 
 
 def _processor() -> str:
@@ -47,12 +63,13 @@ def _processor() -> str:
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine, the versions and the commit of a measurement.
 
-    Outside a checkout the commit is what FUSED_DDPM_COMMIT says, or None.
+    Outside a checkout the commit is what FUSED_DDPM_COMMIT says, or None. dirty: whether source files differ from the
+    commit (see `changed`), None outside a checkout.
     """
-    status = _said("status", "--porcelain")
+    sources = changed()
     record = {
         "commit": _said("rev-parse", "HEAD") or os.environ.get("FUSED_DDPM_COMMIT"),
-        "dirty": None if status is None else bool(status),
+        "dirty": None if sources is None else bool(sources),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": None if backend.triton is None else backend.triton.__version__,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.machine import ROOT
 from bench.run import environment
+from ddpm.command_line import debugging
 from ddpm.errors import WorkFailed
 
 BATCH, STEPS = 256, 2
@@ -16,6 +17,7 @@ CHILD = """import json, sys
 import torch
 from pathlib import Path
 from ddpm import load_run, sample
+from ddpm.networks import condition_shape
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -23,10 +25,10 @@ def status(name):
 
 folder, engine, batch, steps, guidance = sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:])
 run = load_run(folder)
-cfeat = run.model.n_cfeat
-context = torch.eye(cfeat)[torch.arange(batch) % cfeat] if cfeat else None
+shape = condition_shape(run.model)
+context = torch.eye(shape[0])[torch.arange(batch) % shape[0]] if shape else None
 before = status("VmRSS")
-options = run.sampling | {"steps": steps}
+options = run.options(steps=steps)
 sample(run.model, run.schedule, batch, context=context, guidance=guidance, engine=engine, batch_size=batch, **options)
 print(json.dumps({"before": before, "peak": status("VmHWM")}))
 """
@@ -51,5 +53,7 @@ def sampling_memory(
         check=False,
     )
     if done.returncode:
+        if debugging():
+            sys.stderr.write(done.stderr)
         raise WorkFailed(f"memory of {engine}: {(done.stderr.strip().splitlines() or ['no result'])[-1]}")
     return json.loads(done.stdout)

@@ -25,17 +25,19 @@ from bench.machine import describe
 from bench.measure import matrix_ceiling, measure
 from bench.registry import Bench, Candidate, Workload
 from bench.show import run_table
-from bench.suites.networks import PARITY, SEED, TIMESTEPS, engine_error, forward_flops, network, step_bytes
+from bench.suites.networks import PARITY, SEED, TIMESTEPS, contexts, flops_of, network, step_bytes
 from bench.timing import Call
-from ddpm import ContextUnet, NoiseSchedule, load_run, make_table
+from ddpm import NoiseSchedule, Run, Trajectory, load_run, make_table
 from ddpm.command_line import FAILED
-from ddpm.engines import ENGINES, missing
-from ddpm.engines.eager import EagerEngine
+from ddpm.commands.drawing import ALL, class_count, contexts_of
+from ddpm.engines import competitors
 from ddpm.errors import BadInput
 from ddpm.files import write_json
+from ddpm.metrics import engine_error
+from ddpm.networks import network_times, null_condition, sample_shape
+from ddpm.networks.protocol import in_type
 from ddpm.noise import PhiloxNoise
 from ddpm.progress import Bar
-from ddpm.sampling import sample_shape
 from kernels import philox
 from kernels.backend import Cost
 from kernels.solver_step import guide
@@ -74,17 +76,20 @@ class Field(nn.Module):
 
     self_condition = random_or_learned_sinusoidal_cond = False
 
-    def __init__(self, model: ContextUnet, timesteps: int, context: Tensor, guidance: float) -> None:
+    def __init__(self, model: nn.Module, count: int, context: Tensor | None, guidance: float) -> None:
         super().__init__()
-        self.model, self.timesteps, self.context, self.guidance = model, timesteps, context, guidance
+        self.model, self.context, self.guidance = model, context, guidance
         self.channels = self.out_dim = sample_shape(model)[0]
+        times = in_type(network_times(model, torch.arange(1, count + 1), count))
+        self.register_buffer("times", times.to(next(model.parameters()).device), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, *_: object) -> Tensor:
         """eps of x's shape."""
-        t = (t + 1).to(FLOAT) / self.timesteps
+        t = self.times[t]
         if self.guidance == 1.0:
             return self.model(x, t, self.context)
-        both = self.model(torch.cat((x, x)), t.repeat(2), torch.cat((self.context, torch.zeros_like(self.context))))
+        both = torch.cat((self.context, null_condition(self.model, self.context)))
+        both = self.model(torch.cat((x, x)), t.repeat(2), both)
         conditional, unconditional = both.chunk(2)
         return guide(conditional, unconditional, self.guidance)
 
@@ -98,13 +103,17 @@ def scheduler_loop(scheduler: Any, field: Field, x: Tensor) -> Tensor:
     return x
 
 
-def _run_or_network(run: Path | None, device: torch.device) -> tuple[ContextUnet, NoiseSchedule]:
-    if run is None:
-        return network(device), NoiseSchedule.make("linear", TIMESTEPS, *BETAS)
-    loaded = load_run(run)
-    if not isinstance(loaded.model, ContextUnet):
-        raise BadInput(f"{run}: holds a {type(loaded.model).__name__}, needs a ContextUnet")
-    return loaded.model.eval().to(device), loaded.schedule
+def _opened(folder: Path | None, guidance: float) -> Run | None:
+    """Raises BadInput for a run that is not of images, or guidance without classes."""
+    if folder is None:
+        return None
+    run = load_run(folder)
+    shape = sample_shape(run.model)
+    if len(shape) != 3:
+        raise BadInput(f"{folder}: its samples are {list(shape)}, needs a run of images [channels, height, width]")
+    if guidance != 1.0 and not class_count(run):
+        raise BadInput(f"--guidance: {folder} was trained without classes, needs a run with some")
+    return run
 
 
 def _gaussian_diffusion() -> type | str:
@@ -116,29 +125,35 @@ def _gaussian_diffusion() -> type | str:
     return GaussianDiffusion
 
 
-def _build(run: Path | None, solver: str, steps: int, batch: int, guidance: float, device: torch.device) -> Bench:
+def _setting(
+    run: Run | None, batch: int, device: torch.device
+) -> tuple[nn.Module, NoiseSchedule, Tensor, Tensor | None]:
+    """(network, schedule, x_T, contexts): of the run, or seeded random weights; the classes in turn."""
+    if run is None:
+        model, schedule = network(device), NoiseSchedule.make("linear", TIMESTEPS, *BETAS)
+        context = contexts(batch, device)
+    else:
+        model, schedule = run.model.to(device), run.schedule
+        context = contexts_of(run, ALL if class_count(run) else None, 0, batch)
+    samples = torch.arange(batch, device=device)
+    x = PhiloxNoise(SEED)(samples, 0, philox.Stream.INITIAL, sample_shape(model))
+    return model, schedule, x, None if context is None else context.to(device)
+
+
+def _build(run: Run | None, solver: str, steps: int, batch: int, guidance: float, device: torch.device) -> Bench:
     """The competitors of one solver at one batch size."""
     import diffusers
 
     from ddpm import schedulers
 
-    model, schedule = _run_or_network(run, device)
+    model, schedule, x, context = _setting(run, batch, device)
     table = make_table(schedule, solver, steps)
-    shape, samples = sample_shape(model), torch.arange(batch, device=device)
-    context = torch.eye(model.n_cfeat, device=device)[samples % model.n_cfeat]
-    draw = PhiloxNoise(SEED)
-    x = draw(samples, 0, philox.Stream.INITIAL, shape)
     field = Field(model, schedule.timesteps, context, guidance)
     betas = schedule.betas[1:].tolist()
 
-    def engine(kind: type[EagerEngine], network: nn.Module) -> Call:
-        built = kind(network, schedule.timesteps, table, FLOAT)
-
-        def call() -> Tensor:
-            with torch.no_grad():
-                return built(x.clone(), samples, context, guidance, draw, None)
-
-        return call
+    def engine(name: str, network: nn.Module) -> Call:
+        prepared = Trajectory(network, schedule, table, engine=name, dtype=FLOAT, guided=guidance != 1.0)
+        return partial(prepared, batch, context, guidance, SEED, batch_size=batch, x_T=x)
 
     def loop(module: Any, prefix: str) -> Call:
         options = {"trained_betas": betas, "num_train_timesteps": schedule.timesteps, "clip_sample": False}
@@ -149,7 +164,7 @@ def _build(run: Path | None, solver: str, steps: int, batch: int, guidance: floa
             raise ValueError(f"timesteps of {kind.__name__}: differ from ours, needs steps that divide T")
         return partial(scheduler_loop, scheduler, field, x)
 
-    eager = engine(EagerEngine, model)
+    eager = engine("eager", model)
     expected = cache(eager)
 
     def error(call: Call) -> float:
@@ -165,16 +180,14 @@ def _build(run: Path | None, solver: str, steps: int, batch: int, guidance: floa
     candidates = {
         f"diffusers {solver.upper()}Scheduler": entry(lambda: loop(diffusers, ""), injected),
         f"Fused{solver.upper()}Scheduler": entry(lambda: loop(schedulers, "Fused")),
-        "torch.compile of eager": entry(lambda: engine(EagerEngine, torch.compile(model))),
+        "torch.compile of eager": entry(lambda: engine("eager", torch.compile(model))),
     }
     theirs = _gaussian_diffusion()
     if solver == "ddim" and run is None and not isinstance(theirs, str):
         candidates["GaussianDiffusion"] = _gaussian_entry(theirs, field, schedule, steps, x)
-    for name, kind in ENGINES.items():
-        if name != "eager" and missing(name, device, FLOAT) is None:
-            candidates[name] = entry(partial(engine, kind, model))
+    candidates |= {name: entry(partial(engine, name, model)) for name in competitors(device, FLOAT)}
     calls = steps * (1 if guidance == 1.0 else 2)
-    cost = Cost(steps * step_bytes(model, batch, FLOAT), calls * batch * forward_flops())
+    cost = Cost(steps * step_bytes(model, batch, FLOAT), calls * batch * flops_of(model))
     return Bench([()], eager, candidates, cost, calls=steps, images=batch)
 
 
@@ -216,20 +229,21 @@ def peers(
     except ModuleNotFoundError as error:
         raise BadInput(f"peers: found no {error.name}, needs the extra: pip install 'fused-ddpm[peers]'") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timesteps = _run_or_network(run, device)[1].timesteps
+    guidance = GUIDANCE if guided else 1.0
+    opened = _opened(run, guidance)
+    timesteps = TIMESTEPS if opened is None else opened.schedule.timesteps
     if timesteps % steps:
         raise BadInput(f"--steps: got {steps}, needs a divisor of T = {timesteps}")
     theirs = _gaussian_diffusion()
     skipped = {"denoising-diffusion-pytorch": theirs} if isinstance(theirs, str) else {}
     for reason in skipped.values():
         print(f"note: {reason}", file=sys.stderr)
-    guidance = GUIDANCE if guided else 1.0
     ceiling, records = matrix_ceiling(device), []
     workloads = [
         Workload(
             f"peers/{solver}{steps}{'/guided' if guided else ''}/batch{size}",
             "peers",
-            partial(_build, run, solver, steps, size, guidance),
+            partial(_build, opened, solver, steps, size, guidance),
         )
         for size in batch or BATCHES
         for solver in SOLVERS
@@ -242,6 +256,7 @@ def peers(
         [{"process": 0} | record for record in records],
         describe(device),
         skipped,
+        seed=SEED,
         suite="peers",
         quick=False,
         filter="",

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import machine
+from bench import machine, store
 from ddpm import runs
-from ddpm.commands.drawing import contexts_of, table_of
+from ddpm.commands.drawing import EngineName, Solver, Steps, contexts_of, table_of
 from ddpm.distributed import pick_device
-from ddpm.engines import ENGINES, choose
+from ddpm.engines import choose
 from ddpm.errors import BadInput
 from ddpm.files import json_text, replacing_all
+from ddpm.networks import condition_shape
 
 FORMAT_VERSION = 1
 TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
@@ -25,9 +25,10 @@ TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
 def profile(
     run: Annotated[Path, typer.Argument(help="run folder")],
     out: Annotated[Path, typer.Option(help=f"folder for {REPORT}, {PROFILE} and {TRACE}")],
-    engine: Annotated[str, typer.Option(help="how to execute the steps, see `ddpm sample`")] = "auto",
+    engine: EngineName = "auto",
     batch: Annotated[int, typer.Option(help="images at a time")] = 16,
-    steps: Annotated[int | None, typer.Option(help="steps of a trajectory [the run's]")] = None,
+    solver: Solver = None,
+    steps: Steps = None,
     guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
     context: Annotated[str | None, typer.Option(help="class by name or number, v1,v2,.., or all")] = None,
     trajectories: Annotated[int, typer.Option(help="how many are timed")] = 3,
@@ -42,9 +43,9 @@ def profile(
         raise BadInput(f"--seed: got {seed}, needs 0 <= seed < 2^63")
     opened = runs.load_run(run)
     target = pick_device(device)
-    options, table = table_of(opened, {"steps": steps})
+    options, table = table_of(opened, {"solver": solver, "steps": steps})
     contexts = _contexts(opened, context, guidance, batch)
-    kind = choose(engine, target)
+    chosen = choose(engine, target).name
     runs.make_folder(out)
     # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
     from bench.profiling import ceilings
@@ -52,17 +53,21 @@ def profile(
     from bench.profiling.page import render
 
     opened.model.to(target)
-    sampler = make_sampler(opened.model, opened.schedule, table, batch, contexts, guidance, seed, kind)
+    sampler = make_sampler(opened.model, opened.schedule, table, batch, contexts, guidance, seed, chosen)
     figures, trace = measured(sampler, trajectories)
     best = ceilings.measure(target, torch.float32)  # afterwards: its copies would be the process's peak of memory
     content = {
         "format_version": FORMAT_VERSION,
-        "command": " ".join(("ddpm-bench", *sys.argv[1:])),
+        "command": store.command(),
         "seed": seed,
         "machine": machine.describe(target),
-        "run": {"name": run.resolve().name, "model": opened.config["model"], "schedule": opened.config["schedule"]},
+        "run": {
+            "name": run.resolve().name,
+            "model": {"kind": opened.config["network"], **opened.config["model"]},
+            "schedule": opened.config["schedule"],
+        },
         "recipe": {
-            "engine": next((name for name, built in ENGINES.items() if built is kind), engine),
+            "engine": chosen,
             "batch": batch,
             "rows": batch * (2 if guided(guidance, context) else 1),
             "steps": len(table),
@@ -91,10 +96,10 @@ def guided(guidance: float, context: str | None) -> bool:
 
 
 def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -> torch.Tensor | None:
-    """[batch, n_cfeat] or None. Raises BadInput for guidance that has nothing to guide towards."""
+    """[batch, ...] or None. Raises BadInput for guidance that has nothing to guide towards."""
     if not math.isfinite(guidance):
         raise BadInput(f"--guidance: got {guidance}, needs a finite number")
-    if guidance != 1.0 and run.model.n_cfeat == 0:
+    if guidance != 1.0 and condition_shape(run.model) is None:
         raise BadInput(f"--guidance: got {guidance:g}, but {run.folder} was trained without classes, needs 1")
     if guidance != 1.0 and context is None:
         raise BadInput(f"--guidance: got {guidance:g} without --context, needs a class or all to guide towards")

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,12 +16,14 @@ from types import ModuleType
 
 import torch
 
+from bench.packages import OURS, refuse_clashes
 from bench.timing import Call
 from ddpm.errors import BadInput
 from kernels.backend import Cost
 
-OURS = ("bench", "ddpm", "export", "kernels")
 SUITES = {name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export")}
+# Where SEED is, if not in the suite's own module.
+SEEDS = {"kernels": "bench.kernels"}
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,24 @@ class Unavailable(Exception):
     """A suite that this installation cannot run: says what is missing."""
 
 
-def _is_file(suite: str) -> bool:
+def is_file(suite: str) -> bool:
+    """Whether it is a suite of another project."""
     return suite.endswith(".py")
 
 
 def located(suite: str) -> str:
     """The suite as processes in other folders find it: a file by its whole path, a name as it is."""
-    return str(Path(suite).resolve()) if _is_file(suite) else suite
+    return str(Path(suite).resolve()) if is_file(suite) else suite
 
 
+@cache
 def _module_of(path: Path) -> ModuleType:
     if not path.is_file():
         raise BadInput(f"--suite: {path}: no such file")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    for folder in (Path.cwd() / "src", Path.cwd()):
+        if str(folder) not in sys.path:
+            sys.path.insert(0, str(folder))
+    refuse_clashes(Path.cwd(), path)
     spec = spec_from_file_location(f"suite_{path.stem}", path)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,11 +106,11 @@ def _module_of(path: Path) -> ModuleType:
 def load(suite: str, quick: bool) -> list[Workload]:
     """The workloads of one suite. Raises Unavailable if it, or a package that it needs, is not there.
 
-    suite: a name of SUITES, or the path of a Python file, which imports what lies in the working directory.
+    suite: a name of SUITES, or the path of a Python file, which imports what lies in the working directory or its src/.
     An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
     """
-    if _is_file(suite):
-        return _module_of(Path(suite)).workloads(quick)
+    if is_file(suite):
+        return _module_of(Path(suite).resolve()).workloads(quick)
     try:
         return import_module(SUITES[suite]).workloads(quick)
     except ModuleNotFoundError as error:
@@ -112,6 +119,18 @@ def load(suite: str, quick: bool) -> list[Workload]:
         if error.name is None or error.name.partition(".")[0] in OURS:
             raise
         raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
+
+
+def seed_of(suite: str, workloads: Sequence[Workload]) -> int | None:
+    """What these workloads of a suite (or `all`) draw with: SEED of its module.
+
+    None for a file that says none, and where there are several.
+    """
+    if is_file(suite):
+        return getattr(_module_of(Path(suite).resolve()), "SEED", None)
+    names = {workload.suite for workload in workloads} if suite == "all" else {suite}
+    seeds = {getattr(import_module(SEEDS.get(name, SUITES[name])), "SEED", None) for name in names}
+    return seeds.pop() if len(seeds) == 1 else None
 
 
 def expression_of(pattern: str) -> re.Pattern[str]:
@@ -137,7 +156,7 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
     regular expression or matches nothing.
     """
-    if suite != "all" and suite not in SUITES and not _is_file(suite):
+    if suite != "all" and suite not in SUITES and not is_file(suite):
         raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
     expression = expression_of(pattern)
     found, skipped = [], {}

@@ -5,22 +5,25 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from bench import store
+from bench import packages, store
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
-from bench.registry import located, selected
+from bench.registry import is_file, located, seed_of, selected
 from bench.show import run_table
-from ddpm.command_line import FAILED
+from ddpm.command_line import FAILED, debugging
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import write_json
 from ddpm.progress import Bar
 
+# Without the working directory before PYTHONPATH: it may have a folder bench/ of its own.
+PYTHON = (sys.executable, "-P")
 ROUNDS, QUICK_ROUNDS = 60, 60
 # Per workload, whichever ends first; the largest CPU workloads then do three rounds.
 SECONDS, QUICK_SECONDS = 30.0, 2.0
@@ -44,6 +47,7 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
         [{"process": 0} | record for record in records],
         describe(device),
         skipped,
+        seed=seed_of(suite, workloads),
         suite=suite,
         quick=quick,
         filter=pattern,
@@ -56,7 +60,7 @@ def _beside_convolutions(measured: Callable[[], list[dict[str, Any]]], device: t
     """Records with their share of the convolution rate, the best seen just before and after them."""
     before = convolution_ceiling(device)
     records = measured()
-    rate = max(before, convolution_ceiling(device))
+    rate = max(before, convolution_ceiling(device)).flops_per_s
     return [
         record | {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
         if store.is_good(record)
@@ -65,8 +69,10 @@ def _beside_convolutions(measured: Callable[[], list[dict[str, Any]]], device: t
     ]
 
 
-def environment(root: Path, threads: int = 1) -> dict[str, str]:
+def environment(root: Path, threads: int = 1, ours: Path | None = None) -> dict[str, str]:
     """This environment with the packages of `root` and `root/src` before all others, and so many threads.
+
+    ours: the folder of `packages.runner`, before even these, where `root` is another project's.
 
     One, because processor time of several threads counts those that spin while they wait for one that lost its
     processor; wall times, as the figures of `step` and the ladder are, may take more. With one, memory stays with the
@@ -75,24 +81,33 @@ def environment(root: Path, threads: int = 1) -> dict[str, str]:
     """
     count = str(threads)
     kept = KEPT if threads == 1 else {}
-    paths = os.pathsep.join((str(root), str(root / "src")))
+    paths = os.pathsep.join(str(path) for path in (ours, root, root / "src") if path is not None)
     # As users run it: a benchmark of Triton's interpreter is of no use to anybody.
     fixed = {"PYTHONPATH": paths, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0"}
     return os.environ | kept | fixed
 
 
-def run_child(root: Path, process: int, arguments: list[str], command: str = "run", threads: int = 1) -> store.Content:
+def run_child(
+    root: Path,
+    process: int,
+    arguments: list[str],
+    command: str = "run",
+    threads: int = 1,
+    ours: Path | None = None,
+) -> store.Content:
     """`ddpm-bench run` (or another command with --quiet and --out) of the checkout `root` in a process of its own.
 
-    Its records are numbered `process`. Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a
-    crashed process is never silent.
+    ours: see `environment`. Its records are numbered `process`; what it writes to stderr is shown under --debug. Raises
+    BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never silent.
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
         out = Path(folder) / "run.json"
-        line = [sys.executable, "-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
+        line = [*PYTHON, "-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
         done = subprocess.run(  # noqa: S603
-            line, cwd=root, env=environment(root, threads), capture_output=True, text=True, check=False
+            line, cwd=root, env=environment(root, threads, ours), capture_output=True, text=True, check=False
         )
+        if debugging():
+            sys.stderr.write(done.stderr)
         if done.returncode not in (0, FAILED) or not out.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
@@ -107,7 +122,9 @@ def merged(contents: list[store.Content]) -> store.Content:
     """One content from several processes' contents."""
     first = contents[0]
     records = [record for content in contents for record in content["records"]]
-    asked = {key: first[key] for key in ("suite", "quick", "filter", "product_flops_per_s")}
+    asked = {key: first[key] for key in ("suite", "quick", "filter", "product_flops_per_s")} | {
+        "seed": first.get("seed")
+    }
     return store.content_of(records, first["machine"], first["skipped"], **asked, processes=len(contents))
 
 
@@ -133,9 +150,14 @@ def run(
         arguments = ["--suite", suite, "--filter", pattern, *(["--quick"] if quick else [])]
         arguments += [] if rounds is None else ["--rounds", str(rounds)]
         contents = []
-        with Bar("bench", processes, "processes/s", quiet=quiet) as bar:
+        theirs = is_file(suite)  # which imports what lies here
+        root = Path.cwd() if theirs else ROOT
+        with (
+            packages.runner() if theirs else nullcontext() as ours,
+            Bar("bench", processes, "processes/s", quiet=quiet) as bar,
+        ):
             for process in range(processes):
-                contents.append(run_child(ROOT, process, arguments, threads=threads or 1))
+                contents.append(run_child(root, process, arguments, threads=threads or 1, ours=ours))
                 bar.update(process + 1)
         content = merged(contents)
     write_json(out, content)

@@ -1,7 +1,8 @@
 """Stored measurements: one JSON object per file, made and checked here.
 
     format_version, kind, date (UTC), machine (`bench.machine.describe`: commit, dirty, versions, device), command,
-    seed, suite, quick, filter, processes, skipped {suite: reason}, product_flops_per_s, parity, failed, records
+    seed (of the workloads, None if unknown), suite, quick, filter, processes, skipped {suite: reason},
+    product_flops_per_s, parity, failed, records
 
 A record is one competitor of one workload in one process; `bench.measure` says what is in it.
 """
@@ -14,7 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.measure import SEED
 from ddpm.errors import BadInput
 from ddpm.files import read_json
 
@@ -24,17 +24,30 @@ NEEDED = ("date", "machine", "processes")
 Content = dict[str, Any]
 
 
+def command() -> str:
+    """This process's command line, as a shell takes it."""
+    return shlex.join(("ddpm-bench", *sys.argv[1:]))
+
+
 def content_of(
-    records: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], skipped: Mapping[str, str], **asked: Any
+    records: Sequence[Mapping[str, Any]],
+    machine: Mapping[str, Any],
+    skipped: Mapping[str, str],
+    *,
+    seed: int | None = None,
+    **asked: Any,
 ) -> Content:
-    """What a file holds. asked: suite, quick, filter, processes, product_flops_per_s."""
+    """What a file holds. asked: suite, quick, filter, processes, product_flops_per_s.
+
+    seed: what the workloads drew with; None if that is not known.
+    """
     return {
         "format_version": FORMAT_VERSION,
         "kind": KIND,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": dict(machine),
-        "command": shlex.join(("ddpm-bench", *sys.argv[1:])),
-        "seed": SEED,
+        "command": command(),
+        "seed": seed,
         **asked,
         "skipped": dict(skipped),
         "parity": all(record.get("parity", True) for record in records),

@@ -1,6 +1,7 @@
 """What the command lines share: errors are one line on stderr and an exit code, no traceback without `--debug`."""
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ import typer
 from ddpm.errors import WorkFailed
 
 BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
+# Set to 1 by `--debug`: processes that a command starts show their tracebacks too.
+DEBUG = "FUSED_DDPM_DEBUG"
 
 
 class Terminated(BaseException):
@@ -37,6 +40,27 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set from Python
 
 
+def debugging() -> bool:
+    """Whether this command runs under `--debug`."""
+    return os.environ.get(DEBUG) == "1"
+
+
+def show_trace(error: BaseException) -> None:
+    """Under `--debug` the traceback on stderr, for errors that are caught and go on as one line."""
+    if debugging():
+        traceback.print_exception(error)
+
+
+@contextmanager
+def _debugging(asked: bool) -> Iterator[None]:
+    before = os.environ.get(DEBUG, "")
+    os.environ[DEBUG] = "1" if asked else before
+    try:
+        yield
+    finally:
+        os.environ[DEBUG] = before
+
+
 def exit_code(error: BaseException) -> int:
     """2 for what the user can put right (arguments, files, a full disk), 1 for work that failed.
 
@@ -53,9 +77,11 @@ def exit_code(error: BaseException) -> int:
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments
-    if debug:
-        arguments.remove("--debug")
+    with _debugging("--debug" in arguments):
+        return _run(app, name, [word for word in arguments if word != "--debug"])
+
+
+def _run(app: typer.Typer, name: str, arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
@@ -66,8 +92,7 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
         print("stopped", file=sys.stderr)
         return TERMINATED if isinstance(error, Terminated) else STOPPED
     except Exception as error:
-        if debug:
-            traceback.print_exc()
+        show_trace(error)
         text = error.format_message() if hasattr(error, "format_message") else str(error)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(text, file=sys.stderr)

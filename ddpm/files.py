@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ddpm.errors import BadInput
@@ -88,6 +90,16 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: found a JSON {type(value).__name__}, needs an object")
     return value
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over sorted (name, dtype, shape, bytes) of the tensors: the name of weights everywhere."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(repr((name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))).encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], **metadata: object) -> bytes:

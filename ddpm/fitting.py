@@ -7,11 +7,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import nn
 
 from ddpm import runs
 from ddpm.data import Dataset
@@ -25,6 +26,12 @@ from ddpm.training_engines import make_trainer
 # A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
+# Options that runs from before there were others do not name.
+LATER = {"engine": "eager", "network": None}
+
+
+class OtherData(BadInput):
+    """Data that a run was not trained on."""
 
 
 class Interrupted(Exception):
@@ -65,7 +72,7 @@ def resumed_options(folder: Path, asked: dict[str, object]) -> TrainOptions:
     stored = runs.read_config(folder).get("training")
     if not isinstance(stored, dict):
         raise BadInput(f"{folder / runs.CONFIG}: no training options: an imported run cannot be resumed")
-    stored = {"engine": "eager"} | stored  # runs from before there were others
+    stored = LATER | stored
     known = {field.name for field in fields(TrainOptions)}
     if set(stored) != known:
         odd = ", ".join(sorted(set(stored) ^ known))
@@ -80,6 +87,21 @@ def resumed_options(folder: Path, asked: dict[str, object]) -> TrainOptions:
         return TrainOptions(**stored | {name: asked[name] for name in MAY_DIFFER & set(asked)})
     except (TypeError, ValueError) as error:
         raise BadInput(f"{folder / runs.CONFIG}: training options: {error}") from error
+
+
+def training_data(run: runs.Run, data: str | None = None, labels: str | None = None) -> Dataset:
+    """The data that a run was trained on; data, labels: where they lie now, if not where they lay.
+
+    Raises BadInput if the run knows none, if they cannot be read, or are not the same.
+    """
+    if not isinstance(run.config.get("training"), dict):
+        raise BadInput(f"{run.folder / runs.CONFIG}: an imported run knows no training data to compare with")
+    moved = {name: value for name, value in (("data", data), ("labels", labels)) if value is not None}
+    dataset = replace(resumed_options(run.folder, {}), **moved).load_data()
+    if dataset.digest() != run.config["data"]["digest"]:
+        named = data or dataset.name
+        raise OtherData(f"{run.folder}: was trained on other data than {named}, needs the same (--data, --labels)")
+    return dataset
 
 
 def make_config(trainer: Trainer) -> dict[str, object]:
@@ -184,14 +206,17 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     save_every: float = 60.0,
+    dataset: Dataset | None = None,
+    network: nn.Module | None = None,
 ) -> tuple[Trainer, bool]:
     """Train a run into a folder, or continue it; returns the finished trainer and whether it was finished before.
 
+    dataset, network: instead of those that the options name; the network's class needs a name (`@network`).
     Raises BadInput before anything is written, Interrupted and WorkFailed as `fit` does.
     """
-    dataset: Dataset = options.load_data()
-    schedule = options.make_schedule()
-    trainer = make_trainer(options.make_network(dataset), dataset, schedule, options, device, world)
+    dataset = options.load_data() if dataset is None else dataset
+    network = options.make_network(dataset) if network is None else network
+    trainer = make_trainer(network, dataset, options.make_schedule(), options, device, world)
     with ExitStack() as held:
         continued = False
         if world.is_main:

@@ -11,7 +11,10 @@ REFRESH_SECONDS = 0.5
 
 
 class Bar:
-    """`with Bar("train", total, "images/s", per_step=100) as bar: bar.update(done, "loss 0.05")`."""
+    """`with Bar("train", total, "images/s", per_step=100) as bar: bar.update(done, "loss 0.05")`.
+
+    A total of 0 is done before it begins, as is one that `start` has reached: there no line is written.
+    """
 
     def __init__(
         self, label: str, total: int, unit: str, per_step: int = 1, start: int = 0, quiet: bool = False
@@ -21,7 +24,7 @@ class Bar:
         self.live = not quiet and sys.stderr.isatty()
         self.lines = not quiet and not self.live
         self.began = self.shown = time.monotonic()
-        self.tenth = start * 10 // total
+        self.tenth = self._parts(start, 10)
         if self.live:
             self.rich = Progress(
                 TextColumn("{task.description}"),
@@ -45,11 +48,15 @@ class Bar:
         if self.live:
             self.rich.stop()
 
+    def _parts(self, done: int, of: int) -> int:
+        """How many of so many equal parts of the total are done."""
+        return of * min(done, self.total) // self.total if self.total > 0 else of
+
     def due(self, done: int) -> bool:
         """Whether an update would show: reading a loss from a device is worth it only then."""
         if self.live:
             return done == self.total or time.monotonic() - self.shown >= REFRESH_SECONDS
-        return self.lines and (done * 10 // self.total > self.tenth or done == self.total)
+        return self.lines and self._parts(done, 10) > self.tenth
 
     def update(self, done: int, text: str = "") -> None:
         """`done` steps of the total are finished."""
@@ -62,10 +69,10 @@ class Bar:
         if self.live:
             self.rich.update(self.task, completed=done, text=text)
             return
-        self.tenth = done * 10 // self.total
-        left = elapsed * (self.total - done) / max(done - self.start, 1)
+        self.tenth = self._parts(done, 10)
+        left = elapsed * max(self.total - done, 0) / max(done - self.start, 1)
         print(
-            f"{self.label} {100 * done // self.total:3d}%  {done}/{self.total}  {text}  {left:.0f} s left",
+            f"{self.label} {self._parts(done, 100):3d}%  {done}/{self.total}  {text}  {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )

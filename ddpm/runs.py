@@ -6,6 +6,7 @@ training.safetensors  the training state, for --resume
 loss.csv, loss.png    one row per epoch, and its plot
 """
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.errors import BadInput
-from ddpm.files import json_text, read_json, read_tensors, replacing_all, tensor_bytes
-from ddpm.networks import build_network, fit_state_dict
+from ddpm.files import digest_of, json_text, read_json, read_tensors, replacing_all, tensor_bytes
+from ddpm.networks import build_network, condition_shape, fit_state_dict, name_of
 from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import make_table
+from ddpm.solvers import SOLVERS, carried_over, given, make_table, options_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = (
     "config.json",
     "model.safetensors",
@@ -29,14 +30,9 @@ CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = (
     "loss.csv",
     "loss.png",
 )
-SAMPLING_DEFAULTS = {
-    "solver": "ddpm",
-    "steps": None,
-    "eta": 0.0,
-    "variance": "posterior",
-    "clip": None,
-    "spacing": "trailing",
-}
+SAMPLING_DEFAULTS = {"solver": "ddpm", "steps": None, "clip": None}
+# Format 1 wrote these whatever the solver took.
+FORMER_DEFAULTS = {"eta": 0.0, "variance": "posterior", "spacing": "trailing"}
 
 
 def make_config(
@@ -49,9 +45,13 @@ def make_config(
     sampling: Mapping[str, object] | None = None,
     **more: object,
 ) -> dict[str, Any]:
-    """The content of config.json. `sampling` overrides SAMPLING_DEFAULTS; `more` is kept as given."""
+    """The content of config.json. `sampling` overrides SAMPLING_DEFAULTS; `more` is kept as given.
+
+    Raises ValueError for a network without a name.
+    """
     return {
         "format_version": FORMAT_VERSION,
+        "network": name_of(network),
         "model": network.config(),
         "schedule": schedule.config(),
         "prediction": prediction,
@@ -105,7 +105,8 @@ def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | N
 class Run:
     """A trained (or imported) model with all that sampling it needs.
 
-    Sample it with `sample(run.model, run.schedule, n, **run.sampling)`.
+    Sample it with `sample(run.model, run.schedule, n, **run.sampling)`, or with another solver:
+    `**run.options(solver="ddim", steps=20)`.
     """
 
     folder: Path
@@ -119,33 +120,61 @@ class Run:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The run's sampling options, prediction included, as keyword arguments of `sample`."""
-        return {**self.config["sampling"], "prediction": self.config["prediction"]}
+        """The run's sampling options, prediction included, as keyword arguments of `sample`; None = not given."""
+        return self.config["sampling"] | {"prediction": self.config["prediction"]}
+
+    def options(self, **asked: object) -> dict[str, Any]:
+        """`sampling`, overridden by what is asked for (None = not asked), see `ddpm.solvers.carried_over`."""
+        return carried_over(self.sampling, asked)
+
+    def digest(self) -> str:
+        """The digest of the model's present weights, see `ddpm.files.digest_of`."""
+        return digest_of(self.model.state_dict())
 
     def context(self, text: str) -> Tensor:
-        """One context vector, float32 [n_cfeat]: a class by name or number, or `v1,v2,..`.
+        """One condition, float32 [*condition_shape]: a class by name or number, or `v1,v2,..`, all its numbers.
 
         Raises BadInput for anything else.
         """
-        n_cfeat = self.model.n_cfeat
-        if n_cfeat == 0:
+        shape, names = condition_shape(self.model), self.classes
+        if shape is None:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
-        names = self.classes
+        size = math.prod(shape)
         if text in names:
-            return torch.eye(n_cfeat)[names.index(text)]
-        known = f"a class ({', '.join(names)})" if names else f"a class in 0..{n_cfeat - 1}"
+            return torch.eye(size)[names.index(text)]
+        known = f"a class ({', '.join(names)})" if names else f"a class in 0..{size - 1}"
         try:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
-            raise BadInput(f"--context: got {text!r}, needs {known} or {n_cfeat} numbers") from None
-        if len(numbers) == 1 and n_cfeat > 1:
-            if not text.isdecimal() or int(text) >= n_cfeat:
-                raise BadInput(f"--context: got {text!r}, needs {known}, 0..{n_cfeat - 1} or {n_cfeat} numbers")
-            return torch.eye(n_cfeat)[int(text)]
+            raise BadInput(f"--context: got {text!r}, needs {known} or {size} numbers") from None
+        if len(shape) == 1 and (text.isdecimal() or (len(numbers) == 1 and size > 1)):
+            if not text.isdecimal() or len(text) > 9 or int(text) >= size:
+                raise BadInput(f"--context: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
+            return torch.eye(size)[int(text)]
         vector = torch.tensor(numbers)
-        if len(numbers) != n_cfeat or not vector.isfinite().all():
-            raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {n_cfeat} finite ones")
-        return vector
+        if len(numbers) != size or not vector.isfinite().all():
+            raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {size} finite ones")
+        return vector.reshape(shape)
+
+
+def taken_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling options of a former version, which also stored defaults and what the solver does not take."""
+    solver = options.get("solver", SAMPLING_DEFAULTS["solver"])
+    taken = {"spacing", *options_of(solver)} if solver in SOLVERS else set(FORMER_DEFAULTS)
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in FORMER_DEFAULTS or (value != FORMER_DEFAULTS[name] and name in taken)
+    }
+
+
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of format 1 as format 2 has it."""
+    if isinstance(config.get("model"), dict):
+        config["network"] = config["model"].pop("kind", None)
+    if isinstance(config.get("sampling"), dict):
+        config["sampling"] = taken_options(config["sampling"])
+    return config | {"format_version": FORMAT_VERSION}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,9 +183,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder}: no such run folder")
     path = folder / CONFIG
     config = read_json(path)
+    if config.get("format_version") == 1:
+        config = _upgraded(config)
     if config.get("format_version") != FORMAT_VERSION:
-        raise BadInput(f"{path}: format_version {config.get('format_version')!r}, needs {FORMAT_VERSION}")
-    kinds = {"model": dict, "schedule": dict, "prediction": str, "classes": list, "sampling": dict}
+        raise BadInput(f"{path}: format_version {config.get('format_version')!r}, needs 1 or {FORMAT_VERSION}")
+    kinds = {"network": str, "model": dict, "schedule": dict, "prediction": str, "classes": list, "sampling": dict}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise BadInput(f"{path}: {key!r} is {config.get(key)!r}, needs a {kind.__name__}")
@@ -172,14 +203,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSchedule]:
     """Network (untrained) and schedule of a config; its sampling defaults must make a table. Raises BadInput."""
     try:
-        network = build_network(config["model"])
+        network = build_network(config["network"], config["model"])
         schedule = NoiseSchedule.make(**config["schedule"])
-        make_table(schedule, **config["sampling"], prediction=config["prediction"])
+        make_table(schedule, **given(config["sampling"]), prediction=config["prediction"])
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{folder / CONFIG}: {reason}") from error
-    if len(config["classes"]) not in (0, network.n_cfeat):
-        raise BadInput(f"{folder / CONFIG}: {len(config['classes'])} classes, its network needs {network.n_cfeat}")
+    shape = condition_shape(network) or (0,)
+    if len(config["classes"]) not in (0, math.prod(shape)):
+        raise BadInput(f"{folder / CONFIG}: {len(config['classes'])} classes, its network needs {math.prod(shape)}")
     return network, schedule
 
 

@@ -5,7 +5,9 @@ t runs over 1..T and index 0 is clean data, so every array has length T+1 and al
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from kernels.philox import is_integer
 
+GIVEN = "given"
 KINDS = ("linear", "quad", "sigmoid", "constant", "cosine", "context_unet")
 COSINE_OFFSET = 0.008
 COSINE_BETA_MAX = 0.999
@@ -35,11 +38,21 @@ def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarra
     return np.minimum(1 - signal[1:] / signal[:-1], COSINE_BETA_MAX)
 
 
+def _warn_of_signal(kind: str, timesteps: int, left: float) -> None:
+    if left > SIGNAL_LEFT_MAX:
+        warnings.warn(
+            f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {left:.2g} > "
+            f"{SIGNAL_LEFT_MAX}: sampling starts from a distribution that training never saw; "
+            "use more timesteps, a larger beta_end, or cosine",
+            stacklevel=3,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """betas, alphas and alpha_bars of t = 0..T: float64 tensors [T+1] on the CPU, indexed by t.
 
-    Build one with `NoiseSchedule.make`. betas[0] == 0, alphas[0] == alpha_bars[0] == 1.
+    Build one with `NoiseSchedule.make` or `from_alpha_bars`. betas[0] == 0, alphas[0] == alpha_bars[0] == 1.
     """
 
     kind: str
@@ -57,17 +70,26 @@ class NoiseSchedule:
         timesteps: int,
         beta_start: float | None = None,
         beta_end: float | None = None,
+        alpha_bars: Sequence[float] | None = None,
     ) -> "NoiseSchedule":
         """The schedule of this name.
 
         Kinds: `linear` (Ho et al. 2020), `quad` (linear in sqrt(beta)), `sigmoid` (logistic over -6..6),
         `constant` (every beta is beta_end, or beta_start if only that is given; default 0.035),
         `cosine` (Nichol & Dhariwal 2021, s = 0.008, beta <= 0.999; takes no betas), and `context_unet`,
-        the T+1-point linear grid whose alpha_bars include b_0, as published ContextUnet weights were trained with.
-        beta_start and beta_end default to 1e-4 and 0.02.
+        the T+1-point linear grid whose alpha_bars include b_0, as published weights of that network were trained with.
+        beta_start and beta_end default to 1e-4 and 0.02. Kind `given` is what `from_alpha_bars` makes of alpha_bars.
 
         Raises ValueError for an unknown kind, T < 1, or betas outside (0, 1). Warns if alpha_bars[T] > 0.05.
         """
+        if kind == GIVEN and alpha_bars is not None:
+            if beta_start is not None or beta_end is not None or timesteps != len(alpha_bars) - 1:
+                raise ValueError(
+                    f"schedule: a given one has no betas and T = {len(alpha_bars) - 1}, got T = {timesteps}"
+                )
+            return cls.from_alpha_bars(alpha_bars)
+        if alpha_bars is not None:
+            raise ValueError(f"alpha_bars: got them for schedule {kind!r}, needs kind {GIVEN!r}")
         if kind not in KINDS:
             raise ValueError(f"schedule: got {kind!r}, needs one of {', '.join(KINDS)}")
         if not is_integer(timesteps) or timesteps < 1:
@@ -95,13 +117,7 @@ class NoiseSchedule:
         else:
             betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, beta_start, beta_end)])
             alpha_bars = np.cumprod(1 - betas)
-        if alpha_bars[-1] > SIGNAL_LEFT_MAX:
-            warnings.warn(
-                f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {alpha_bars[-1]:.2g} > "
-                f"{SIGNAL_LEFT_MAX}: sampling starts from a distribution that training never saw; "
-                "use more timesteps, a larger beta_end, or cosine",
-                stacklevel=2,
-            )
+        _warn_of_signal(kind, timesteps, alpha_bars[-1])
         return cls(
             kind,
             timesteps,
@@ -112,11 +128,39 @@ class NoiseSchedule:
             torch.from_numpy(alpha_bars),
         )
 
-    def config(self) -> dict[str, str | int | float | None]:
+    @classmethod
+    def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray | Tensor) -> "NoiseSchedule":
+        """The schedule of these values for t = 0..T (the first is 1), or for t = 1..T as other libraries keep them.
+
+        They never increase and lie in [0, 1]; betas follow. Raises ValueError. Warns if alpha_bars[T] > 0.05.
+        """
+        held = alpha_bars.detach().cpu().numpy() if isinstance(alpha_bars, Tensor) else alpha_bars
+        values = np.array(held, dtype=np.float64)
+        if values.ndim != 1 or not len(values):
+            raise ValueError(f"alpha_bars: got shape {list(values.shape)}, needs [T+1] or [T]")
+        if values[0] != 1.0:
+            values = np.concatenate([[1.0], values])
+        if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) > 0).any() or values[-1] < 0:
+            raise ValueError(f"alpha_bars: got {values[:4].tolist()}.., needs numbers that fall from 1, none below 0")
+        alphas = np.concatenate([[1.0], values[1:] / np.maximum(values[:-1], np.finfo(np.float64).tiny)])
+        count = len(values) - 1
+        _warn_of_signal(GIVEN, count, values[-1])
+        return cls(GIVEN, count, None, None, *map(torch.from_numpy, (1 - alphas, alphas, values)))
+
+    def alpha_bar(self, t: float) -> float:
+        """alpha_bars at any t in 0..T; between whole ones log SNR is interpolated (within 0..1 alpha_bar itself)."""
+        low = int(t)
+        if t == low:
+            return float(self.alpha_bars[low])
+        share, (a, b) = t - low, self.alpha_bars[low : low + 2].tolist()
+        if low == 0:
+            return a + share * (b - a)
+        log_snr = (1 - share) * math.log(a / (1 - a)) + share * math.log(b / (1 - b))
+        return 1 / (1 + math.exp(-log_snr))
+
+    def config(self) -> dict[str, Any]:
         """The arguments that `make` needs to build this schedule again."""
-        return {
-            "kind": self.kind,
-            "timesteps": self.timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-        }
+        described = {"kind": self.kind, "timesteps": self.timesteps}
+        if self.kind == GIVEN:
+            return described | {"alpha_bars": self.alpha_bars.tolist()}
+        return described | {"beta_start": self.beta_start, "beta_end": self.beta_end}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.engines.fused import AHEAD
-from ddpm.noise import PhiloxNoise
-from ddpm.solvers import StepTable, ddim_rows, ddpm_rows
+from ddpm.noise import Ahead, PhiloxNoise
+from ddpm.solvers import ddim, ddpm
+from ddpm.table import StepTable
 from kernels import philox, solver_step
 from kernels.solver_step import reference
 
@@ -91,7 +91,7 @@ class _Fused:
         self._positions = {t: i for i, t in enumerate(self._grid)}
         self._tables: dict[float, StepTable] = {}
         self._resident: _Resident | None = None
-        self._drawn: tuple[int, torch.Size, tuple[Tensor, ...]] | None = None
+        self._drawn: tuple[tuple[Any, ...], Ahead] | None = None
 
     def _index(self, timestep: int | Tensor) -> int:
         """The row of a timestep. A view of `timesteps`, as loops over it give, is located without reading the device.
@@ -137,17 +137,13 @@ class _Fused:
         self._last = index
         return self._seed
 
-    def _noise(self, index: int, seed: Tensor, samples: Tensor, sample: Tensor) -> Tensor:
+    def _noise(self, index: int, seed: Tensor, here: _Resident, table: StepTable, sample: Tensor) -> Tensor:
         """The noise of a row on the CPU, drawn for several rows at once."""
-        start, shape, drawn = self._drawn or (0, None, ())
-        if shape != sample.shape or not start <= index < start + len(drawn):
-            rows = max(1, AHEAD // sample.numel())
-            steps = [t + 1 for t in self._grid[index : index + rows]]
+        key = sample.shape, sample.dtype, here.key
+        if self._drawn is None or self._drawn[0] != key:
             noise = PhiloxNoise(seed, torch.promote_types(sample.dtype, torch.float32))
-            drawn = noise.of_steps(samples, steps, tuple(sample.shape[1:]))
-            start = index
-            self._drawn = (start, sample.shape, drawn)
-        return drawn[index - start]
+            self._drawn = key, Ahead(noise, here.samples, table, tuple(sample.shape[1:]))
+        return self._drawn[1](index)
 
     def _step(
         self, m: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None, eta: float
@@ -176,7 +172,7 @@ class _Fused:
             solver_step(x_new, m, here.rows, here.indices[index], seed, here.samples, x0_prev=x0, clip=table.clip)
             return x_new, x0
         kind = torch.promote_types(sample.dtype, torch.float32)
-        z = self._noise(index, seed, here.samples, sample) if noisy else None
+        z = self._noise(index, seed, here, table, sample) if noisy else None
         row = here.rows[index].tolist()
         x_new, x0 = reference(sample.to(kind), m.to(kind), row[:7], z, None, table.clip)
         return x_new.to(sample.dtype), x0.to(sample.dtype)
@@ -229,7 +225,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
     def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
         s = self._alpha_bars[previous] if previous >= 0 else 1.0
         prediction, variance = PREDICTIONS[self.config.prediction_type], VARIANCES[self.config.variance_type]
-        rows = ddpm_rows([self._alpha_bars[t], s], prediction, variance)
+        rows = ddpm([self._alpha_bars[t], s], prediction, variance=variance)
         if t == 0:
             rows[0][6] = 0.0  # diffusers adds no noise here, and with fixed_large at the end of every other grid
         return rows
@@ -284,7 +280,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
 
     def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
         s = self._alpha_bars[previous] if previous >= 0 else float(self.final_alpha_cumprod)
-        return ddim_rows([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta)
+        return ddim([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta=eta)
 
     def step(
         self,

@@ -3,53 +3,58 @@
     x0    = c0 x + c1 m ;  clamp to [-clip, clip] if clip is set         m = network output
     x_new = c2 x + c3 x0 + c4 m + c5 x0_previous + c6 z                  x0_previous <- x0
 
-Below, a = alpha_bars[t], s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a. Everything is float64.
+A solver is one function under `@solver("name")`: it gets alpha_bars at its timesteps and at 0, what the network
+predicts and the options that its signature names, and returns a row for every step. Below, a = alpha_bars[t],
+s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a. Everything is float64.
 """
 
+import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ddpm.schedule import NoiseSchedule
+from ddpm.table import PREDICTIONS, StepTable
 from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
 ALPHA_BAR_MIN = 1e-300
-PREDICTIONS = ("eps", "v", "x0")
 VARIANCES = ("posterior", "beta")
-SPACINGS = ("trailing", "leading", "linspace")
+SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
+
+Rows = list[list[float]]
+SOLVERS: dict[str, Callable[..., Rows]] = {}
+# What a run's stored options lend to another solver than its own.
+SHARED_OPTIONS = ("prediction", "clip", "spacing")
 
 
-@dataclass(frozen=True, eq=False)
-class StepTable:
-    """A sampler, ready to run: row i goes from timesteps[i] to timesteps[i + 1], the last one to 0.
+def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
+    """Register function(alpha_bars, prediction, *, own options) under a name, for every engine and command."""
 
-    timesteps: int64 [S], descending, within 1..T. coefficients: float64 [S, 7], see the module docstring.
-    clip: bound of x0, or None. Both tensors live on the CPU.
-    """
+    def register(function: Callable[..., Rows]) -> Callable[..., Rows]:
+        SOLVERS[name] = function
+        return function
 
-    timesteps: Tensor
-    coefficients: Tensor
-    clip: float | None = None
+    return register
 
-    def __len__(self) -> int:
-        return self.timesteps.shape[0]
 
-    def rows(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
-        """What `kernels.solver_step` reads: [S, 8], the seven coefficients and t, cast once."""
-        table = torch.cat([self.coefficients, self.timesteps[:, None].to(torch.float64)], dim=1)
-        return table.to(device=device, dtype=dtype)
+def options_of(name: str) -> tuple[str, ...]:
+    """What a solver takes beside steps, prediction, clip and spacing. Raises ValueError for an unknown one."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver: got {name!r}, needs one of {', '.join(SOLVERS)}")
+    parameters = inspect.signature(SOLVERS[name]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     """The timesteps visited, int64 [S], descending: S = 1 always starts at T.
 
     trailing: round(T - k T/S); leading: (T//S) k + 1, S must divide T; linspace: round(linspace(0, T-1, S)) + 1
-    (Lin et al. 2024, table 2, shifted to 1..T). Raises ValueError for S outside 1..T or an unknown spacing.
+    (Lin et al. 2024, table 2, shifted to 1..T); lucidrains: linspace(-1, T-1, S+1) truncated, + 1, in float32 as
+    denoising_diffusion_pytorch computes it. Raises ValueError for S outside 1..T or an unknown spacing.
     """
     if not is_integer(steps) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps: got {steps!r}, needs an integer in 1..{timesteps} (the schedule's timesteps)")
@@ -64,12 +69,14 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
         if timesteps % steps:
             raise ValueError(f"steps: got {steps}, needs a divisor of {timesteps} with spacing 'leading'")
         grid = ((timesteps // steps) * k + 1)[::-1]
-    else:
+    elif spacing == "linspace":
         grid = (np.round(np.linspace(0, timesteps - 1, steps)) + 1)[::-1]
+    else:
+        grid = torch.linspace(-1, timesteps - 1, steps + 1).long().numpy()[:0:-1] + 1
     return grid.astype(np.int64)
 
 
-def _to_x0(prediction: str, a: float) -> tuple[float, float]:
+def to_x0(prediction: str, a: float) -> tuple[float, float]:
     """(c0, c1) of x0 = c0 x + c1 m."""
     if prediction == "eps":
         return 1 / math.sqrt(a), -math.sqrt(1 - a) / math.sqrt(a)
@@ -78,7 +85,7 @@ def _to_x0(prediction: str, a: float) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def _to_eps(prediction: str, a: float) -> tuple[float, float]:
+def to_eps(prediction: str, a: float) -> tuple[float, float]:
     """(p, q) of eps = p x + q m: the network's own noise, whatever becomes of x0."""
     if prediction == "eps":
         return 0.0, 1.0
@@ -87,29 +94,42 @@ def _to_eps(prediction: str, a: float) -> tuple[float, float]:
     return 1 / math.sqrt(1 - a), -math.sqrt(a) / math.sqrt(1 - a)
 
 
-def ddpm_rows(alpha_bars: list[float], prediction: str, variance: str) -> list[list[float]]:
-    """The posterior q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7, between any two timesteps."""
+@solver("ddpm")
+def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior") -> Rows:
+    """The posterior q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7, between any two timesteps.
+
+    variance: of its noise, `posterior` or the larger `beta`.
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance: got {variance!r}, needs one of {', '.join(VARIANCES)}")
     rows = []
     for a, s in pairwise(alpha_bars):
         alpha, beta = a / s, 1 - a / s
         noise = beta if variance == "beta" else beta * (1 - s) / (1 - a)
         c2, c3 = math.sqrt(alpha) * (1 - s) / (1 - a), math.sqrt(s) * beta / (1 - a)
-        rows.append([*_to_x0(prediction, a), c2, c3, 0.0, 0.0, math.sqrt(noise)])
+        rows.append([*to_x0(prediction, a), c2, c3, 0.0, 0.0, math.sqrt(noise)])
     return rows
 
 
-def ddim_rows(alpha_bars: list[float], prediction: str, eta: float) -> list[list[float]]:
-    """Song, Meng, Ermon 2021, equations 12 and 16; the direction keeps the network's own eps."""
+@solver("ddim")
+def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0) -> Rows:
+    """Song, Meng, Ermon 2021, equations 12 and 16; the direction keeps the network's own eps.
+
+    eta: how much noise, 0 (deterministic) to 1.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: got {eta}, needs 0 <= eta <= 1")
     rows = []
     for a, s in pairwise(alpha_bars):
         noise = eta * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
         direction = math.sqrt(max(1 - s - noise**2, 0.0))
-        p, q = _to_eps(prediction, a)
-        rows.append([*_to_x0(prediction, a), direction * p, math.sqrt(s), direction * q, 0.0, noise])
+        p, q = to_eps(prediction, a)
+        rows.append([*to_x0(prediction, a), direction * p, math.sqrt(s), direction * q, 0.0, noise])
     return rows
 
 
-def _dpmpp_2m_rows(alpha_bars: list[float], prediction: str) -> list[list[float]]:
+@solver("dpmpp_2m")
+def dpmpp_2m(alpha_bars: list[float], prediction: str) -> Rows:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in data prediction; first order at both ends.
 
     With lambda = ln(sqrt(a) / sqrt(1 - a)), h its increase and r = h_previous / h:
@@ -122,12 +142,25 @@ def _dpmpp_2m_rows(alpha_bars: list[float], prediction: str) -> list[list[float]
         weight = -math.sqrt(s) * math.expm1(-h)
         memory = 0.0 if h_previous is None else h / (2 * h_previous)
         c2 = math.sqrt((1 - s) / (1 - a))
-        rows.append([*_to_x0(prediction, a), c2, weight * (1 + memory), 0.0, -weight * memory, 0.0])
+        rows.append([*to_x0(prediction, a), c2, weight * (1 + memory), 0.0, -weight * memory, 0.0])
         h_previous = h
-    return [*rows, [*_to_x0(prediction, last[0]), 0.0, 1.0, 0.0, 0.0, 0.0]]
+    return [*rows, [*to_x0(prediction, last[0]), 0.0, 1.0, 0.0, 0.0, 0.0]]
 
 
-SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
+def given(options: Mapping[str, object]) -> dict[str, object]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def carried_over(stored: Mapping[str, object], asked: Mapping[str, object]) -> dict[str, object]:
+    """Options of `make_table` from a run's stored ones and what is asked for; None means not given.
+
+    Stored options belong to the stored solver: another one takes over prediction, clip and spacing alone.
+    """
+    stored, asked = given(stored), given(asked)
+    if asked.get("solver", stored["solver"]) != stored["solver"]:
+        stored = {name: stored[name] for name in SHARED_OPTIONS if name in stored}
+    return stored | asked
 
 
 def make_table(
@@ -135,48 +168,53 @@ def make_table(
     solver: str,
     steps: int | None = None,
     *,
-    eta: float = 0.0,
-    variance: str = "posterior",
-    prediction: str = "eps",
+    eta: float | None = None,
+    variance: str | None = None,
+    prediction: str | None = "eps",
     clip: float | None = None,
-    spacing: str = "trailing",
+    spacing: str | None = None,
+    **options: object,
 ) -> StepTable:
-    """The table of a sampler on a schedule.
+    """The table of a sampler on a schedule. An option that is None is not given.
 
     Args:
         schedule: only its alpha_bars are used.
-        solver: `ddpm` (ancestral sampling), `ddim` (eta of its noise, 0 = deterministic) or `dpmpp_2m`.
+        solver: `ddpm` (ancestral sampling), `ddim`, `dpmpp_2m`, or another of SOLVERS.
         steps: S in 1..T, default T.
-        eta: 0..1, ddim only. variance: `posterior` or `beta` (the larger one), ddpm only.
+        eta: of ddim, 0..1, default 0. variance: of ddpm, `posterior` (default) or `beta`. options: of other solvers.
         prediction: what the network was trained to output: `eps`, `v` (Salimans & Ho 2022) or `x0`.
         clip: bound of x0, or None.
-        spacing: of the timesteps, see `timestep_grid`.
+        spacing: of the timesteps, default trailing, see `timestep_grid`.
 
-    Raises: ValueError naming the argument, what it was and what it must be.
+    Raises: ValueError naming the argument, what it was and what it must be; also for an option that is given and that
+    the solver does not take.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver: got {solver!r}, needs one of {', '.join(SOLVERS)}")
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: got {variance!r}, needs one of {', '.join(VARIANCES)}")
+    own = given({"eta": eta, "variance": variance} | options)
+    taken = options_of(solver)
+    for name in own:
+        if name not in taken:
+            known = ", ".join(("steps", "prediction", "clip", "spacing", *taken))
+            raise ValueError(f"{name}: got {own[name]!r}, but solver {solver!r} takes only {known}")
+    prediction = "eps" if prediction is None else prediction
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: got {prediction!r}, needs one of {', '.join(PREDICTIONS)}")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, needs 0 <= eta <= 1")
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
-    timesteps = timestep_grid(schedule.timesteps, schedule.timesteps if steps is None else steps, spacing)
+    spacing = "trailing" if spacing is None else spacing
+    steps = schedule.timesteps if steps is None else steps
+    timesteps = timestep_grid(schedule.timesteps, steps, spacing)
     alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
-    if solver == "ddpm":
-        rows = ddpm_rows(alpha_bars, prediction, variance)
-    elif solver == "ddim":
-        rows = ddim_rows(alpha_bars, prediction, eta)
-    else:
-        rows = _dpmpp_2m_rows(alpha_bars, prediction)
-    coefficients = torch.tensor(rows, dtype=torch.float64)
+    coefficients = torch.tensor(SOLVERS[solver](alpha_bars, prediction, **own), dtype=torch.float64)
     coefficients[-1, 6] = 0.0
     if not coefficients.to(torch.float32).isfinite().all():
         raise ValueError(
             f"schedule: alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32; "
             "use fewer timesteps, smaller betas, or start later"
         )
-    return StepTable(torch.from_numpy(timesteps), coefficients, None if clip is None else float(clip))
+    return StepTable(
+        torch.from_numpy(timesteps),
+        coefficients,
+        None if clip is None else float(clip),
+        prediction=prediction,
+        made_for={"solver": solver, "steps": steps, "spacing": spacing, **own, "schedule": schedule.config()},
+    )

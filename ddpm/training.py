@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ddpm.data import Dataset, load_data
 from ddpm.distributed import World
 from ddpm.errors import BadInput
-from ddpm.networks import ContextUnet, PointMLP
+from ddpm.networks import network_for, network_times, without_condition
+from ddpm.networks.protocol import in_type
 from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import PREDICTIONS
+from ddpm.table import PREDICTIONS
 from kernels import philox, q_sample
 from kernels.q_sample import pixels_to_unit
 
@@ -31,7 +32,8 @@ ENGINES = ("eager", "compile", "graph")
 class TrainOptions:
     """All that a training run was asked for; stored in config.json and compared by --resume.
 
-    data, labels, image_size, classes: see `load_data`. schedule, timesteps, beta_start, beta_end: see `NoiseSchedule`.
+    data, labels, image_size, classes: see `load_data`. network: by its name, None = the usual one for such data.
+    schedule, timesteps, beta_start, beta_end: see `NoiseSchedule`.
     n_feat: width of the network. prediction: eps, v or x0. loss: mse, l1 or huber. min_snr: gamma, 0 = off.
     epochs; batch_size over all ranks; lr of Adam, falling linearly per epoch; ema_decay; context_dropout: probability
     of losing the condition; clip_grad: norm, 0 = off; precision: fp32 or bf16 (autocast); flip: mirror half of the
@@ -43,6 +45,7 @@ class TrainOptions:
     labels: str | None = None
     image_size: int | None = None
     classes: str | None = None
+    network: str | None = None
     n_feat: int = 64
     schedule: str = "linear"
     timesteps: int = 500
@@ -94,13 +97,14 @@ class TrainOptions:
         return NoiseSchedule.make(self.schedule, self.timesteps, self.beta_start, self.beta_end)
 
     def make_network(self, dataset: Dataset) -> nn.Module:
-        """A freshly initialised network for the data; the same seed gives the same weights."""
-        channels, *sides = dataset.values.shape[1:]
+        """A freshly initialised network for the data; the same seed gives the same weights. Raises BadInput."""
+        shape, classes = tuple(dataset.values.shape[1:]), len(dataset.classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            if dataset.is_images:
-                return ContextUnet(channels, self.n_feat, len(dataset.classes), sides[0])
-            return PointMLP(channels, self.n_feat, len(dataset.classes))
+            try:
+                return network_for(self.network, shape, classes, self.n_feat)
+            except ValueError as error:
+                raise BadInput(f"--{error}" if str(error).startswith("network") else str(error)) from error
 
 
 def target_of(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -170,7 +174,8 @@ class Trainer:
             raise ValueError(f"engine: got {options.engine!r}, {type(self).__name__} needs {self.engine!r}")
         if options.batch_size % world.size:
             raise BadInput(f"--batch-size: got {options.batch_size}, needs a multiple of the {world.size} ranks")
-        if options.batch_size // world.size == 1 and dataset.is_images:
+        normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+        if options.batch_size // world.size == 1 and normalised:
             raise BadInput(
                 f"--batch-size: got {options.batch_size} on {world.size} ranks, needs at least 2 images per rank "
                 "(BatchNorm)"
@@ -230,7 +235,7 @@ class Trainer:
         return first, first + size
 
     def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This rank's (samples int64 [n], x0 [n, ...], context [n, K] or None) of a step, on the device."""
+        """This rank's (samples int64 [n], x0 [n, ...], context [n, ...] or None) of a step, on the device."""
         samples = torch.arange(*self.span(index))
         rows = self.items(samples)
         x0 = self.dataset.values[rows]
@@ -240,7 +245,7 @@ class Trainer:
         context = None
         if self.dataset.labels is not None:
             dropped = philox.condition_dropped(self.options.seed, samples, self.options.context_dropout)
-            context = (self.dataset.labels[rows] * ~dropped[:, None]).to(self.device)
+            context = without_condition(self.network, self.dataset.labels[rows], dropped).to(self.device)
         return samples.to(self.device), x0.to(self.device), context
 
     def loss(self, samples: Tensor, x0: Tensor, context: Tensor | None) -> Tensor:
@@ -248,7 +253,7 @@ class Trainer:
         t = philox.training_timesteps(self.options.seed, samples, self.schedule.timesteps)
         x_t, noise = q_sample(x0, t, self.alpha_bars, self.options.seed, samples)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            output = self.parallel(x_t, t / self.schedule.timesteps, context)
+            output = self.parallel(x_t, in_type(network_times(self.network, t, self.schedule.timesteps)), context)
         alpha_bar = self.alpha_bars[t].reshape(-1, *(1,) * (x_t.ndim - 1))
         target = target_of(self.options.prediction, pixels_to_unit(x0), noise, alpha_bar)
         per_sample = per_sample_loss(self.options.loss, output.float(), target)

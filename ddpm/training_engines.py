@@ -24,6 +24,8 @@ from ddpm import engines
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput
+from ddpm.networks import network_times, without_condition
+from ddpm.networks.protocol import in_type
 from ddpm.schedule import NoiseSchedule
 from ddpm.training import Trainer, TrainOptions, per_sample_loss, target_of
 from kernels import backend, noise_mse, philox
@@ -66,18 +68,18 @@ class Objective(nn.Module):
         return pixels_to_unit(x0)
 
     def context(self, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor | None:
-        """Labels [n, K] of the rows, those that are dropped as zeros."""
+        """Labels [n, ...] of the rows, "no condition" where they are dropped."""
         if labels is None:
             return None
         dropped = philox.condition_dropped(self.seed, samples, self.options.context_dropout)
-        return labels[rows] * ~dropped[:, None]
+        return without_condition(self.network, labels[rows], dropped)
 
     def forward(self, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:
         """values [N, ...], labels [N, K] or None; of them rows int64 [n] as samples int64 [n] -> the loss, a scalar."""
         x_t, t, noise = self.diffused(values, rows, samples)
         context = self.context(labels, rows, samples)
         with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            output = self.network(x_t, t / (self.alpha_bars.shape[0] - 1), context)
+            output = self.network(x_t, in_type(network_times(self.network, t, self.alpha_bars.shape[0] - 1)), context)
         output = output.float()
         weight = None if self.weights is None else self.weights[t]
         if self.regenerates:

@@ -10,32 +10,37 @@ import onnx
 
 from ddpm.errors import BadInput
 from ddpm.files import json_text, locked, replacing_all
-from ddpm.networks import ContextUnet
+from ddpm.networks import sample_shape
 from ddpm.runs import Run, make_folder
-from ddpm.solvers import StepTable, make_table
+from ddpm.table import StepTable
 from export import models, quality, run
-from export.metadata import RNG, describe, describe_table, sha256, versions
+from export.metadata import RNG, describe, describe_table, described_table, sha256, versions
 from export.parity import (
     Parity,
     denoiser_parity,
+    known_samples,
     require,
     sampler_parity,
     session_denoiser,
     step_parity,
-    trajectory,
 )
 from export.precision import PRECISIONS, in_precision
 from export.run import FORMAT_VERSION
+from export.traced import trace
 
 DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = "denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `ddpm-export onnx` was asked for. options, table: as `make_table` takes and returns them."""
+    """What `ddpm-export onnx` was asked for. options, table: as `ddpm.commands.drawing.table_of` returns them.
+
+    stored: whether the table came from a file rather than from the options.
+    """
 
     options: dict[str, Any]
     table: StepTable
+    stored: bool = False
     precision: str = "fp32"
     noise: str = "philox"
     verify: bool = True
@@ -46,9 +51,12 @@ class Request:
 
 def check_network(opened: Run) -> None:
     """Raise BadInput for a run of points."""
-    if not isinstance(opened.model, ContextUnet):
-        kind = opened.config["model"].get("kind")
-        raise BadInput(f"{opened.folder}: its network is a {kind}, export needs a run of images (context_unet)")
+    shape = sample_shape(opened.model)
+    if len(shape) != 3:
+        name = opened.config["network"]
+        raise BadInput(
+            f"{opened.folder}: its network ({name}) has samples {list(shape)}, export needs images [C, H, W]"
+        )
 
 
 def check(opened: Run, request: Request) -> None:
@@ -107,20 +115,20 @@ def write(opened: Run, out: Path, request: Request) -> dict[str, Any]:
 
 def _save_models(opened: Run, request: Request, paths: dict[str, Path]) -> dict[str, Any]:
     """Write the three models; returns the sampler's metadata."""
-    network = in_precision(models.network_graph(opened.model), request.precision, opened)
     table, model, timesteps = request.table, opened.model, opened.schedule.timesteps
+    traced = in_precision(trace(model), request.precision, opened)
 
     def note(kind: str, noise: str | None) -> dict[str, Any]:
         more = {} if noise is None else {"noise": noise, "rng": RNG}
         if noise is not None:
-            more["table"] = describe_table(table, request.options, rows=noise == "input")
+            more["table"] = describe_table(table, request.options, request.stored, rows=noise == "input")
         return describe(opened, kind, request.precision, **more)
 
     metadata = note("sampler", request.noise)
-    onnx.save(models.denoiser(model, network, json.dumps(note("denoiser", None))), paths[DENOISER])
-    sampler = models.sampler(model, network, table, timesteps, request.noise, json.dumps(metadata))
+    onnx.save(models.denoiser(model, traced, json.dumps(note("denoiser", None))), paths[DENOISER])
+    sampler = models.sampler(model, traced, table, timesteps, request.noise, json.dumps(metadata))
     onnx.save(sampler, paths[SAMPLER])
-    onnx.save(models.step(model, network, table, timesteps, json.dumps(note("step", "input"))), paths[STEP])
+    onnx.save(models.step(model, traced, table, timesteps, json.dumps(note("step", "input"))), paths[STEP])
     return metadata
 
 
@@ -134,9 +142,8 @@ def denoiser_results(opened: Run, path: Path) -> list[Parity]:
 
 def measure_parity(opened: Run, paths: dict[str, Path], metadata: dict[str, Any]) -> list[Parity]:
     """Every fp32 file against the run."""
-    options = metadata["table"]["options"]
-    table = make_table(opened.schedule, **options)
-    known = trajectory(opened, options, len(table))
+    table = described_table(metadata["table"], opened)
+    known = known_samples(opened, table)
     return [
         *denoiser_results(opened, paths[DENOISER]),
         *sampler_parity(run.open_session(paths[SAMPLER]), metadata, known),
@@ -162,7 +169,7 @@ def _manifest(
         "run": opened.folder.resolve().name,
         "precision": request.precision,
         "noise": request.noise,
-        "table": describe_table(request.table, request.options, rows=True),
+        "table": describe_table(request.table, request.options, request.stored, rows=True),
         "verified": request.verify,
         "parity": [result.asdict() for result in parity],
         "quality": None if measured is None else asdict(measured),
@@ -188,7 +195,9 @@ def verify(path: Path, opened: Run, data: str | None, labels: str | None, evalua
     """
     session = run.open_session(path)
     metadata = run.metadata_of(session, path)
-    if metadata["model"] != opened.model.config():
+    # Files of format 1 have the network's name among its arguments.
+    told = {name: value for name, value in metadata["model"].items() if name != "kind"}
+    if told != opened.model.config() or metadata.get("network", opened.config["network"]) != opened.config["network"]:
         raise BadInput(f"{path}: holds another network than {opened.folder}, needs the run that it was exported from")
     found = precision_of(onnx.load(path).graph)
     if metadata["precision"] != found:
@@ -206,9 +215,8 @@ def verify(path: Path, opened: Run, data: str | None, labels: str | None, evalua
     if metadata["kind"] == "denoiser":
         results = denoiser_results(opened, path)
     else:
-        options = metadata["table"]["options"]
-        table = make_table(opened.schedule, **options)
-        known = trajectory(opened, options, len(table))
+        table = described_table(metadata["table"], opened)
+        known = known_samples(opened, table)
         if metadata["kind"] == "sampler":
             results = sampler_parity(session, metadata, known)
         else:

@@ -13,7 +13,17 @@ from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.drawing import Clip, Eta, Solver, Spacing, Steps, Variance, check_output, table_of
+from ddpm.commands.drawing import (
+    Clip,
+    Eta,
+    Solver,
+    Spacing,
+    Steps,
+    Variance,
+    check_output,
+    is_table_file,
+    table_of,
+)
 from ddpm.errors import BadInput
 from export import bundle, packages, quality, run
 from export.parity import Parity, require
@@ -50,7 +60,8 @@ def onnx(
     opened = runs.load_run(folder)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
     options, table = table_of(opened, asked)
-    request = bundle.Request(options, table, precision, noise, verify, evaluate, data, labels)
+    stored = is_table_file(solver)
+    request = bundle.Request(options, table, stored, precision, noise, verify, evaluate, data, labels)
     manifest = bundle.write(opened, out, request)
     if manifest["parity"]:
         print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
@@ -81,8 +92,9 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
         "size": f"{file.stat().st_size:,} bytes",
         "image": "x".join(str(metadata[side]) for side in ("channels", "height", "width")),
         "values": "-1..1, not clamped",
-        "classes": ", ".join(metadata["classes"]) or str(metadata["n_cfeat"]),
-        "network": ", ".join(f"{name} {value}" for name, value in metadata["model"].items()),
+        "condition": str(list(run.condition_shape(metadata) or ())),
+        "classes": ", ".join(metadata["classes"]),
+        "network": ", ".join([metadata.get("network", ""), *(f"{k} {v}" for k, v in metadata["model"].items())]),
         "schedule": ", ".join(f"{name} {value}" for name, value in metadata["schedule"].items()),
         "prediction": metadata["prediction"],
         "precision": metadata["precision"],

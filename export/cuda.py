@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export.run import COLUMNS, UsageError, check_draw, metadata_of, normals, open_session
+from export.run import (
+    COLUMNS,
+    UsageError,
+    check_draw,
+    condition_shape,
+    metadata_of,
+    normals,
+    null_conditions,
+    open_session,
+)
 
 # Steps of noise on the device at a time. Untuned.
 WINDOW = 50
@@ -59,9 +68,10 @@ class StepLoop:
             # A scalar input of the graph: rank 0.
             "clip": self._value(np.array(np.inf if clip is None else clip, np.float32)),
         }
-        if self.metadata["n_cfeat"]:
+        condition = condition_shape(self.metadata)
+        if condition is not None:
             copies = 2 if guided else 1
-            self.fixed["contexts"] = self._value(np.zeros((copies, batch, self.metadata["n_cfeat"]), np.float32))
+            self.fixed["contexts"] = self._value(np.zeros((copies, batch, *condition), np.float32))
             self.fixed["guidance"] = self._value(np.ones(1, np.float32))
         self.buffers = [[self._value(v) for v in (images, images, np.zeros(1, np.int64))] for _ in "AB"]
         self.bindings = [self._binding(*self.buffers), self._binding(*reversed(self.buffers))]
@@ -93,7 +103,8 @@ class StepLoop:
         check_draw(self.metadata, samples, context, seed, guidance)
         if context is not None:
             context = np.ascontiguousarray(context, np.float32)
-            copies = np.stack([context, np.zeros_like(context)]) if self.guided else context[None]
+            nothing = null_conditions(self.metadata, self.batch)
+            copies = np.stack([context, nothing]) if self.guided else context[None]
             self.fixed["contexts"].update_inplace(copies)
             self.fixed["guidance"].update_inplace(np.array([guidance], np.float32))
         x, x0, index = self.buffers[0]

@@ -5,8 +5,11 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-from ddpm.runs import MODEL, Run
-from ddpm.solvers import StepTable
+from ddpm.networks import condition_shape, sample_shape
+from ddpm.runs import MODEL, Run, taken_options
+from ddpm.solvers import make_table
+from ddpm.table import StepTable
+from export.models import null_of
 from export.run import FORMAT_VERSION
 
 RNG = "Philox4x32-10 by the noise contract of fused-ddpm"
@@ -27,15 +30,28 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe_table(table: StepTable, options: dict[str, Any], rows: bool = False) -> dict[str, Any]:
-    """A table by the options of `make_table` that make it; with `rows` also the numbers."""
+def describe_table(
+    table: StepTable, options: dict[str, Any], stored: bool = False, rows: bool = False
+) -> dict[str, Any]:
+    """A table by the options of `make_table` that make it; one that was `stored` whole. rows: also the numbers."""
     described = {"options": options, "steps": len(table), "clip": table.clip}
+    described |= {"stored": table.asdict()} if stored else {}
     return described | ({"rows": table.rows().tolist()} if rows else {})
+
+
+def described_table(described: dict[str, Any], run: Run) -> StepTable:
+    """The table that `describe_table` described."""
+    if "stored" in described:
+        return StepTable.of(described["stored"])
+    return make_table(run.schedule, **taken_options(described["options"]))
 
 
 def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]:
     """The metadata of a file of this kind (denoiser, sampler, step); `more` is added."""
-    channels, height, width = run.model.sample_shape
+    channels, height, width = sample_shape(run.model)
+    condition = condition_shape(run.model)
+    if condition is not None and (null := null_of(run.model, condition)).any():
+        more["null_condition"] = null.tolist()
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -44,8 +60,9 @@ def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]
         "width": width,
         "value_range": [-1, 1],
         "clamped": False,
-        "n_cfeat": run.model.n_cfeat,
+        "condition_shape": None if condition is None else list(condition),
         "classes": list(run.classes),
+        "network": run.config["network"],
         "model": run.model.config(),
         "schedule": run.schedule.config(),
         "prediction": run.config["prediction"],

@@ -1,111 +1,54 @@
 """The three ONNX models of a run: denoiser, sampler (the whole trajectory as one Scan) and step.
 
-All are wrapped around one network graph, (x, time1, time2[, context1, context2]) -> m, traced from `GatedNetwork`; a
-precision is a change of that graph alone. Everything around it is float32 (the noise float64 inside).
+All are wrapped around the graphs of `export.traced`; a precision is a change of the network's graph alone. Everything
+around it is float32 (the noise float64 inside).
 """
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import onnx
 import torch
-from torch.export import Dim
+from torch import nn
 
-from ddpm.networks import ContextUnet
-from ddpm.solvers import StepTable
-from export.graph import FLOAT, INT64, OPSET, Builder, model_of
-from export.network import GatedNetwork, embeddings
+from ddpm.networks import condition_shape, network_times, null_condition, sample_shape
+from ddpm.networks.protocol import in_type
+from ddpm.table import StepTable
+from export.graph import FLOAT, INT64, Builder, model_of
 from export.philox_graph import counters, normals, step_word
 from export.run import COLUMNS
+from export.traced import Traced, example_times
 from kernels.philox import Stream
 
 
-def network_inputs(model: ContextUnet) -> list[str]:
-    """Names of the network graph's inputs."""
-    return ["x", "time1", "time2"] + (["context1", "context2"] if model.n_cfeat else [])
+def null_of(model: nn.Module, shape: tuple[int, ...]) -> np.ndarray:
+    """ "No condition", float32 [*shape]."""
+    return null_condition(model, torch.zeros(1, *shape))[0].float().numpy()
 
 
-def gates(model: ContextUnet, t: torch.Tensor, *contexts: torch.Tensor) -> list[torch.Tensor]:
-    """The gates of times t [1 or n] and of one context [n, n_cfeat] per copy, as `GatedNetwork` takes them."""
-    time = [embed(t) for embed in embeddings(model, "time")]
-    if not model.n_cfeat:
-        return time
-    return time + [torch.stack([embed(c) for c in contexts]) for embed in embeddings(model, "context")]
+def _rows(b: Builder, traced: Traced, conditions: str, leading: str) -> list[str]:
+    """What the network reads of conditions [copies * batch, ...], each [copies, batch, ...]; leading: those two."""
+    results = b.inline(traced.rows.graph, [conditions], "condition.")
+    return [b.op("Reshape", row, b.op("Concat", leading, b.op("Shape", row, start=2), axis=0)) for row in results]
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Exporter and quantiser tell of every pass they make, and warn of what does not concern us (torchvision, axes)."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def network_graph(model: ContextUnet) -> onnx.ModelProto:
-    """The fp32 network as a flat ONNX model with a dynamic batch and any number of copies."""
-    network = GatedNetwork(model).eval()
-    x = torch.zeros(3, *model.sample_shape)
-    contexts = [torch.zeros(3, model.n_cfeat)] * 2
-    with torch.no_grad(), quiet():
-        arguments = (x, *gates(model, torch.ones(1), *contexts))
-        batch, copies = Dim("batch"), Dim("copies")
-        time, context = [{}, {}], [{0: copies, 1: batch}] * (2 if model.n_cfeat else 0)
-        program = torch.onnx.export(
-            network,
-            arguments,
-            dynamo=True,
-            optimize=True,
-            external_data=False,
-            opset_version=OPSET,
-            input_names=network_inputs(model),
-            output_names=["m"],
-            dynamic_shapes=({0: batch}, (*time, *context)),
-            verbose=False,
-        )
-    return program.model_proto
-
-
-def _embed(b: Builder, model: ContextUnet, kind: str, value: str) -> list[str]:
-    """Linear, GELU, Linear of every gated level: value [rows, features] -> one [rows, width] each."""
-    results = []
-    for embed in embeddings(model, kind):
-        hidden = value
-        for position in (0, 2):
-            layer = embed.model[position]
-            weight, bias = (b.constant(p.detach().numpy(), np.float32) for p in (layer.weight, layer.bias))
-            hidden = b.op("Gemm", hidden, weight, bias, transB=1)
-            if position == 0:
-                hidden = b.op("Gelu", hidden)
-        results.append(hidden)
-    return results
-
-
-def denoiser(model: ContextUnet, network: onnx.ModelProto, metadata: str) -> onnx.ModelProto:
-    """x [batch, C, H, W], t [batch] in (0, 1], context [batch, n_cfeat] (if there is one) -> m, as `forward(x, t, c)`.
+def denoiser(model: nn.Module, traced: Traced, metadata: str) -> onnx.ModelProto:
+    """x [batch, C, H, W], t [batch] as forward gets it, context [batch, ...] (if there is one) -> m.
 
     A t of another length than x's batch is an error of its Reshape, not a broadcast.
     """
     b = Builder()
-    shape = ("batch", *model.sample_shape)
-    x, t = b.input("x", FLOAT, shape), b.input("t", FLOAT, ["batch"])
+    shape, condition = ("batch", *sample_shape(model)), condition_shape(model)
+    kind = INT64 if example_times(model).dtype == torch.int64 else FLOAT
+    x, t = b.input("x", FLOAT, shape), b.input("t", kind, ["batch"])
     batch = b.op("Shape", x, start=0, end=1)
-    times = b.op("Reshape", t, b.op("Concat", batch, b.integers(1), axis=0), allowzero=1)
-    arguments = [x, *_embed(b, model, "time", times)]
-    if model.n_cfeat:
-        context = b.input("context", FLOAT, ["batch", model.n_cfeat])
-        rows = b.op("Concat", batch, b.integers(model.n_cfeat), axis=0)
-        context = b.op("Reshape", context, rows, allowzero=1)
-        arguments += [b.op("Unsqueeze", gate, b.integers(0)) for gate in _embed(b, model, "context", context)]
-    (m,) = b.inline(network.graph, arguments, "network.")
+    times = b.op("Reshape", t, batch, allowzero=1)
+    arguments = [x, *b.inline(traced.tables.graph, [times], "time.")]
+    if condition is not None:
+        context = b.input("context", FLOAT, ["batch", *condition])
+        context = b.op("Reshape", context, b.op("Concat", batch, b.integers(*condition), axis=0), allowzero=1)
+        arguments += _rows(b, traced, context, b.op("Concat", b.integers(1), batch, axis=0))
+    (m,) = b.inline(traced.network.graph, arguments, "network.")
     b.output(m, "m", FLOAT, shape)
     return model_of(b, "denoiser", metadata)
 
@@ -114,6 +57,32 @@ def _table_inputs(b: Builder, table: StepTable) -> tuple[str, str]:
     """The overridable defaults: rows [steps, 8] and the bound of x0 (infinity = none)."""
     rows = b.input("table", FLOAT, ["steps", COLUMNS], table.rows().numpy())
     return rows, b.input("clip", FLOAT, [], math.inf if table.clip is None else table.clip)
+
+
+def _tables(b: Builder, model: nn.Module, traced: Traced, table: StepTable, count: int, rows: str) -> list[str]:
+    """What the network reads of each table row [k, 8]: each [k, ...]. count: T.
+
+    Times come from a list of all of them, as PyTorch computes it; those of a table whose noise steps are no timesteps
+    are its own, by row.
+    """
+    whole = not table.timesteps.is_floating_point() and torch.equal(table.timesteps, table.noise_steps)
+    known = torch.arange(count + 1) if whole else table.timesteps
+    index = rows
+    if not whole:
+        index = b.constant(np.arange(len(table))[:, None].repeat(COLUMNS, 1), np.float32)
+    column = b.op("Slice", index, b.integers(COLUMNS - 1), b.integers(COLUMNS), b.integers(1))
+    index = b.op("Cast", b.op("Reshape", column, b.integers(-1)), to=INT64)
+    index = b.op("Clip", index, b.constant(0, np.int64), b.constant(len(known) - 1, np.int64))  # NaN becomes any number
+    times = in_type(network_times(model, known, count)).numpy()
+    return b.inline(traced.tables.graph, [b.op("Gather", b.constant(times, times.dtype), index, axis=0)], "time.")
+
+
+def _weights(b: Builder, table: StepTable, guidance: str) -> str | None:
+    """w of every row [steps], 1 + scale (w - 1); None where it is w in all of them."""
+    if bool((table.guidance_scale == 1).all()):
+        return None
+    scale, one = b.constant(table.guidance_scale.numpy(), np.float32), b.constant(1.0, np.float32)
+    return b.op("Add", one, b.op("Mul", scale, b.op("Sub", guidance, one)))
 
 
 def _guided(b: Builder, m: str, guidance: str, x: str) -> str:
@@ -132,22 +101,16 @@ def _update(b: Builder, row: str, x: str, m: str, x0_previous: str, clip: str) -
     return b.sum_of(*(b.op("Mul", weight, value) for weight, value in terms)), x0, c[6], c[7]
 
 
-def _times(b: Builder, rows: str, timesteps: int) -> str:
-    """t / T of table rows [k, 8]: [k, 1]."""
-    t = b.op("Slice", rows, b.integers(COLUMNS - 1), b.integers(COLUMNS), b.integers(1))
-    return b.op("Div", t, b.constant(timesteps, np.float32))
-
-
-def _context_gates(b: Builder, model: ContextUnet, context: str, guidance: str) -> list[str]:
-    """Gates [copies, batch, width] of context [batch, n_cfeat]: the unconditional copy only where guidance is not 1."""
-    one, zero = b.constant(1.0, np.float32), b.integers(0)
-    guided = b.op("Cast", b.op("Not", b.op("Equal", guidance, one)), to=INT64)
+def _halves(b: Builder, model: nn.Module, traced: Traced, context: str, guidance: str) -> list[str]:
+    """Rows of context [batch, ...] and, only where guidance is not 1, of no condition: each [copies, batch, ...]."""
+    shape, zero = condition_shape(model), b.integers(0)
+    guided = b.op("Cast", b.op("Not", b.op("Equal", guidance, b.constant(1.0, np.float32))), to=INT64)
     copies = b.op("Reshape", b.op("Add", guided, b.constant(1, np.int64)), b.integers(1))
-    given = _embed(b, model, "context", context)
-    nothing = _embed(b, model, "context", b.op("Mul", context, b.constant(0.0, np.float32)))
-    pairs = zip(given, nothing, strict=True)
-    both = [b.op("Concat", *(b.op("Unsqueeze", gate, zero) for gate in pair), axis=0) for pair in pairs]
-    return [b.op("Slice", gate, zero, copies, zero) for gate in both]
+    nothing = b.op("Expand", b.constant(null_of(model, shape)[None], np.float32), b.op("Shape", context))
+    batch = b.op("Shape", context, start=0, end=1)
+    both = b.op("Concat", context, nothing, axis=0)
+    used = b.op("Slice", both, zero, b.op("Mul", copies, batch), zero)
+    return _rows(b, traced, used, b.op("Concat", copies, batch, axis=0))
 
 
 def _noisy(b: Builder, x_new: str, c6: str, z: str) -> str:
@@ -160,26 +123,26 @@ def _given(b: Builder, z: str, x: str) -> str:
 
 
 def sampler(
-    model: ContextUnet, network: onnx.ModelProto, table: StepTable, timesteps: int, noise: str, metadata: str
+    model: nn.Module, traced: Traced, table: StepTable, count: int, noise: str, metadata: str
 ) -> onnx.ModelProto:
-    """The whole trajectory as one Scan over the table's rows.
+    """The whole trajectory as one Scan over the table's rows. count: T of the schedule.
 
-    Inputs: seed and first_sample (int64 scalars), context [batch, n_cfeat] and guidance (float scalar) or, without
-    contexts, n (int64 scalar); table [steps, 8] and clip (float scalar) override the defaults. Output: images.
+    Inputs: seed and first_sample (int64 scalars), context [batch, ...] and guidance (float scalar) or, without
+    conditions, n (int64 scalar); table [steps, 8] and clip (float scalar) override the defaults. Output: images.
     noise: `philox` draws in the graph; `input` takes x_T [batch, C, H, W] and noise [steps, batch, C, H, W] in place of
     seed and first_sample; `none` draws x_T alone, for tables without noise.
 
     The weights lie in the Scan's body: onnxruntime blocks no convolution (NCHWc) whose weights are in the outer graph.
     """
-    shape, drawn = model.sample_shape, noise != "input"
+    shape, condition, drawn = sample_shape(model), condition_shape(model), noise != "input"
     images = ("batch", *shape)
     b = Builder()
     if drawn:
         seed, first_sample = b.input("seed", INT64, []), b.input("first_sample", INT64, [], 0)
     else:
         start, z_given = b.input("x_T", FLOAT, images), b.input("noise", FLOAT, ("steps", *images))
-    if model.n_cfeat:
-        context, guidance = b.input("context", FLOAT, ["batch", model.n_cfeat]), b.input("guidance", FLOAT, [], 1.0)
+    if condition is not None:
+        context, guidance = b.input("context", FLOAT, ["batch", *condition]), b.input("guidance", FLOAT, [], 1.0)
         batch = b.op("Shape", context, start=0, end=1)
     elif drawn:
         batch = b.input("n", INT64, [])
@@ -187,18 +150,22 @@ def sampler(
     if drawn:
         shared = counters(b, seed, first_sample, b.op("Squeeze", batch))
         start = normals(b, shared, b.constant(0, np.uint64), Stream.INITIAL, shape)
-    times = [b.op("Unsqueeze", gate, b.integers(1)) for gate in _embed(b, model, "time", _times(b, rows, timesteps))]
-    contexts = _context_gates(b, model, context, guidance) if model.n_cfeat else []
+    tables = [b.op("Unsqueeze", each, b.integers(1)) for each in _tables(b, model, traced, table, count, rows)]
+    halves = _halves(b, model, traced, context, guidance) if condition is not None else []
 
     body = Builder("body.")
     x, x0_previous = body.input("x", FLOAT, images), body.input("x0_previous", FLOAT, images)
     row = body.input("row", FLOAT, [COLUMNS])
-    time = [body.input(f"time{k}", FLOAT, [1, None]) for k, _ in enumerate(times, start=1)]
-    (m,) = body.inline(network.graph, [x, *time, *contexts], "network.")
-    if model.n_cfeat:
+    kinds = [_kind_of(value) for value in traced.tables.graph.output]
+    at = [body.input(f"table{k}", kind, [1, *rest]) for k, (kind, rest) in enumerate(kinds, start=1)]
+    scanned = [rows, *tables]
+    if condition is not None and (weights := _weights(b, table, guidance)) is not None:
+        scanned.append(weights)
+        guidance = body.input("weight", FLOAT, [])
+    (m,) = body.inline(traced.network.graph, [x, *at, *halves], "network.")
+    if condition is not None:
         m = _guided(body, m, guidance, x)
     x_new, x0, c6, t = _update(body, row, x, m, x0_previous, clip)
-    scanned = [rows, *times]
     if noise == "input":
         scanned.append(z_given)
         x_new = _noisy(body, x_new, c6, _given(body, body.input("z", FLOAT, images), x))
@@ -218,34 +185,39 @@ def sampler(
     return model_of(b, "sampler", metadata)
 
 
-def step(
-    model: ContextUnet, network: onnx.ModelProto, table: StepTable, timesteps: int, metadata: str
-) -> onnx.ModelProto:
+def _kind_of(value: onnx.ValueInfoProto) -> tuple[int, list[int | None]]:
+    """(element type, dimensions after the first) of a traced output."""
+    dims = value.type.tensor_type.shape.dim[1:]
+    return value.type.tensor_type.elem_type, [dim.dim_value or None for dim in dims]
+
+
+def step(model: nn.Module, traced: Traced, table: StepTable, count: int, metadata: str) -> onnx.ModelProto:
     """One self-advancing step, for IOBinding and CUDA graphs: no Scan, no Philox, nothing read on the host.
 
     Inputs: x, x0_previous [batch, C, H, W]; index int64 [1], the table's row; noise [window, batch, C, H, W], whose
-    entry index - noise_start (int64 [1]) is this step's; contexts [copies, batch, n_cfeat] (two copies, the second of
-    zeros, for guidance); guidance [1]; table and clip as in the sampler. Outputs: x_next, x0, index_next = index + 1.
+    entry index - noise_start (int64 [1]) is this step's; contexts [copies, batch, ...] (two copies, the second of no
+    condition, for guidance); guidance [1]; table and clip as in the sampler. count: T.
+    Outputs: x_next, x0, index_next = index + 1.
     """
     b = Builder()
-    images = ("batch", *model.sample_shape)
+    images, condition = ("batch", *sample_shape(model)), condition_shape(model)
     x, x0_previous = b.input("x", FLOAT, images), b.input("x0_previous", FLOAT, images)
     index = b.input("index", INT64, [1])
     noise, noise_start = b.input("noise", FLOAT, ("window", *images)), b.input("noise_start", INT64, [1])
-    if model.n_cfeat:
-        contexts = b.input("contexts", FLOAT, ["copies", "batch", model.n_cfeat])
+    if condition is not None:
+        contexts = b.input("contexts", FLOAT, ["copies", "batch", *condition])
         guidance = b.input("guidance", FLOAT, [1])
     rows, clip = _table_inputs(b, table)
     row = b.op("Gather", rows, index, axis=0)
-    arguments = [x, *_embed(b, model, "time", _times(b, row, timesteps))]
-    if model.n_cfeat:
-        flat = b.op("Reshape", contexts, b.integers(-1, model.n_cfeat))
-        leading = b.op("Shape", contexts, start=0, end=2)
-        for gate in _embed(b, model, "context", flat):
-            arguments.append(b.op("Reshape", gate, b.op("Concat", leading, b.integers(-1), axis=0)))
-    (m,) = b.inline(network.graph, arguments, "network.")
-    if model.n_cfeat:
-        m = _guided(b, m, guidance, x)
+    tables = _tables(b, model, traced, table, count, rows)
+    arguments = [x, *(b.op("Gather", each, index, axis=0) for each in tables)]
+    if condition is not None:
+        flat = b.op("Reshape", contexts, b.integers(-1, *condition))
+        arguments += _rows(b, traced, flat, b.op("Shape", contexts, start=0, end=2))
+    (m,) = b.inline(traced.network.graph, arguments, "network.")
+    if condition is not None:
+        weights = _weights(b, table, guidance)
+        m = _guided(b, m, guidance if weights is None else b.op("Gather", weights, index, axis=0), x)
     x_new, x0, c6, _ = _update(b, b.op("Squeeze", row, b.integers(0)), x, m, x0_previous, clip)
     z = b.op("Squeeze", b.op("Gather", noise, b.op("Sub", index, noise_start), axis=0), b.integers(0))
     b.output(_noisy(b, x_new, c6, _given(b, z, x)), "x_next", FLOAT, images)

@@ -12,11 +12,11 @@ from torch.export import Dim, ExportedProgram
 from ddpm.engines.compile import compiler_missing
 from ddpm.errors import WorkFailed
 from ddpm.files import replacing
+from ddpm.networks import condition_shape, sample_shape
 from ddpm.runs import Run
 from export.metadata import describe
-from export.models import quiet
-from export.network import Denoiser
 from export.parity import Denoise, Parity, denoiser_parity, require
+from export.traced import Denoiser, example_times, quiet
 
 METADATA = "fused_ddpm.json"
 
@@ -24,11 +24,11 @@ Writer = Callable[[Run, Path, bool], Parity | None]
 
 
 def program_of(run: Run) -> ExportedProgram:
-    """The denoiser (x [batch, C, H, W], t [batch][, context [batch, n_cfeat]]) -> m with a dynamic batch."""
+    """The denoiser (x [batch, C, H, W], t [batch][, context [batch, ...]]) -> m with a dynamic batch."""
     module = Denoiser(run.model).eval()
-    arguments = [torch.zeros(3, *run.model.sample_shape), torch.ones(3)]
-    if run.model.n_cfeat:
-        arguments.append(torch.zeros(3, run.model.n_cfeat))
+    arguments = [torch.zeros(3, *sample_shape(run.model)), example_times(run.model, 3)]
+    if (condition := condition_shape(run.model)) is not None:
+        arguments.append(torch.zeros(3, *condition))
     batch = Dim("batch")
     dynamic = {name: {0: batch} for name, _ in zip(("x", "t", "context"), arguments, strict=False)}
     if len(arguments) == 2:

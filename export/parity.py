@@ -1,21 +1,26 @@
-"""Does what was exported compute what the run computes? Measured as max|difference| / max(1, max|reference|)."""
+"""Does what was exported compute what the run computes? By `ddpm.metrics.distance`."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.errors import WorkFailed
-from ddpm.networks import ContextUnet
+from ddpm.metrics import CALL_TOLERANCE, ENGINE_TOLERANCE, distance, worst
+from ddpm.networks import condition_shape, network_times, sample_shape
+from ddpm.networks.protocol import in_type
 from ddpm.progress import Bar
 from ddpm.runs import Run
-from ddpm.sampling import sample
+from ddpm.table import StepTable
+from ddpm.trajectory import Trajectory
+from export.models import null_of
 from export.run import draw, normals
 
-DENOISER_TOLERANCE, SAMPLER_TOLERANCE = 1e-5, 1e-4
+DENOISER_TOLERANCE, SAMPLER_TOLERANCE = CALL_TOLERANCE, ENGINE_TOLERANCE
 BATCHES = (1, 2, 5)
 CONTEXTS = ("zero", "one-hot", "random")
 CASE_SEED = 11
@@ -41,14 +46,6 @@ class Parity:
         return asdict(self) | {"good": self.good}
 
 
-def distance(found: np.ndarray, reference: np.ndarray) -> float:
-    """max|difference| / max(1, max|reference|); infinite for another shape or NaN."""
-    if found.shape != reference.shape or not np.isfinite(found).all():
-        return float("inf")
-    found, reference = found.astype(np.float64), reference.astype(np.float64)
-    return float(np.abs(found - reference).max() / max(1.0, np.abs(reference).max()))
-
-
 def require(results: list[Parity]) -> None:
     """Raise WorkFailed naming the worst of the comparisons that failed."""
     failed = [result for result in results if not result.good]
@@ -60,30 +57,31 @@ def require(results: list[Parity]) -> None:
         )
 
 
-def denoiser_cases(model: ContextUnet, timesteps: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """(name, x, t, c): batches 1, 2, 5; t at both ends, and mixed; contexts zero, one-hot and random."""
+def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """(name, x, t, c): batches 1, 2, 5; t at both ends, and mixed; conditions zero, one-hot and random."""
     generator = torch.Generator().manual_seed(CASE_SEED)
-    for n, end, kind in product(BATCHES, ("first", "last", "mixed"), CONTEXTS if model.n_cfeat else CONTEXTS[:1]):
-        x = torch.randn(n, *model.sample_shape, generator=generator)
-        low, high = 1 / timesteps, 1.0
-        t = {"first": torch.full((n,), low), "last": torch.full((n,), high), "mixed": torch.linspace(low, high, n)}[end]
-        c = None
-        if model.n_cfeat:
-            c = torch.zeros(n, model.n_cfeat)
-            if kind == "one-hot":
-                c = torch.eye(model.n_cfeat)[torch.arange(n) % model.n_cfeat]
-            elif kind == "random":
-                c = torch.randn(n, model.n_cfeat, generator=generator)
+    shape = condition_shape(model)
+    kinds = CONTEXTS if shape is not None else CONTEXTS[:1]
+    for n, end, kind in product(BATCHES, ("first", "last", "mixed"), kinds):
+        x = torch.randn(n, *sample_shape(model), generator=generator)
+        low, high = torch.ones(n, dtype=torch.int64), torch.full((n,), timesteps)
+        mixed = torch.linspace(1, timesteps, n).round().long()
+        t = in_type(network_times(model, {"first": low, "last": high, "mixed": mixed}[end], timesteps))
+        c = None if shape is None else torch.zeros(n, *shape)
+        if c is not None and kind == "one-hot":
+            size = math.prod(shape)
+            c = torch.eye(size)[torch.arange(n) % size].reshape(n, *shape)
+        elif c is not None and kind == "random":
+            c = torch.randn(n, *shape, generator=generator)
         yield f"batch {n}, t {end}, context {kind}", x, t, c
 
 
 def denoiser_parity(name: str, denoise: Denoise, run: Run) -> Parity:
     """The worst case of `denoise` against the run's own module."""
-    worst = 0.0
     with torch.no_grad():
-        for _, x, t, c in denoiser_cases(run.model, run.schedule.timesteps):
-            worst = max(worst, distance(denoise(x, t, c), run.model(x, t, c).numpy()))
-    return Parity(name, worst, DENOISER_TOLERANCE)
+        cases = denoiser_cases(run.model, run.schedule.timesteps)
+        errors = [distance(denoise(x, t, c), run.model(x, t, c)) for _, x, t, c in cases]
+    return Parity(name, worst(errors), DENOISER_TOLERANCE)
 
 
 def session_denoiser(session: object) -> Denoise:
@@ -97,11 +95,12 @@ def session_denoiser(session: object) -> Denoise:
 
 
 @dataclass(frozen=True)
-class Trajectory:
+class Known:
     """The samples that sampler and step are compared on, and what `ddpm sample` makes of them."""
 
     samples: np.ndarray
     context: np.ndarray | None
+    null: np.ndarray | None
     guidance: float
     reference: np.ndarray
 
@@ -109,35 +108,36 @@ class Trajectory:
 SEED = 7
 
 
-def trajectory(run: Run, options: dict[str, object], steps: int) -> Trajectory:
-    """The eager engine's samples with these options of `ddpm.sample`."""
+def known_samples(run: Run, table: StepTable) -> Known:
+    """The eager engine's samples of a table."""
     samples = np.arange(FIRST_SAMPLE, FIRST_SAMPLE + SAMPLES)
-    classes = run.model.n_cfeat
-    context = np.eye(classes, dtype=np.float32)[-1 - np.arange(SAMPLES) % classes] if classes else None
-    guidance = GUIDANCE if classes else 1.0
-    with Bar("eager reference", steps, "steps/s") as bar:
-        images = sample(
-            run.model,
-            run.schedule,
+    shape = condition_shape(run.model)
+    context = null = None
+    if shape is not None:
+        size = math.prod(shape)
+        context = np.eye(size, dtype=np.float32)[-1 - np.arange(SAMPLES) % size].reshape(SAMPLES, *shape)
+        null = null_of(run.model, shape)[None].repeat(SAMPLES, 0)
+    guidance = 1.0 if context is None else GUIDANCE
+    eager = Trajectory(run.model, run.schedule, table, engine="eager", guided=guidance != 1.0)
+    with Bar("eager reference", len(table), "steps/s") as bar:
+        images = eager(
             SAMPLES,
-            context=None if context is None else torch.from_numpy(context),
-            guidance=guidance,
-            seed=SEED,
-            first_sample=FIRST_SAMPLE,
-            engine="eager",
+            None if context is None else torch.from_numpy(context),
+            guidance,
+            SEED,
+            FIRST_SAMPLE,
             callback=lambda i, _: bar.update(i + 1),
-            **options,
         )
-    return Trajectory(samples, context, guidance, images.numpy())
+    return Known(samples, context, null, guidance, images.numpy())
 
 
-def sampler_images(session: object, metadata: dict[str, object], known: Trajectory, only: slice) -> np.ndarray:
+def sampler_images(session: object, metadata: dict[str, object], known: Known, only: slice) -> np.ndarray:
     """What sampler.onnx makes of these samples of the trajectory."""
     context = None if known.context is None else known.context[only]
     return draw(session, metadata, known.samples[only], context, seed=SEED, guidance=known.guidance)
 
 
-def sampler_parity(session: object, metadata: dict[str, object], known: Trajectory) -> list[Parity]:
+def sampler_parity(session: object, metadata: dict[str, object], known: Known) -> list[Parity]:
     """sampler.onnx against `ddpm sample`, and its last sample alone against the same drawn with others."""
     together = sampler_images(session, metadata, known, slice(None))
     alone = sampler_images(session, metadata, known, slice(-1, None))
@@ -147,14 +147,14 @@ def sampler_parity(session: object, metadata: dict[str, object], known: Trajecto
     ]
 
 
-def step_images(session: object, rows: np.ndarray, known: Trajectory) -> np.ndarray:
+def step_images(session: object, rows: np.ndarray, known: Known) -> np.ndarray:
     """What step.onnx makes of the trajectory's samples in a plain loop, fed with its own outputs; NaN if it is lost."""
     shape = known.reference.shape[1:]
     x = normals(SEED, known.samples, 0, 0, shape)
     state = {"x": x, "x0_previous": np.zeros_like(x), "index": np.zeros(1, np.int64)}
     fixed = {}
     if known.context is not None:
-        fixed["contexts"] = np.stack([known.context, np.zeros_like(known.context)])
+        fixed["contexts"] = np.stack([known.context, known.null])
         fixed["guidance"] = np.array([known.guidance], np.float32)
     for i, row in enumerate(rows):
         z = normals(SEED, known.samples, int(row[7]), 1, shape) if row[6] != 0 else np.zeros_like(x)
@@ -163,7 +163,7 @@ def step_images(session: object, rows: np.ndarray, known: Trajectory) -> np.ndar
     return state["x"] if state["index"][0] == len(rows) else np.full_like(x, np.nan)
 
 
-def step_parity(session: object, rows: np.ndarray, known: Trajectory) -> Parity:
+def step_parity(session: object, rows: np.ndarray, known: Known) -> Parity:
     """step.onnx against `ddpm sample`."""
     error = distance(step_images(session, rows, known), known.reference)
     return Parity("step.onnx, whole trajectory", error, SAMPLER_TOLERANCE)

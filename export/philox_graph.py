@@ -65,11 +65,10 @@ def words(b: Builder, shared: Counters, step: str, stream: int, blocks: int) -> 
 
 
 def normals(b: Builder, shared: Counters, step: str, stream: int, shape: Sequence[int]) -> str:
-    """float32 normals [n, *shape]; the elements of a sample must be a multiple of 4, as those of images are."""
+    """float32 normals [n, *shape]."""
     numel = math.prod(shape)
-    if numel % 4:
-        raise ValueError(f"shape: got {list(shape)}, needs a multiple of 4 elements")
-    radii, angles = words(b, shared, step, stream, numel // 4)
+    blocks = -(-numel // 4)
+    radii, angles = words(b, shared, step, stream, blocks)
     scale = b.constant(2.0**-32, np.float32)
     u1 = b.op("Add", b.op("Mul", b.op("Cast", radii, to=FLOAT), scale), b.constant(2.0**-33, np.float32))
     u2 = b.op("Mul", b.op("Cast", angles, to=FLOAT), scale)
@@ -82,6 +81,9 @@ def normals(b: Builder, shared: Counters, step: str, stream: int, shape: Sequenc
     ]
     # [2 of a block, n, blocks, cos and sin] -> [n, blocks, 2, cos and sin]: the order of the words.
     z = b.op("Transpose", b.op("Concat", *pairs, axis=3), perm=[1, 2, 0, 3])
+    if numel % 4:
+        flat = b.op("Reshape", z, b.integers(-1, 4 * blocks))
+        z = b.op("Slice", flat, b.integers(0), b.integers(numel), b.integers(1))
     return b.op("Reshape", z, b.integers(-1, *shape))
 
 

@@ -4,7 +4,9 @@ fp16: every weight and operator, half the size; a CPU computes it in fp32. int8:
 activations uint8, weights int8 per channel (the pair that VNNI multiplies), calibrated on real trajectories.
 """
 
+import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from ddpm.networks import ContextUnet
+from ddpm.inference import Form
+from ddpm.networks import condition_shape
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from export.graph import FLOAT, FLOAT16
-from export.models import gates, network_inputs, quiet
+from export.traced import Traced, exported_form, quiet
 
 PRECISIONS = ("fp32", "fp16", "int8")
 # Calibration: samples of every class along as many steps, guided, so that the zero context is seen too.
@@ -29,16 +32,17 @@ Call = tuple[Tensor, Tensor, Tensor | None]
 
 
 def trajectory_calls(run: Run, seed: int, steps: int = CALIBRATION_STEPS) -> list[Call]:
-    """What the network is called with on real trajectories of every class: (x [n, ...], t [n], c [n, n_cfeat]) each."""
+    """What the network is called with on real trajectories of every class: (x [n, ...], t [n], c [n, ...]) each."""
     calls: list[Call] = []
 
     def note(_: torch.nn.Module, arguments: Call) -> None:
         calls.append(tuple(None if a is None else a.detach().clone() for a in arguments))
 
-    classes = run.model.n_cfeat
+    shape = condition_shape(run.model)
+    classes = 0 if shape is None else math.prod(shape)
     n = CALIBRATION_PER_CLASS * max(classes, 1)
-    context = torch.eye(classes)[torch.arange(n) % classes] if classes else None
-    options = run.sampling | {"steps": min(steps, run.schedule.timesteps), "spacing": "trailing"}
+    context = torch.eye(classes)[torch.arange(n) % classes].reshape(n, *shape) if classes else None
+    options = run.options(steps=min(steps, run.schedule.timesteps), spacing="trailing")
     hook = run.model.register_forward_pre_hook(note)
     try:
         guidance = CALIBRATION_GUIDANCE if classes else 1.0
@@ -48,12 +52,12 @@ def trajectory_calls(run: Run, seed: int, steps: int = CALIBRATION_STEPS) -> lis
     return calls
 
 
-def network_feeds(model: ContextUnet, call: Call) -> dict[str, np.ndarray]:
+def network_feeds(form: Form, names: Sequence[str], call: Call) -> dict[str, np.ndarray]:
     """A call of the module, at one time, as inputs of its network graph."""
     x, t, c = call
     with torch.no_grad():
-        values = [x, *gates(model, t[:1], *(() if c is None else (c,)))]
-    return {name: value.numpy() for name, value in zip(network_inputs(model), values, strict=True)}
+        values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()))
+    return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
 def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -65,13 +69,17 @@ def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
     for tensor in graph.initializer:
         if tensor.data_type == FLOAT:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
-    inputs = {value.name: f"{value.name}.fp16" for value in graph.input}
+    floats = (value.name for value in graph.input if value.type.tensor_type.elem_type == FLOAT)
+    inputs = {name: f"{name}.fp16" for name in floats}
     (output,) = graph.output
     for node in graph.node:
         for names in (node.input, node.output):
             renamed = [inputs.get(name, "m.fp16" if name == output.name else name) for name in names]
             del names[:]
             names.extend(renamed)
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT:
+                attribute.i = FLOAT16
     casts = [helper.make_node("Cast", [old], [new], name=new, to=FLOAT16) for old, new in inputs.items()]
     nodes = [*casts, *graph.node, helper.make_node("Cast", ["m.fp16"], [output.name], name="m.fp32", to=FLOAT)]
     del graph.node[:]
@@ -79,15 +87,15 @@ def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
     return half
 
 
-def to_int8(network: onnx.ModelProto, run: Run) -> onnx.ModelProto:
+def to_int8(network: onnx.ModelProto, names: Sequence[str], run: Run) -> onnx.ModelProto:
     """The flat network with its convolutions between quantise and dequantise nodes, calibrated on the run."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    calls = trajectory_calls(run, CALIBRATION_SEED)
+    calls, form = trajectory_calls(run, CALIBRATION_SEED), exported_form(run.model)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.feeds = iter(network_feeds(run.model, call) for call in calls)
+            self.feeds = iter(network_feeds(form, names, call) for call in calls)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.feeds, None)
@@ -108,8 +116,9 @@ def to_int8(network: onnx.ModelProto, run: Run) -> onnx.ModelProto:
         return onnx.load(target)
 
 
-def in_precision(network: onnx.ModelProto, precision: str, run: Run) -> onnx.ModelProto:
-    """The fp32 network in one of PRECISIONS."""
+def in_precision(traced: Traced, precision: str, run: Run) -> Traced:
+    """The fp32 graphs with their network in one of PRECISIONS."""
     if precision == "fp32":
-        return network
-    return to_fp16(network) if precision == "fp16" else to_int8(network, run)
+        return traced
+    network = traced.network
+    return traced.with_network(to_fp16(network) if precision == "fp16" else to_int8(network, traced.names, run))

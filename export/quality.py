@@ -4,9 +4,10 @@ Samples of both are drawn from the same noise, so they differ by the precision a
 and many, for the statistics, by that table's solver in fewer steps.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -17,18 +18,22 @@ import torch
 from ddpm import evaluation, fitting
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
+from ddpm.metrics import psnr, relative_l2
+from ddpm.networks import condition_shape, sample_shape
 from ddpm.progress import Bar
-from ddpm.runs import Run
+from ddpm.runs import Run, taken_options
 from ddpm.sampling import sample
 from ddpm.solvers import make_table
-from export.parity import sampler_images, session_denoiser, step_images, trajectory
+from export.metadata import described_table
+from export.parity import known_samples, sampler_images, session_denoiser, step_images
 from export.precision import trajectory_calls
 from export.run import draw
+from export.traced import example_times
 
 # Another seed than the calibration's: the calls that are judged were not calibrated on.
 SEED, GUIDANCE, CHUNK = 2_000_003, 2.0, 20
 STEPS = 50
-PEAK = 2.0  # of images in [-1, 1]
+PSNR_MOST = 200.0  # dB, of equal images
 TIMED_BATCH, TIMED_ROUNDS = 8, 7
 
 File = tuple[onnxruntime.InferenceSession, dict[str, Any]]  # and its metadata
@@ -79,36 +84,38 @@ def dataset_of(run: Run, data: str | None, labels: str | None) -> tuple[Dataset 
     """The data that the run was trained on, or why it is not there."""
     if not isinstance(run.config.get("training"), dict):
         return None, "an imported run knows no training data"
-    moved = {name: value for name, value in (("data", data), ("labels", labels)) if value is not None}
     try:
-        dataset = replace(fitting.resumed_options(run.folder, {}), **moved).load_data()
+        return fitting.training_data(run, data, labels), None
+    except fitting.OtherData:
+        raise
     except BadInput as error:
-        if moved:
+        if data or labels:
             raise
         return None, f"{error} (--data, --labels)"
-    if dataset.digest() != run.config["data"]["digest"]:
-        raise BadInput(
-            f"{run.folder}: was trained on other data than {dataset.name}, needs the same (--data, --labels)"
-        )
-    return dataset, None
 
 
 def _relative_l2(denoiser: onnxruntime.InferenceSession, run: Run) -> float:
     """|m - m_fp32| / |m_fp32| over the calls of trajectories."""
-    denoise, difference, norm = session_denoiser(denoiser), 0.0, 0.0
+    denoise, shape = session_denoiser(denoiser), condition_shape(run.model)
+    found, exact = [], []
     with torch.no_grad():
         for x, t, c in trajectory_calls(run, SEED):
-            c = torch.zeros(len(x), run.model.n_cfeat) if c is None and run.model.n_cfeat else c
-            reference = run.model(x, t, c).double().numpy()
-            difference += float(np.square(denoise(x, t, c) - reference).sum())
-            norm += float(np.square(reference).sum())
-    return (difference / norm) ** 0.5
+            c = torch.zeros(len(x), *shape) if c is None and shape is not None else c
+            found.append(denoise(x, t, c))
+            exact.append(run.model(x, t, c).numpy())
+    return relative_l2(np.concatenate(found), np.concatenate(exact))
+
+
+def _decibels(images: np.ndarray, exact: np.ndarray) -> float:
+    """PSNR, at most PSNR_MOST: JSON has no infinity."""
+    return min(psnr(images, exact), PSNR_MOST)
 
 
 def _times(denoiser: onnxruntime.InferenceSession, run: Run) -> tuple[float, float]:
     """Milliseconds of a call of a batch, eager and exported, in alternating rounds: medians."""
-    x, t = torch.zeros(TIMED_BATCH, *run.model.sample_shape), torch.ones(TIMED_BATCH)
-    c = torch.zeros(TIMED_BATCH, run.model.n_cfeat) if run.model.n_cfeat else None
+    x, t = torch.zeros(TIMED_BATCH, *sample_shape(run.model)), example_times(run.model, TIMED_BATCH)
+    shape = condition_shape(run.model)
+    c = None if shape is None else torch.zeros(TIMED_BATCH, *shape)
     denoise = session_denoiser(denoiser)
 
     def seconds(call: Callable[..., object]) -> float:
@@ -121,23 +128,21 @@ def _times(denoiser: onnxruntime.InferenceSession, run: Run) -> tuple[float, flo
     return tuple(1e3 * median(column) for column in zip(*rounds, strict=True))
 
 
-def _psnr(images: np.ndarray, exact: np.ndarray) -> float:
-    """In dB, of images clamped to [-1, 1]; -infinite for NaN."""
-    if not np.isfinite(images).all():
-        return -float("inf")
-    mse = float(np.square(images.clip(-1, 1) - exact.clip(-1, 1)).mean())
-    return 10 * float(np.log10(PEAK**2 / max(mse, 1e-20)))
-
-
 def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dataset | None) -> dict[str, Any]:
     """Draw `samples` samples with both and compare them; without a dataset there is no evaluation."""
     session, metadata = file
     steps = min(STEPS, metadata["table"]["steps"])
-    options = metadata["table"]["options"] | {"steps": steps, "spacing": "trailing"}
-    table = make_table(run.schedule, **options)
-    classes = run.model.n_cfeat
+    described = metadata["table"]
+    if "stored" in described:
+        table = described_table(described, run)
+    else:
+        table = make_table(
+            run.schedule, **(taken_options(described["options"]) | {"steps": steps, "spacing": "trailing"})
+        )
+    shape = condition_shape(run.model)
+    classes = 0 if shape is None else math.prod(shape)
     asked = torch.arange(samples) % classes if classes else None
-    context = torch.eye(classes)[asked] if classes else None
+    context = torch.eye(classes)[asked].reshape(samples, *shape) if classes else None
     guidance = GUIDANCE if classes else 1.0
     found, reference = [], []
     with Bar(f"quality {precision}", samples, "images/s") as bar:
@@ -149,11 +154,11 @@ def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dat
                 run.model,
                 run.schedule,
                 len(numbers),
+                table=table,
                 context=c,
                 first_sample=start,
                 engine="eager",
                 **same,
-                **options,
             )
             rows = None if c is None else c.numpy()
             found.append(draw(session, metadata, numbers, rows, table=table.rows().numpy(), clip=table.clip, **same))
@@ -163,10 +168,10 @@ def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dat
     judged = [evaluation.evaluate(torch.from_numpy(i), dataset, asked) for i in (images, exact)] if dataset else None
     return {
         "samples": samples,
-        "solver": options["solver"],
-        "steps": steps,
+        "solver": table.solver,
+        "steps": table.steps,
         "guidance": guidance,
-        "psnr_db": _psnr(images, exact),
+        "psnr_db": _decibels(images, exact),
         "accuracy": judged and judged[0].accuracy,
         "accuracy_fp32": judged and judged[1].accuracy,
         "frechet": judged and judged[0].frechet,
@@ -184,20 +189,20 @@ def measure(
         eager_ms, denoiser_ms = _times(denoiser, run)
         figures |= {"batch": TIMED_BATCH, "eager_ms": eager_ms, "denoiser_ms": denoiser_ms}
         figures["relative_l2"] = _relative_l2(denoiser, run)
-    trajectories, known, options = {}, None, None
+    trajectories, known, described = {}, None, None
     for kind in ("sampler", "step"):
         if kind not in files:
             continue
         session, metadata = files[kind]
-        if known is None or metadata["table"]["options"] != options:
-            options = metadata["table"]["options"]
-            table = make_table(run.schedule, **options)
-            known = trajectory(run, options, len(table))
+        if known is None or metadata["table"]["options"] != described["options"]:
+            described = metadata["table"]
+            table = described_table(described, run)
+            known = known_samples(run, table)
         if kind == "sampler":
             images = sampler_images(session, metadata, known, slice(None))
         else:
             images = step_images(session, table.rows().numpy(), known)
-        trajectories[f"{kind}.onnx"] = _psnr(images, known.reference)
+        trajectories[f"{kind}.onnx"] = _decibels(images, known.reference)
     if "sampler" in files:
         figures |= _statistics(files["sampler"], run, precision, samples, dataset)
     return Quality(precision, skipped, trajectories, **figures)

@@ -30,7 +30,7 @@ except ModuleNotFoundError as missing:
     print(f"error: {missing.name} is not installed, needs: pip install numpy pillow onnxruntime", file=sys.stderr)
     sys.exit(4)
 
-KEY, FORMAT_VERSION = "fused_ddpm", 1  # of the metadata
+KEY, FORMAT_VERSION, FORMER_VERSION = "fused_ddpm", 2, 1  # of the metadata
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
 PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}, "cpu": {}, "tensorrt": {}}
@@ -168,11 +168,30 @@ def _model_error(path: Path, error: Exception) -> ModelError:
 KINDS = {"denoiser": "m", "sampler": "images", "step": "x_next"}  # and their first outputs
 _ENTRIES = {
     **dict.fromkeys(("kind", "prediction", "precision", "weights_sha256"), str),
-    **dict.fromkeys(("channels", "height", "width", "n_cfeat"), int),
+    **dict.fromkeys(("channels", "height", "width"), int),
     **dict.fromkeys(("model", "schedule", "versions"), dict),
     "classes": list,
 }
 _SOLVER_ENTRIES = {"noise": str, "rng": str, "table": dict}
+
+
+def condition_shape(metadata: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of one condition, None without; files of format 1 have the length of a vector."""
+    if metadata["format_version"] == FORMER_VERSION:
+        return (metadata["n_cfeat"],) if metadata["n_cfeat"] else None
+    shape = metadata["condition_shape"]
+    return None if shape is None else tuple(shape)
+
+
+def null_conditions(metadata: dict[str, Any], count: int) -> np.ndarray:
+    """ "No condition" in so many rows: float32 [count, *shape]."""
+    shape = condition_shape(metadata)
+    nothing = np.asarray(metadata.get("null_condition", 0), np.float32)
+    return np.ascontiguousarray(np.broadcast_to(nothing, (count, *shape)))
+
+
+def _is_shape(value: object) -> bool:
+    return value is None or (type(value) is list and len(value) > 0 and all(type(n) is int and n > 0 for n in value))
 
 
 def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | None:
@@ -183,6 +202,11 @@ def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | Non
     for name, needed in (_ENTRIES | ({} if kind == "denoiser" else _SOLVER_ENTRIES)).items():
         if type(metadata.get(name)) is not needed:
             return f"{name} is {metadata.get(name)!r}"
+    if metadata["format_version"] == FORMER_VERSION:
+        if type(metadata.get("n_cfeat")) is not int:
+            return f"n_cfeat is {metadata.get('n_cfeat')!r}"
+    elif "condition_shape" not in metadata or not _is_shape(metadata["condition_shape"]):
+        return f"condition_shape is {metadata.get('condition_shape')!r}"
     timesteps = metadata["schedule"].get("timesteps")
     if type(timesteps) is not int or not 1 <= timesteps <= MOST_STEPS:
         return f"schedule has timesteps {timesteps!r}"
@@ -204,9 +228,13 @@ def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | Non
             shape = np.asarray(table["rows"], np.float32).shape
             if shape != (steps, COLUMNS):
                 return f"table has rows {list(shape)} for {steps} steps"
-    widths = [shape[-1] for name, shape in inputs.items() if name.startswith("context")]
-    if widths != ([metadata["n_cfeat"]] if metadata["n_cfeat"] else []):
-        return f"n_cfeat is {metadata['n_cfeat']}, the graph takes contexts of {widths or 'none'}"
+    first = 2 if kind == "step" else 1  # copies and batch, or batch alone
+    taken = [tuple(shape[first:]) for name, shape in inputs.items() if name.startswith("context")]
+    condition = condition_shape(metadata)
+    if taken != ([] if condition is None else [condition]):
+        return f"conditions are {list(condition or ())}, the graph takes {[list(shape) for shape in taken] or 'none'}"
+    if "null_condition" in metadata and np.asarray(metadata["null_condition"], np.float32).shape != condition:
+        return "null_condition has another shape than conditions"
     image = [metadata["channels"], metadata["height"], metadata["width"]]
     outputs = {value.name: value.shape for value in session.get_outputs()}
     if outputs.get(KINDS[kind], [])[1:] != image:
@@ -226,12 +254,13 @@ def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | Non
             raise ModelError(f"{path}: has no {KEY!r} metadata, needs a model that `ddpm-export onnx` wrote")
         metadata = json.loads(text)
         version = metadata["format_version"]
-        known = type(version) is int and version == FORMAT_VERSION
+        known = type(version) is int and version in (FORMER_VERSION, FORMAT_VERSION)
         wrong = _wrong(metadata, session) if known else None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{damaged} ({type(error).__name__}: {_reason(error)}), export it again") from error
     if not known:
-        raise ModelError(f"{path}: is of format {version!r}, this program reads {FORMAT_VERSION}; use the one it is of")
+        reads = f"{FORMER_VERSION} and {FORMAT_VERSION}"
+        raise ModelError(f"{path}: is of format {version!r}, this program reads {reads}; use the one it is of")
     if wrong is not None:
         raise ModelError(f"{damaged} ({wrong[:300]}), export it again")
     if kind is not None and metadata["kind"] != kind:
@@ -270,20 +299,28 @@ def normals(seed: int, samples: np.ndarray, step: int, stream: int, shape: Seque
 
 
 def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) -> np.ndarray | None:
-    """float32 [n, n_cfeat] of a class by name or number, `v1,v2,..`, `all` (sample k: class k % n_cfeat) or None."""
-    size, names = metadata["n_cfeat"], metadata["classes"]
-    if size == 0:
+    """float32 [n, *shape] of a class by name or number, `v1,v2,..` (all numbers of a condition), `all` or None.
+
+    `all` gives sample k the class k % classes.
+    """
+    shape, names = condition_shape(metadata), metadata["classes"]
+    if shape is None:
         if text is not None:
             raise UsageError(f"--context: got {text!r}, but this model was trained without classes")
         return None
+    size, classes = math.prod(shape), len(shape) == 1
     if text is None:
-        return np.zeros((len(samples), size), np.float32)
-    if text == "all":
+        return null_conditions(metadata, len(samples))
+    if text == "all" and classes:
         return np.eye(size, dtype=np.float32)[samples % size]
-    known = f"a class ({', '.join(names) or f'0..{size - 1}'}), all, or {size} finite numbers"
+    named = f"name ({', '.join(names)}) or " if names else ""
+    known = f"a class by {named}number (0..{size - 1}), all, or " if classes else ""
+    known += f"{size} finite numbers" if size > 1 else "one finite number with a point (0.5)"
     if text in names:
         row = np.eye(size)[names.index(text)]
-    elif text.isdecimal() and len(text) < 10 and int(text) < size and size > 1:
+    elif classes and text.isdecimal():  # always a class: with one class, a vector of one number is written 0.5 or 1.0
+        if len(text) > 9 or int(text) >= size:
+            raise UsageError(f"--context: got {text!r}, needs {known}")
         row = np.eye(size)[int(text)]
     else:
         try:
@@ -292,24 +329,25 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
             raise UsageError(f"--context: got {text!r}, needs {known}") from None
         if row.shape != (size,) or not (np.abs(row) <= FLOAT_MAX).all():
             raise UsageError(f"--context: got {text!r}, needs {known}")
-    return np.tile(row.astype(np.float32), (len(samples), 1))
+    return np.tile(row.astype(np.float32).reshape(shape), (len(samples), *(1 for _ in shape)))
 
 
 def check_draw(
     metadata: dict[str, Any], samples: np.ndarray, context: np.ndarray | None, seed: int, guidance: float
 ) -> None:
     """Raise UsageError for values that onnxruntime would take silently."""
-    samples, needed = np.asarray(samples), (len(samples), metadata["n_cfeat"])
+    samples, shape = np.asarray(samples), condition_shape(metadata)
     if not len(samples) or samples[0] < 0 or (samples != samples[0] + np.arange(len(samples))).any():
         raise UsageError(f"samples: got {samples.tolist()[:9]}, needs consecutive numbers >= 0")
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed: got {seed}, needs 0..{2**63 - 1}")
     if not abs(guidance) <= FLOAT_MAX:
         raise UsageError(f"guidance: got {guidance}, needs a finite float32")
-    if (context is None) != (needed[1] == 0):
-        raise UsageError(f"context: got {'none' if context is None else 'one'}, this model has {needed[1]} classes")
-    if context is not None and context.shape != needed:
-        raise UsageError(f"context: got {list(context.shape)}, needs {list(needed)}")
+    if (context is None) != (shape is None):
+        needs = "none" if shape is None else f"[{len(samples)}, {', '.join(map(str, shape))}]"
+        raise UsageError(f"context: got {'none' if context is None else 'one'}, this model needs {needs}")
+    if context is not None and context.shape != (len(samples), *shape):
+        raise UsageError(f"context: got {list(context.shape)}, needs {[len(samples), *shape]}")
     if context is not None and not (np.abs(context) <= FLOAT_MAX).all():
         raise UsageError("context: got NaN, infinite or huge values, needs finite float32")
 
@@ -509,7 +547,7 @@ def sample(given: argparse.Namespace) -> None:
     if given.npy is not None:
         _write(given.npy, ".npy", lambda path: np.save(path, images))
     if given.out is not None:
-        columns = given.columns or (metadata["n_cfeat"] if given.context == "all" else None)
+        columns = given.columns or (condition_shape(metadata)[0] if given.context == "all" else None)
         picture = grid(images, columns)
         _write(given.out, ".png", lambda path: picture.save(path, format="PNG"))
 

@@ -20,7 +20,7 @@ from bench.gpu.record import FAILED as PART_FAILED
 from bench.gpu.record import Content, Record, verdict
 from bench.measure import one_line
 from bench.registry import expression_of, matching
-from ddpm.command_line import FAILED
+from ddpm.command_line import FAILED, debugging
 from ddpm.files import read_json
 
 BUDGET_SECONDS = 500.0  # nine minutes less 40 s to start, to end and for what may overrun
@@ -40,10 +40,15 @@ class Part:
 
 
 def in_child(part: str, out: Path, seconds: float, pattern: str = "") -> None:
-    """`python -m bench.gpu` for a part that measures here; a process that died is a failure in its record."""
+    """`python -m bench.gpu` for a part that measures here; a process that died is a failure in its record.
+
+    Under --debug its output is shown, with the tracebacks of what failed in it.
+    """
     until = time.time() + seconds
     command = [sys.executable, "-m", "bench.gpu", part, str(out), str(until), pattern]
     done = process.run(command, seconds + GRACE_SECONDS)
+    if debugging():
+        sys.stderr.write(done.output)
     if done.code != 0:
         record = Record.resume(out, part)
         record.content["output"] = done.tail(40)

@@ -98,8 +98,9 @@ def run_kernels(
                     record.add({"size": size} | beside_static(measured, dtype, known))
                 except Exception as error:  # the others are measured all the same
                     head = {"size": size, "kernel": workload.name, "dtype": str(dtype).removeprefix("torch.")}
-                    record.add(head | {"failed": one_line(error)})
-                    print(f"{workload.name} {LABELS[dtype]}: {one_line(error)}", file=sys.stderr)
+                    reason = one_line(error)
+                    record.add(head | {"failed": reason})
+                    print(f"{workload.name} {LABELS[dtype]}: {reason}", file=sys.stderr)
             bar.update(done)
     record.finish()
     return record.content

@@ -83,7 +83,7 @@ def run_trace(
     dtype: torch.dtype = TYPE,
 ) -> Content:
     """Profile a trajectory of each engine at each batch size, into out/profile.json and out/trace.json.gz."""
-    record = Record.start(out, "profile", seconds, device, dtype=str(dtype).removeprefix("torch."))
+    record = Record.start(out, "profile", seconds, device, seed=cuda.SEED, dtype=str(dtype).removeprefix("torch."))
     calls: dict[str, Callable[[], Any]] = {}
     for engine in engines:
         for batch in batches:

@@ -27,13 +27,22 @@ class Record:
 
     @classmethod
     def start(
-        cls, out: Path, part: str, seconds: float, device: torch.device, pattern: str = "", **facts: Any
+        cls,
+        out: Path,
+        part: str,
+        seconds: float,
+        device: torch.device,
+        pattern: str = "",
+        *,
+        seed: int | None = None,
+        **facts: Any,
     ) -> "Record":
-        """A new file that says it is not complete. facts: more keys."""
+        """A new file that says it is not complete. seed: of what is measured, if it has one. facts: more keys."""
         made = store.content_of(
             [],
             describe(device),
             {},
+            seed=seed,
             suite=part,
             quick=False,
             filter=pattern,

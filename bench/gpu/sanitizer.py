@@ -16,6 +16,7 @@ import torch
 
 from bench.gpu import process
 from bench.gpu.record import Content, Record
+from bench.kernels import SEED
 
 RUNS = (("memcheck", True), ("memcheck", False), ("racecheck", False))  # tool, whether with the planted error
 # 86: of the tool when it found something, and no other program's.
@@ -51,7 +52,7 @@ def errors_in(output: str) -> int | None:
 def run_sanitizer(out: Path, device: torch.device, seconds: float, program: Sequence[str] = PROGRAM) -> Content:
     """Run the program alone, then under all tools at a time, into out/sanitizer.json."""
     until = monotonic() + seconds
-    record = Record.start(out, "sanitizer", seconds, device)
+    record = Record.start(out, "sanitizer", seconds, device, seed=SEED)
     tool = located("compute-sanitizer")
     if tool is None:
         record.skip("compute-sanitizer", "it is not on this machine")

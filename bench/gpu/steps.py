@@ -149,7 +149,7 @@ def run_step(
     First our engines on all rows, then their whole trajectories, then max-autotune.
     """
     clock = Clock(seconds)
-    record = Record.start(out, "step", seconds, device, pattern, tf32=False, trajectories={})
+    record = Record.start(out, "step", seconds, device, pattern, seed=cuda.SEED, tf32=False, trajectories={})
     record.content["product_flops_per_s"] = matrix_ceiling(device)
     _peers(record)
     found = [w for w in cuda.workloads(False, device, rows) if re.search(pattern, w.name)]
@@ -169,7 +169,7 @@ def run_training(
 ) -> Content:
     """Training steps whose name matches, into out/training.json."""
     clock = Clock(seconds, TRAINING_BUILD_SECONDS)
-    record = Record.start(out, "training", seconds, device, pattern, tf32=False)
+    record = Record.start(out, "training", seconds, device, pattern, seed=training.SEED, tf32=False)
     record.content["product_flops_per_s"] = matrix_ceiling(device)
     for workload in training.cuda_workloads(batch):
         if re.search(pattern, workload.name):

@@ -16,31 +16,42 @@ from bench.machine import ROOT, describe
 from bench.measure import matrix_ceiling, measure
 from bench.memory import BATCH, sampling_memory
 from bench.run import merged, run_child
-from ddpm import load_run, make_table
+from ddpm import load_run
 from ddpm.command_line import FAILED
+from ddpm.commands.drawing import Solver, class_count, is_table_file, table_of
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import replacing, write_json
-from ddpm.inference import computed_in
-from ddpm.networks import ContextUnet
+from ddpm.fitting import training_data
+from ddpm.inference import FORMS, has_form
+from ddpm.networks import NETWORKS
+from ddpm.precision import computed_in
 from ddpm.progress import Bar
 
-ROUNDS = 5
+ROUNDS, STEPS = 5, 50
 MEMORY_ENGINES = ("eager", "fused")
 
 
-def _job(folder: Path, batch: int, guidance: float, steps: int) -> Job:
-    """Raises BadInput for what is no run of a ContextUnet, or guidance without classes."""
+def _job(
+    folder: Path, batch: int, guidance: float, steps: int | None = None, solver: str | None = None
+) -> tuple[Job, dict[str, Any]]:
+    """(what every rung has to do, its sampling options).
+
+    Raises BadInput for a run whose network has no inference form, or guidance without classes.
+    """
     run = load_run(folder)
-    if not isinstance(run.model, ContextUnet):
-        kind = run.config["model"]["kind"]
-        raise BadInput(f"{folder}: is a run of a {kind}, needs a context_unet (nothing else has an inference form)")
+    if not has_form(run.model):
+        names = ", ".join(name for name, kind in NETWORKS.items() if kind in FORMS)
+        raise BadInput(f"{folder}: is a run of {run.config['network']}, needs a network with a form ({names})")
     if not math.isfinite(guidance):
         raise BadInput(f"--guidance: got {guidance}, needs a finite number")
-    if guidance != 1.0 and not run.model.n_cfeat:
+    if guidance != 1.0 and not class_count(run):
         raise BadInput(f"--guidance: got {guidance:g} for a run without classes, needs 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if steps is None and not is_table_file(solver):
+        steps = STEPS
+    options, table = table_of(run, {"solver": solver, "steps": steps})
     run.model.to(device)
-    return Job(run, make_table(run.schedule, **(run.sampling | {"steps": steps})), batch, guidance, device)
+    return Job(run, table, batch, guidance, device), options
 
 
 def _timed_here(name: str, job: Job, rounds: int) -> store.Content:
@@ -56,6 +67,7 @@ def _timed_here(name: str, job: Job, rounds: int) -> store.Content:
         [{"process": 0} | record for record in records],
         describe(job.device),
         {},
+        seed=job.seed,
         suite="ladder",
         quick=False,
         filter=name,
@@ -88,11 +100,12 @@ def _memory(folder: Path, threads: int, processes: int, quiet: bool) -> dict[str
 
 
 def ladder(
-    run: Annotated[Path, typer.Argument(help="run folder of a ContextUnet")],
+    run: Annotated[Path, typer.Argument(help="folder of a run whose network has an inference form")],
     out: Annotated[Path, typer.Option(metavar="F.json", help="where the record goes")],
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 32,
     guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 2.0,
-    steps: Annotated[int, typer.Option(help="1..T, of the run's solver")] = 50,
+    solver: Solver = None,
+    steps: Annotated[int | None, typer.Option(help=f"1..T [{STEPS}, or the table's]")] = None,
     processes: Annotated[int, typer.Option(min=1, help="fresh processes per rung")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="per process")] = ROUNDS,
     data: Annotated[Path | None, typer.Option(help="the training data: also evaluate fp32 and bf16")] = None,
@@ -106,12 +119,13 @@ def ladder(
     for option, path in (("--out", out), ("--plot", picture)):
         if path is not None and (not path.parent.is_dir() or path.is_dir()):
             raise BadInput(f"{option}: {path} cannot be written, needs a file in a folder that exists")
-    job = _job(run, batch, guidance, steps)
+    job, options = _job(run, batch, guidance, steps, solver)
     if rung is not None:
         content = _timed_here(rung, job, rounds)
         write_json(out, content)
         return 0 if content["parity"] and not content["failed"] else FAILED
-    dataset = None if data is None else quality.training_data(job, data, labels)
+    moved = None if labels is None else str(labels)
+    dataset = None if data is None else training_data(job.run, str(data), moved)
     lacks = {name: found.missing(job.device) for name, found in RUNGS.items()}
     names = [name for name, lack in lacks.items() if lack is None]
     threads = torch.get_num_threads()
@@ -119,7 +133,7 @@ def ladder(
     judged = quality.judge(names, job, quiet)
     evaluation = {}
     if dataset is not None:
-        total = sum(name in names for name, _ in quality.JUDGED.values()) * -(-n // batch) * steps
+        total = sum(name in names for name, _ in quality.JUDGED.values()) * -(-n // batch) * len(job.table)
         with Bar("evaluate", total, "steps/s", quiet=quiet) as bar:
             evaluation = quality.evaluated(names, job, dataset, n, bar.update)
     sound = [name for name in names if judged[name]["parity"]]
@@ -127,11 +141,15 @@ def ladder(
         raise WorkFailed("every rung lost parity with eager over the whole trajectory, there is nothing to time")
     # Children run in the checkout's root.
     arguments = [str(run.resolve()), "--batch", str(batch), "--guidance", str(guidance)]
-    arguments += ["--steps", str(steps), "--rounds", str(rounds)]
+    arguments += ["--rounds", str(rounds)]
+    if is_table_file(solver):
+        arguments += ["--solver", str(Path(solver).resolve())]
+    else:
+        arguments += ["--solver", options["solver"], "--steps", str(options["steps"])]
     content = _timed([name for name in sound if name != EAGER], processes, arguments, threads, quiet)
     content |= {
-        "sampling": job.run.sampling | {"steps": steps, "guidance": guidance, "batch": batch},
-        "timed_steps": min(TIMED_STEPS, steps),
+        "sampling": options | {"guidance": guidance, "batch": batch},
+        "timed_steps": min(TIMED_STEPS, len(job.table)),
         "bfloat16_in_hardware": computed_in(torch.bfloat16, job.device) == torch.bfloat16,
         "rungs": {name: found.adds for name, found in RUNGS.items()},
         "left_out": {name: lack for name, lack in lacks.items() if lack is not None},

@@ -1,19 +1,19 @@
 """What a rung does to the pictures: the whole trajectory beside eager's and beside a float64 run."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from math import log10
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.ladder.rungs import EAGER, RUNGS, Job
-from bench.suites.networks import PARITY, distance
-from ddpm import evaluation, fitting
+from bench.suites.networks import PARITY
+from ddpm import evaluation
+from ddpm.commands.drawing import class_count, cycled_classes
 from ddpm.data import Dataset
-from ddpm.errors import BadInput
+from ddpm.metrics import distance, psnr
 from ddpm.progress import Bar
 
 # Of the fp32 rungs on trained weights: DESIGN's bound beside eager's own distance from a float64 run.
@@ -22,29 +22,28 @@ TIMES_EAGER, SLACK = 4.0, 1e-6
 JUDGED = {"fp32": ("compile", 0), "fp32, another seed": ("compile", 1), "bf16": ("bf16", 0)}
 
 
-def psnr(actual: Tensor, expected: Tensor) -> float | None:
-    """Peak signal to noise in dB of pictures in [-1, 1], clamped; None where they are equal."""
-    error = float((actual.clamp(-1, 1).double() - expected.clamp(-1, 1).double()).square().mean())
-    return 10 * log10(4 / error) if error > 0 else None
+def _finite(value: float) -> float | None:
+    """For a record: JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def judge(names: list[str], job: Job, quiet: bool = False) -> dict[str, dict[str, Any]]:
     """rung -> {"to_eager", "to_float64", "psnr_db", "tolerance", "parity"} after the whole trajectory.
 
+    Distances of pictures that are not finite are None. psnr_db is None where pictures are equal.
     fp32 rungs must stay within the smaller of 1e-4 and four times eager's own distance from float64 plus 1e-6. For
     lower types there is no such bound (tolerance None): their timed steps have one, their pictures `evaluated`.
     """
     steps, found = len(job.table), {}
     with Bar("quality", steps * (len(names) + 1), "steps/s", quiet=quiet) as bar:
 
-        def whole(name: str, position: int, state: torch.dtype = torch.float32) -> Tensor:
+        def whole(name: str, position: int, exact: bool = False) -> Tensor:
             def callback(step: int, _: Tensor) -> None:
-                label = name if state == torch.float32 else f"{name} in float64"
-                bar.update(position * steps + step + 1, label)
+                bar.update(position * steps + step + 1, f"{name} in float64" if exact else name)
 
-            return job.call(RUNGS[name], job.table, state=state, callback=callback)()
+            return job.call(RUNGS[name], job.table, exact=exact, callback=callback)()
 
-        exact = whole(EAGER, 0, torch.float64)
+        exact = whole(EAGER, 0, exact=True)
         eager = whole(EAGER, 1)
         own = distance(eager, exact)
         for position, name in enumerate(names, start=1):
@@ -53,25 +52,13 @@ def judge(names: list[str], job: Job, quiet: bool = False) -> dict[str, dict[str
             tolerance = min(PARITY[torch.float32], TIMES_EAGER * own + SLACK) if fp32 else None
             to_eager = distance(images, eager)
             found[name] = {
-                "to_eager": to_eager,
-                "to_float64": distance(images, exact),
-                "psnr_db": psnr(images, eager),
+                "to_eager": _finite(to_eager),
+                "to_float64": _finite(distance(images, exact)),
+                "psnr_db": _finite(psnr(images, eager)),
                 "tolerance": tolerance,
-                "parity": bool(images.isfinite().all()) and (tolerance is None or to_eager <= tolerance),
+                "parity": math.isfinite(to_eager) and (tolerance is None or to_eager <= tolerance),
             }
     return found
-
-
-def training_data(job: Job, data: Path, labels: Path | None) -> Dataset:
-    """The data of a run. Raises BadInput if it is other data."""
-    run = job.run
-    if not isinstance(run.config.get("training"), dict):
-        raise BadInput(f"{run.folder}: an imported run knows no training data to compare with, needs no --data")
-    moved = {"data": str(data), "labels": None if labels is None else str(labels)}
-    dataset = replace(fitting.resumed_options(run.folder, {}), **moved).load_data()
-    if dataset.digest() != run.config["data"]["digest"]:
-        raise BadInput(f"{run.folder}: was trained on other data than {data}, needs the same (--data, --labels)")
-    return dataset
 
 
 def evaluated(
@@ -97,6 +84,6 @@ def evaluated(
             seeded.call(RUNGS[name], job.table, first_sample=chunk * job.batch, callback=callback)()
             for chunk in range(chunks)
         ]
-        classes = torch.arange(n) % job.run.model.n_cfeat if job.run.model.n_cfeat else None
+        classes = cycled_classes(job.run, 0, n) if class_count(job.run) else None
         found[label] = evaluation.evaluate(torch.cat(drawn)[:n].cpu(), dataset, classes).asdict()
     return found

@@ -31,8 +31,11 @@ class Row:
     def cells(self) -> list[str]:
         """As HEADINGS."""
         quality = self.quality
-        errors = [f"{quality[key]:.1e}" for key in ("to_eager", "to_float64")]
-        picture = "the same" if quality["psnr_db"] is None else f"{quality['psnr_db']:.0f} dB"
+        distances = [quality[key] for key in ("to_eager", "to_float64")]
+        errors = ["not finite" if value is None else f"{value:.1e}" for value in distances]
+        picture = "" if None in distances else "the same"
+        if quality["psnr_db"] is not None:
+            picture = f"{quality['psnr_db']:.0f} dB"
         if self.milliseconds is None:
             return [self.name, self.wrong, "", *errors, picture]
         ratio = "1" if self.ratio is None else self.ratio.text()
@@ -135,7 +138,7 @@ def plot(content: store.Content, path: Path) -> None:
     times.set_xlim(left=0)
     times.set_xlabel(f"ms per step, batch {content['sampling']['batch']}, guidance {content['sampling']['guidance']:g}")
     for key, marker, label in (("to_float64", "o", "to a float64 run"), ("to_eager", "x", "to eager")):
-        shown = [(row.quality[key], place) for place, row in zip(places, rows, strict=True) if row.quality[key] > 0]
+        shown = [(row.quality[key], place) for place, row in zip(places, rows, strict=True) if row.quality[key]]
         errors.plot(*zip(*shown, strict=True), marker, color="tab:orange" if marker == "o" else "0.2", label=label)
     errors.set_xscale("log")
     errors.set_xlabel("distance after the whole trajectory")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from bench.measure import convolution_ceiling
 from bench.timing import synchronize
 from ddpm.progress import Bar
 
@@ -15,11 +15,6 @@ ROUNDS = 8
 # cannot.
 CACHED_BYTES, LARGE_BYTES = 4 * 2**20, {"cpu": 256 * 2**20, "cuda": 2**30}
 MATRIX_SIDES = {"cpu": (768, 1536), "cuda": (4096, 8192)}
-# (batch, channels, side) of 3x3 convolutions, channels to channels, around those of a ContextUnet.
-CONVOLUTIONS = {
-    "cpu": ((32, 64, 16), (32, 128, 16), (16, 256, 16), (8, 128, 32)),
-    "cuda": ((256, 64, 16), (256, 128, 16), (256, 256, 16), (64, 128, 64)),
-}
 
 
 def _best_seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> float:
@@ -43,7 +38,8 @@ def measure(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> d
     """Best rates of the device: bytes/s of a copy (read + written), flop/s of a matrix product and a convolution.
 
     Returns: {"copy_gb_per_s", "cached_copy_gb_per_s", "matmul_gflop_per_s", "conv_gflop_per_s"} and the sizes that
-    won, in dtype; the best of `rounds`, because everything that disturbs only makes slower.
+    won, in dtype but for the convolution, which is that of `bench.measure`; the best of `rounds`, because everything
+    that disturbs only makes slower.
     """
     kind = device.type
     cases: list[tuple[str, str, float, Callable[[], Any]]] = []
@@ -59,16 +55,14 @@ def measure(device: torch.device, dtype: torch.dtype, rounds: int = ROUNDS) -> d
     for side in MATRIX_SIDES[kind]:
         a, b = normal(side, side), normal(side, side)
         cases.append(("matmul_gflop_per_s", f"{side}x{side}", 2 * side**3, lambda a=a, b=b: a @ b))
-    for n, channels, side in CONVOLUTIONS[kind]:
-        x, weight = normal(n, channels, side, side), normal(channels, channels, 3, 3)
-        flops = 2 * n * side**2 * channels**2 * 9
-        what = f"[{n}, {channels}, {side}, {side}] 3x3"
-        cases.append(("conv_gflop_per_s", what, flops, lambda x=x, w=weight: F.conv2d(x, w, padding=1)))
     best: dict[str, Any] = {}
-    with Bar("ceilings", len(cases), "cases/s") as bar, torch.no_grad():
+    with Bar("ceilings", len(cases) + 1, "cases/s") as bar, torch.no_grad():
         for done, (name, what, amount, call) in enumerate(cases, start=1):
             rate = amount / _best_seconds(call, device, rounds) / 1e9
             if rate > best.get(name, 0.0):
                 best |= {name: round(rate, 2), f"{name.split('_g')[0]}_at": what}
             bar.update(done)
+        convolution = convolution_ceiling(device, rounds)
+        best |= {"conv_gflop_per_s": round(convolution.flops_per_s / 1e9, 2), "conv_at": convolution.at}
+        bar.update(len(cases) + 1)
     return best

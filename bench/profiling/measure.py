@@ -20,14 +20,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.profiling import trace as traces
 from bench.profiling.ranges import GAPS, OTHER, PARTS, STEP, WARM_UP, RangedNoise, module_ranges
 from bench.timing import synchronize
-from ddpm.engines.eager import EagerEngine
-from ddpm.engines.fused import FusedEngine
 from ddpm.errors import WorkFailed
-from ddpm.noise import PhiloxNoise
+from ddpm.inference import device_of, kept_form
+from ddpm.networks import sample_shape
+from ddpm.noise import Noise, PhiloxNoise
 from ddpm.progress import Bar
-from ddpm.sampling import evaluating
 from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import StepTable
+from ddpm.table import StepTable
+from ddpm.trajectory import Trajectory
 from kernels.philox import Stream
 
 # Steps before anything is timed, and steps that the profiler sees: five keep trace.json below 5 MB.
@@ -43,23 +43,34 @@ class _Enough(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """An engine with the arguments of one trajectory: x_T [n, *shape], samples [n], context [n, n_cfeat] or None."""
+    """A trajectory with the arguments of a call: x_T [n, *shape], context [n, ...] or None.
 
-    engine: Any
-    model: nn.Module
-    device: torch.device
+    named: what is called module by module, or None: compiled and captured code is not.
+    """
+
+    trajectory: Trajectory
     x: Tensor
-    samples: Tensor
     context: Tensor | None
     guidance: float
-    noise: Callable[..., Tensor]
-    steps: int
+    seed: int
+    named: nn.Module | None
     build_ms: float
 
-    def run(self, callback: Callable[[int, Tensor], None], noise: Callable[..., Tensor] | None = None) -> None:
-        """One trajectory from x_T; a callback that raises _Enough ends it."""
+    @property
+    def device(self) -> torch.device:
+        return self.trajectory.device
+
+    @property
+    def steps(self) -> int:
+        """Rows of the table."""
+        return len(self.trajectory.table)
+
+    def run(self, callback: Callable[[int, Tensor], None], noise: Noise | None = None) -> None:
+        """From x_T; a callback that raises _Enough ends it."""
+        n = len(self.x)
+        more = {"batch_size": n, "noise": noise, "x_T": self.x, "callback": callback}
         with suppress(_Enough):
-            self.engine(self.x.clone(), self.samples, self.context, self.guidance, noise or self.noise, callback)
+            self.trajectory(n, self.context, self.guidance, self.seed, **more)
 
 
 def make_sampler(
@@ -70,22 +81,28 @@ def make_sampler(
     context: Tensor | None,
     guidance: float,
     seed: int,
-    kind: Callable[..., Any],
+    engine: str,
 ) -> Sampler:
-    """Build an engine of this kind as `ddpm.sampling.sample` does, on the model's device, in float32.
+    """A trajectory as `ddpm.sampling.sample` prepares it, on the model's device, in float32.
 
-    kind: a class of `ddpm.engines.ENGINES`. context: float32 [batch, n_cfeat] or None.
+    engine: a name in `ddpm.engines.ENGINES`. context: float32 [batch, ...] or None.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     began = time.perf_counter()
-    built = kind(model, schedule.timesteps, table, torch.float32)
+    prepared = Trajectory(model, schedule, table, engine=engine, guided=guidance != 1.0, form=kept_form)
     synchronize(device)
     build_ms = (time.perf_counter() - began) * 1e3
-    noise = PhiloxNoise(seed)
-    samples = torch.arange(batch, device=device)
-    x = noise(samples, 0, Stream.INITIAL, tuple(model.sample_shape))
+    x = PhiloxNoise(seed)(torch.arange(batch, device=device), 0, Stream.INITIAL, sample_shape(model))
     context = None if context is None else context.to(device)
-    return Sampler(built, model, device, x, samples, context, guidance, noise, len(table), build_ms)
+    return Sampler(prepared, x, context, guidance, seed, _named(model, engine), build_ms)
+
+
+def _named(model: nn.Module, engine: str) -> nn.Module | None:
+    """What this engine calls: hooks are not for compiled or captured code."""
+    if engine == "fused":
+        form = kept_form(model, torch.float32)
+        return model if form.live else form
+    return model if engine == "eager" else None
 
 
 class _Clock:
@@ -236,12 +253,10 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
                 raise _Enough
             enter(i + 1)
 
-        noise = sampler.noise
-        # Not the engines derived from them: hooks are not for compiled or captured code.
-        if type(sampler.engine) in (EagerEngine, FusedEngine):
-            fused = type(sampler.engine) is FusedEngine
-            running.enter_context(module_ranges(sampler.engine.form if fused else sampler.model))
-            noise = RangedNoise(noise.seed)
+        noise = None
+        if sampler.named is not None:
+            running.enter_context(module_ranges(sampler.named))
+            noise = RangedNoise(sampler.seed)
         enter(0)
         sampler.run(callback, noise)
     with tempfile.TemporaryDirectory() as folder:
@@ -326,10 +341,9 @@ def _parts_of(calls: list[traces.Call]) -> list[str]:
 
 def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures, trace) of a sampler: `latency`, then `breakdown` of a few profiled steps."""
-    with evaluating(sampler.model):
-        timed = latency(sampler, trajectories)
-        peak = peak_bytes(sampler.device)  # before the profiler adds its own
-        trace, wall_ms = profiled(sampler)
+    timed = latency(sampler, trajectories)
+    peak = peak_bytes(sampler.device)  # before the profiler adds its own
+    trace, wall_ms = profiled(sampler)
     figures = breakdown(trace, wall_ms)
     operators = figures["operators"]
     whole = sum(row["ms"] for row in operators) or 1.0
@@ -347,7 +361,7 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
         "step_peak_bytes": max((held for _, held in figures["memory"]), default=None),
         "held_bytes": timed.pop("held_bytes"),
         "peak_bytes": peak,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in sampler.model.parameters()),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in sampler.trajectory.model.parameters()),
     }
     return {"latency": timed, **figures}, trace
 

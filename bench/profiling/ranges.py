@@ -19,9 +19,8 @@ STEP, WARM_UP = "step ", "warm-up "
 PARTS = ("encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise")
 OTHER, GAPS = "other", "gaps"
 
-# The first component of a module's path, without its number, of the networks in ddpm/networks.py and of the inference
-# form. What the root itself
-# does (gates, concatenations) happens around the up stages.
+# The first component of a module's path, without its number, of the networks in ddpm/networks/ and of the inference
+# form. What the root itself does (gates, concatenations) happens around the up stages.
 COMPONENTS = {
     "init_conv": "encoder",
     "down": "encoder",
@@ -39,12 +38,14 @@ COMPONENTS = {
     "downs": "encoder",
     "upsamplings": "decoder",
     "ups": "decoder",
-    "head_of_x": "head",
-    "head_of_skip": "head",
+    "bottleneck": "bottleneck",
+    "head": "head",
+    "normalisation": "head",
     "last": "head",
+    "embeddings": "embeddings",
     "": "decoder",
 }
-# Operators that the inference form calls by itself, between its modules.
+# Operators of the inference form, for compiled code, which has no modules.
 OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_relu": "head"}
 
 

@@ -24,16 +24,18 @@ from bench.suites.networks import (
     SEED,
     TIMESTEPS,
     contexts,
-    engine_error,
     forward_flops,
     network,
     step_bytes,
 )
-from ddpm import NoiseSchedule, make_table
-from ddpm.engines import ENGINES, missing
-from ddpm.kernel_form import KernelUnet
+from ddpm import NoiseSchedule, StepTable, Trajectory, make_table
+from ddpm.engines import missing
+from ddpm.inference import KERNELS as KERNELS_LAYOUT
+from ddpm.inference import Form, make_form
+from ddpm.metrics import engine_error
+from ddpm.networks import network_times
+from ddpm.networks.protocol import in_type, null_condition
 from ddpm.noise import PhiloxNoise
-from ddpm.solvers import StepTable
 from kernels import philox
 from kernels.backend import Cost
 from kernels.solver_step import guide, reference
@@ -74,6 +76,7 @@ ROWS = (
     Row("256x256-batch16", 16, side=256, steps=10),
 )
 CHUNK = 256  # images at a time of `ddpm.sample` at 16x16
+SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)
 
 
 class Step(nn.Module):
@@ -89,10 +92,12 @@ class Step(nn.Module):
         self.model = network(device, row.side).to(dtype, memory_format=torch.channels_last)
         self.guidance, self.dtype, self.clip = row.guidance, dtype, table.clip
         if row.guidance != 1.0:
-            context = torch.cat((context, torch.zeros_like(context)))
+            context = torch.cat((context, null_condition(self.model, context)))
         self.register_buffer("context", context.to(dtype))
         self.register_buffer("samples", samples)
         self.register_buffer("table", table.rows(device))
+        times = network_times(self.model, table.timesteps, TIMESTEPS)
+        self.register_buffer("times", in_type(times, dtype).to(device))
         self.register_buffer("seed", torch.full((), SEED, device=device))
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ class Step(nn.Module):
         row = self.table.index_select(0, index)[0]
         inputs = x.to(self.dtype)
         inputs = inputs if self.guidance == 1.0 else torch.cat((inputs, inputs))
-        t = (row[7] / TIMESTEPS).to(self.dtype).expand(inputs.shape[0])
+        t = self.times.index_select(0, index).expand(inputs.shape[0])
         m = self.model(inputs, t, self.context).to(x.dtype)
         if self.guidance != 1.0:
             m = guide(*m.chunk(2), self.guidance)
@@ -116,10 +121,15 @@ def compiled(step: Step) -> Callable[[Tensor, Tensor], Tensor]:
 
 def _setting(row: Row, device: torch.device, steps: int) -> tuple[StepTable, Tensor, Tensor, Tensor]:
     """(table, sample indices, context, x_T)."""
-    table = make_table(NoiseSchedule.make("linear", TIMESTEPS), "ddpm", steps)
+    table = make_table(SCHEDULE, "ddpm", steps)
     samples = torch.arange(row.batch, device=device)
     x = PhiloxNoise(SEED)(samples, 0, philox.Stream.INITIAL, (CHANNELS, row.side, row.side))
     return table, samples, contexts(row.batch, device), x
+
+
+def kernels_form(model: nn.Module, dtype: torch.dtype) -> Form:
+    """The form with one kernel per convolution."""
+    return make_form(model, dtype, KERNELS_LAYOUT)
 
 
 def trajectory(
@@ -132,18 +142,15 @@ def trajectory(
     tf32: bool = False,
 ) -> Callable[[], Tensor]:
     """A call that samples with an engine or KERNELS, `chunk` images at a time [all]. tf32: of convolutions."""
-    table, samples, context, x = _setting(row, device, steps)
-    model = network(device, row.side)
+    table, _, context, x = _setting(row, device, steps)
+    model, kind, form = network(device, row.side), engine, make_form
     if engine == KERNELS:
-        built = ENGINES["graph"](model, TIMESTEPS, table, dtype, KernelUnet(model, dtype))
-    else:
-        built = ENGINES[engine](model, TIMESTEPS, table, dtype)
-    draw, size = PhiloxNoise(SEED), chunk or row.batch
+        kind, form = "graph", kernels_form
+    run = Trajectory(model, SCHEDULE, table, engine=kind, dtype=dtype, guided=row.guidance != 1.0, form=form)
 
     def call() -> Tensor:
-        with torch.no_grad(), full_precision(convolutions=not tf32):
-            pieces = zip(x.split(size), samples.split(size), context.split(size), strict=True)
-            return torch.cat([built(own.clone(), s, c, row.guidance, draw, None) for own, s, c in pieces])
+        with full_precision(convolutions=not tf32):
+            return run(row.batch, context, row.guidance, SEED, batch_size=chunk or row.batch, x_T=x)
 
     return call
 

@@ -18,40 +18,47 @@ from torch import Tensor
 from bench.registry import Bench, Candidate, Workload
 from bench.suites.networks import (
     CHANNELS,
-    N_CFEAT,
+    CLASSES,
     PARITY,
     SEED,
     SIDE,
     TIMESTEPS,
     contexts,
-    engine_error,
     forward_flops,
     network,
-    relative_l2,
     step_bytes,
 )
-from ddpm import NoiseSchedule, make_table, sample
-from ddpm.runs import Run, make_config
-from ddpm.solvers import StepTable
+from ddpm import NoiseSchedule, Run, StepTable, Trajectory, make_table
+from ddpm.metrics import CALL_TOLERANCE, distance, engine_error, relative_l2
+from ddpm.networks import network_times
+from ddpm.networks.protocol import in_type
+from ddpm.runs import make_config
 from export import models, run
 from export.precision import in_precision
+from export.traced import Traced, trace
 from kernels.backend import Cost
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1,)
 SAMPLERS, QUICK_SAMPLERS = ((20, 8),), ((4, 2),)  # ddpm steps, images
-DENOISER_TOLERANCE = 1e-5
 INT8_TOLERANCE = 0.15  # relative L2, of random weights; a trained run is judged by `ddpm-export onnx`
 # The threads of OpenMP (PyTorch) and of onnxruntime spin after a call, on the time of what is measured next: libgomp's
 # 300,000 pauses last 17 ms on this kind of processor. int8 at batch 32 took 26.6 ms without a rest, 25.9 alone.
 REST_S = 0.05
-METADATA = {"channels": CHANNELS, "height": SIDE, "width": SIDE, "n_cfeat": N_CFEAT, "noise": "philox"}
+METADATA = {
+    "format_version": run.FORMAT_VERSION,
+    "channels": CHANNELS,
+    "height": SIDE,
+    "width": SIDE,
+    "condition_shape": [CLASSES],
+    "noise": "philox",
+}
 
 
 @cache
-def _network_graph(precision: str) -> onnx.ModelProto:
+def _traced(precision: str) -> Traced:
     model, schedule = network(torch.device("cpu")), NoiseSchedule.make("linear", TIMESTEPS)
     opened = Run(Path(), make_config(model, schedule, "eps", sampling={"clip": 1.0}), model, schedule)
-    return in_precision(models.network_graph(model), precision, opened)
+    return in_precision(trace(model), precision, opened)
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
@@ -64,7 +71,7 @@ def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 def _denoiser(precision: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     model = network(torch.device("cpu"))
-    session = _session(models.denoiser(model, _network_graph(precision), "{}"))
+    session = _session(models.denoiser(model, _traced(precision), "{}"))
 
     def call(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         feeds = {"x": x.numpy(), "t": t.numpy(), "context": context.numpy()}
@@ -77,17 +84,18 @@ def _build_denoiser(batch: int, device: torch.device) -> Bench:
     model = network(device)
     generator = torch.Generator().manual_seed(SEED)
     x = torch.randn(batch, CHANNELS, SIDE, SIDE, generator=generator)
-    inputs = (x, torch.rand(batch, generator=generator).clamp(min=1 / TIMESTEPS), contexts(batch, device))
+    steps = torch.randint(1, TIMESTEPS + 1, (batch,), generator=generator)
+    inputs = (x, in_type(network_times(model, steps, TIMESTEPS)), contexts(batch, device))
 
     @torch.inference_mode()
     def eager(*arguments: Tensor) -> Tensor:
         return model(*arguments)
 
     def exact(call: Callable[..., Tensor]) -> float:
-        return engine_error(call(*inputs), eager(*inputs), torch.float32)
+        return distance(call(*inputs), eager(*inputs))
 
     candidates = {
-        "onnx": Candidate(partial(_denoiser, "fp32"), exact, DENOISER_TOLERANCE),
+        "onnx": Candidate(partial(_denoiser, "fp32"), exact, CALL_TOLERANCE),
         "onnx-int8": Candidate(
             partial(_denoiser, "int8"), lambda call: relative_l2(call(*inputs), eager(*inputs)), INT8_TOLERANCE
         ),
@@ -98,22 +106,23 @@ def _build_denoiser(batch: int, device: torch.device) -> Bench:
 
 def _loop(table: StepTable, context: np.ndarray) -> Callable[[], Tensor]:
     """The loop that users write around denoiser.onnx."""
-    session = _session(models.denoiser(network(torch.device("cpu")), _network_graph("fp32"), "{}"))
+    model = network(torch.device("cpu"))
+    session = _session(models.denoiser(model, _traced("fp32"), "{}"))
     rows, samples = table.rows().numpy(), np.arange(len(context))
+    times = in_type(network_times(model, table.timesteps, TIMESTEPS)).numpy()
     shape = (CHANNELS, SIDE, SIDE)
 
     def call() -> Tensor:
         x = run.normals(SEED, samples, 0, 0, shape)
         x0 = np.zeros_like(x)
-        for c0, c1, c2, c3, c4, c5, c6, t in rows:
-            times = np.full(len(x), t / np.float32(TIMESTEPS), np.float32)
-            (m,) = session.run(["m"], {"x": x, "t": times, "context": context})
+        for time, (c0, c1, c2, c3, c4, c5, c6, step) in zip(times, rows, strict=True):
+            (m,) = session.run(["m"], {"x": x, "t": time.repeat(len(x)), "context": context})
             memory, x0 = x0, c0 * x + c1 * m
             if table.clip is not None:
                 x0 = x0.clip(-table.clip, table.clip)
             x = c2 * x + c3 * x0 + c4 * m + c5 * memory
             if c6 != 0:
-                x = x + c6 * run.normals(SEED, samples, int(t), 1, shape)
+                x = x + c6 * run.normals(SEED, samples, int(step), 1, shape)
         return torch.from_numpy(x)
 
     return call
@@ -121,16 +130,15 @@ def _loop(table: StepTable, context: np.ndarray) -> Callable[[], Tensor]:
 
 def _sampler(table: StepTable, context: np.ndarray) -> Callable[[], Tensor]:
     model = network(torch.device("cpu"))
-    session = _session(models.sampler(model, _network_graph("fp32"), table, TIMESTEPS, "philox", "{}"))
+    session = _session(models.sampler(model, _traced("fp32"), table, TIMESTEPS, "philox", "{}"))
     samples = np.arange(len(context))
     return lambda: torch.from_numpy(run.draw(session, METADATA, samples, context, seed=SEED))
 
 
 def _build_sampler(steps: int, n: int, device: torch.device) -> Bench:
     model, schedule = network(device), NoiseSchedule.make("linear", TIMESTEPS)
-    context, options = contexts(n, device), {"solver": "ddpm", "steps": steps, "clip": 1.0}
-    table = make_table(schedule, **options)
-    eager = partial(sample, model, schedule, n, context=context, seed=SEED, engine="eager", **options)
+    context, table = contexts(n, device), make_table(schedule, "ddpm", steps, clip=1.0)
+    eager = partial(Trajectory(model, schedule, table, engine="eager"), n, context, seed=SEED)
     expected = cache(eager)
     candidates = {
         name: Candidate(

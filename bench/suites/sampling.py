@@ -1,4 +1,7 @@
-"""Suite `sampling`: whole runs of `ddpm.sample`, network, table and noise included, through every engine."""
+"""Suite `sampling`: whole runs of `ddpm.sample`, network, table and noise included, through every engine.
+
+`short` is one image in four steps, where what a call prepares weighs most.
+"""
 
 from functools import cache, partial
 
@@ -9,18 +12,19 @@ from bench.suites.networks import (
     PARITY,
     SEED,
     TIMESTEPS,
-    competitors,
     contexts,
-    engine_error,
     forward_flops,
     network,
     step_bytes,
 )
 from ddpm import NoiseSchedule, sample
+from ddpm.engines import competitors
+from ddpm.metrics import engine_error
 from kernels.backend import Cost
 
 SIZES = ((20, 64),)  # ddim steps, images
 QUICK_SIZES = ((5, 8),)
+SHORT = (4, 1)
 
 
 def _build(steps: int, n: int, device: torch.device) -> Bench:
@@ -45,7 +49,9 @@ def _build(steps: int, n: int, device: torch.device) -> Bench:
 
 def workloads(quick: bool) -> list[Workload]:
     """By steps and images."""
+    sizes = {"sampling": QUICK_SIZES if quick else SIZES, "sampling/short": (SHORT,)}
     return [
-        Workload(f"sampling/ddim{steps}/n{n}", "sampling", partial(_build, steps, n))
-        for steps, n in (QUICK_SIZES if quick else SIZES)
+        Workload(f"{head}/ddim{steps}/n{n}", "sampling", partial(_build, steps, n))
+        for head, some in sizes.items()
+        for steps, n in some
     ]

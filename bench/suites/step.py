@@ -13,19 +13,18 @@ from bench.suites.networks import (
     PARITY,
     SEED,
     TIMESTEPS,
-    competitors,
     contexts,
-    engine_error,
     forward_flops,
     network,
     step_bytes,
 )
 from bench.timing import Call
-from ddpm import NoiseSchedule, make_table
-from ddpm.engines import ENGINES
-from ddpm.inference import computed_in
+from ddpm import NoiseSchedule, Trajectory, make_table
+from ddpm.engines import competitors
+from ddpm.metrics import engine_error
+from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
-from ddpm.sampling import sample_shape
+from ddpm.precision import computed_in
 from kernels import philox
 from kernels.backend import Cost
 
@@ -38,20 +37,15 @@ QUICK_BATCHES = (1, 32)
 
 def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:
     model = network(device)
-    table = make_table(NoiseSchedule.make("linear", TIMESTEPS), "ddpm", STEPS)
-    draw = PhiloxNoise(SEED, torch.float32)
+    schedule = NoiseSchedule.make("linear", TIMESTEPS)
+    table, context = make_table(schedule, "ddpm", STEPS), contexts(batch, device)
     samples = torch.arange(batch, device=device)
-    context = contexts(batch, device)
-    x = draw(samples, 0, philox.Stream.INITIAL, sample_shape(model))
+    x = PhiloxNoise(SEED)(samples, 0, philox.Stream.INITIAL, sample_shape(model))
 
     def make(engine: str, kind: torch.dtype) -> Call:
-        built = ENGINES[engine](network(device), TIMESTEPS, table, kind)
-
-        def call() -> torch.Tensor:
-            with torch.no_grad():
-                return built(x.clone(), samples, context, guidance, draw, None)
-
-        return call
+        """Prepared here; a call runs the rows."""
+        run = Trajectory(network(device), schedule, table, engine=engine, dtype=kind, guided=guidance != 1.0)
+        return partial(run, batch, context, guidance, SEED, batch_size=batch, x_T=x)
 
     expected = cache(lambda: make("eager", torch.float32)())
     kind = computed_in(dtype, device)

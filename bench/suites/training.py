@@ -10,10 +10,11 @@ import torch
 
 from bench.goals import AUTOTUNE
 from bench.registry import Bench, Candidate, Workload
-from bench.suites.networks import CHANNELS, N_CFEAT, N_FEAT, SEED, SIDE, forward_flops
+from bench.suites.networks import CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward_flops
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import missing
+from ddpm.metrics import ENGINE_TOLERANCE
 from ddpm.training import ENGINES, TrainOptions
 from ddpm.training_engines import make_trainer
 from kernels.backend import Cost
@@ -23,7 +24,6 @@ EPOCHS = 10_000  # more steps than a benchmark will take
 PARITY_STEPS = 4
 # Rounding to bf16 moved the loss by 0.3% in the worst of four steps (batch 8, this network).
 BF16_TOLERANCE = 2e-2
-ENGINE_TOLERANCE = 1e-4  # the design's parity between engines in fp32
 BATCHES = (32, 100)
 QUICK_BATCHES = (8,)
 STEPS_AHEAD = 10  # on CUDA
@@ -35,7 +35,7 @@ class Step:
     def __init__(self, batch: int, precision: str, engine: str, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(SEED)
         images = torch.randint(0, 256, (IMAGES, CHANNELS, SIDE, SIDE), generator=generator, dtype=torch.uint8)
-        labels = torch.eye(N_CFEAT)[torch.arange(IMAGES) % N_CFEAT]
+        labels = torch.eye(CLASSES)[torch.arange(IMAGES) % CLASSES]
         dataset = Dataset("random", images, labels, tuple("abcde"))
         options = TrainOptions(
             data="random",

@@ -24,7 +24,7 @@ app.command("import")(import_weights)
 
 @app.callback()
 def _root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
-    """Train a ContextUnet diffusion model and sample it."""
+    """Train a diffusion network and sample it."""
 
 
 def keep_freed_memory() -> None:

@@ -8,20 +8,25 @@ import typer
 from torch import Tensor
 
 from ddpm import runs
+from ddpm.data import ALL
 from ddpm.distributed import World
+from ddpm.engines import ENGINES
 from ddpm.errors import BadInput
+from ddpm.networks import condition_shape, sample_shape
 from ddpm.progress import Bar
-from ddpm.sampling import chunk_size, sample
-from ddpm.solvers import StepTable, make_table
+from ddpm.sampling import sample
+from ddpm.solvers import SOLVERS, SPACINGS, make_table
+from ddpm.table import StepTable
+from ddpm.trajectory import chunk_size
 
-ALL = "all"
 # The options of `table_of`, as every command line that takes them says them.
-Solver = Annotated[str | None, typer.Option(help="ddpm, ddim or dpmpp_2m [the run's]")]
+Solver = Annotated[str | None, typer.Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
 Steps = Annotated[int | None, typer.Option(help="1..T [the run's]")]
 Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")]
 Variance = Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")]
 Clip = Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")]
-Spacing = Annotated[str | None, typer.Option(help="trailing, leading or linspace [the run's]")]
+Spacing = Annotated[str | None, typer.Option(help=f"{', '.join(SPACINGS)} [the run's]")]
+EngineName = Annotated[str, typer.Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,32 +40,78 @@ def check_output(path: Path | None, option: str, suffix: str) -> None:
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
 
 
+def is_table_file(solver: object) -> bool:
+    """Whether `--solver` names a stored table."""
+    return isinstance(solver, str) and solver.endswith(".json")
+
+
 def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], StepTable]:
-    """The run's sampling options, overridden where `asked` is not None (clip 0 = no clip), and their table."""
-    options = run.sampling | {name: value for name, value in asked.items() if value is not None}
-    options["clip"] = options["clip"] or None
-    return options, make_table(run.schedule, **options)
+    """(sampling options, their table) of a run, overridden where `asked` is not None (clip 0 = no clip).
+
+    A solver that ends in .json is a stored table, which has its own options. Raises BadInput if it is for other weights
+    or another schedule, ValueError for options that do not fit.
+    """
+    if not is_table_file(asked.get("solver")):
+        options = run.options(**asked)
+        if not options.get("clip"):
+            options.pop("clip", None)
+        return options, make_table(run.schedule, **options)
+    path = asked["solver"]
+    beside = {name: value for name, value in asked.items() if value is not None and name != "solver"}
+    if beside:
+        name, value = next(iter(beside.items()))
+        raise BadInput(f"--{name}: got {value} beside --solver {path}, a table that has its own, needs one of the two")
+    table = StepTable.load(path)
+    check_table(table, run, path)
+    return {"solver": table.solver, "steps": table.steps, "prediction": table.prediction, "clip": table.clip}, table
+
+
+def check_table(table: StepTable, run: runs.Run, path: str) -> None:
+    """Raise BadInput unless a stored table is for this run."""
+    prediction, own = run.config["prediction"], run.schedule.config()
+    if table.prediction != prediction:
+        raise BadInput(f"{path}: is for networks that predict {table.prediction}, {run.folder} predicts {prediction}")
+    schedule = table.made_for.get("schedule", own)
+    if schedule != own:
+        other = f"({_named(schedule)}), {run.folder} has ({_named(own)})"
+        raise BadInput(f"{path}: was made for another noise schedule {other}")
+    start = float(table.timesteps[0])
+    if start > run.schedule.timesteps:
+        raise BadInput(f"{path}: starts at timestep {start:g}, {run.folder} has {run.schedule.timesteps}")
+    if table.weights is not None and table.weights != run.digest():
+        raise BadInput(f"{path}: was learned for other weights than those of {run.folder}, needs a table for these")
+
+
+def _named(schedule: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in schedule.items() if value is not None)[:200]
+
+
+def class_count(run: runs.Run) -> int:
+    """How many classes `--context all` goes through; 0 for a run without classes."""
+    shape = condition_shape(run.model)
+    return shape[0] if shape is not None and len(shape) == 1 else 0
 
 
 def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int) -> Tensor | None:
-    """[n, n_cfeat] for `--context`; `all` gives global sample k the class k % n_cfeat."""
+    """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes."""
     if text is None:
         return None
-    if text == ALL and run.model.n_cfeat:
-        return torch.eye(run.model.n_cfeat)[cycled_classes(run, first_sample, n)]
-    return run.context(text).expand(n, -1)
+    count = class_count(run)
+    if text == ALL and count:
+        return torch.eye(count)[cycled_classes(run, first_sample, n)]
+    vector = run.context(text)
+    return vector.expand(n, *vector.shape)
 
 
 def cycled_classes(run: runs.Run, first_sample: int, n: int) -> Tensor:
     """The class of every sample under `--context all`: int64 [n]."""
-    return torch.arange(first_sample, first_sample + n) % run.model.n_cfeat
+    return torch.arange(first_sample, first_sample + n) % class_count(run)
 
 
 def draw(
     run: runs.Run,
     n: int,
     context: Tensor | None,
-    options: dict[str, Any],
     table: StepTable,
     world: World,
     *,
@@ -72,13 +123,13 @@ def draw(
 ) -> tuple[Tensor, list[Tensor]]:
     """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...].
 
-    options, table: as `table_of` returned them.
+    table: as `table_of` returned it.
     """
     if batch_size is not None and batch_size < 1:
         raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
     if precision not in PRECISIONS:
         raise BadInput(f"--precision: got {precision!r}, needs one of {', '.join(PRECISIONS)}")
-    shape = run.model.sample_shape
+    shape = sample_shape(run.model)
     part = world.share(n)
     count = part.stop - part.start
     batch_size = batch_size or chunk_size(shape)
@@ -88,7 +139,7 @@ def draw(
     done = 0
     total = steps * -(-count // batch_size)
     images = torch.zeros(0, *shape)
-    with Bar("sample", max(total, 1), "steps/s", quiet=not (world.is_main and count)) as bar:
+    with Bar("sample", total, "steps/s", quiet=not (world.is_main and count)) as bar:
 
         def callback(step: int, x0: Tensor) -> None:
             nonlocal done
@@ -113,7 +164,7 @@ def draw(
                 batch_size=batch_size,
                 dtype=PRECISIONS[precision],
                 callback=callback,
-                **options,
+                table=table,
                 **more,
             )
     return world.gather(images, n).cpu(), [torch.cat(parts) for parts in estimates] if keep else []

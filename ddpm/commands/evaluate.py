@@ -1,6 +1,5 @@
 """`ddpm evaluate`: how good the samples of a run are, beside what real data gets."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ddpm import evaluation, fitting, runs
-from ddpm.commands.drawing import ALL, Solver, Steps, check_output, contexts_of, cycled_classes, draw, table_of
+from ddpm.commands.drawing import (
+    ALL,
+    EngineName,
+    Solver,
+    Steps,
+    check_output,
+    class_count,
+    contexts_of,
+    cycled_classes,
+    draw,
+    table_of,
+)
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.files import write_json
@@ -25,7 +35,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")] = None,
     json: Annotated[Path | None, typer.Option(help="also write the figures to this file")] = None,
-    engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
+    engine: EngineName = "auto",
     precision: Annotated[str, typer.Option(help="of the network: fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -35,21 +45,13 @@ def evaluate(
     opened.model.to(pick_device(device))
     if n < 2:
         raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
-    moved = {name: value for name, value in (("data", data), ("labels", labels)) if value is not None}
-    if not isinstance(opened.config.get("training"), dict):
-        raise BadInput(f"{run / runs.CONFIG}: an imported run knows no training data to compare with")
-    dataset = replace(fitting.resumed_options(run, {}), **moved).load_data()
-    if dataset.digest() != opened.config["data"]["digest"]:
-        raise BadInput(
-            f"{run}: was trained on other data than {data or dataset.name}, needs the same (--data, --labels)"
-        )
+    dataset = fitting.training_data(opened, data, labels)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
-    conditional = bool(opened.model.n_cfeat)
+    conditional = bool(class_count(opened))
     images, _ = draw(
         opened,
         n,
         contexts_of(opened, ALL, 0, n) if conditional else None,
-        options,
         table,
         World(),
         guidance=guidance,

@@ -9,6 +9,7 @@ import typer
 from torch import Tensor
 
 from ddpm import runs
+from ddpm.data import check_class_names
 from ddpm.errors import BadInput
 from ddpm.networks import ContextUnet, load_context_unet_weights
 from ddpm.schedule import NoiseSchedule
@@ -32,6 +33,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _is_conditional(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("contextembed") for name in state)
+
+
 def import_weights(
     weights: Annotated[Path, typer.Argument(help="a ContextUnet state dict, .pth")],
     out: Annotated[Path, typer.Option(help="run folder to make")],
@@ -48,11 +53,13 @@ def import_weights(
     state = read_state_dict(weights)
     levels = sum(1 for name in state if name.startswith("down") and name.endswith("model.0.conv1.0.weight"))
     try:
+        sides = [side << levels for side in state["up0.0.weight"].shape[2:]]
         found = {
             "in_channels": state["init_conv.conv1.0.weight"].shape[1],
             "n_feat": state["init_conv.conv1.0.weight"].shape[0],
-            "n_cfeat": state["contextembed1.model.0.weight"].shape[1],
-            "height": state["up0.0.weight"].shape[2] << levels,
+            # An unconditional network has no embedding of a context.
+            "n_cfeat": state["contextembed1.model.0.weight"].shape[1] if _is_conditional(state) else 0,
+            "height": sides[0] if len(set(sides)) == 1 else sides,
         }
     except (KeyError, IndexError) as error:
         raise BadInput(f"{weights}: not a ContextUnet state dict (no usable {error})") from None
@@ -62,6 +69,7 @@ def import_weights(
     names = () if classes is None else tuple(classes.split(","))
     if names and len(names) != found["n_cfeat"]:
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
+    check_class_names(names, "--classes")
     schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
     runs.free_folder(out, overwrite)
     try:

@@ -11,12 +11,14 @@ from ddpm import pictures, runs
 from ddpm.commands.drawing import (
     ALL,
     Clip,
+    EngineName,
     Eta,
     Solver,
     Spacing,
     Steps,
     Variance,
     check_output,
+    class_count,
     contexts_of,
     draw,
     table_of,
@@ -24,6 +26,7 @@ from ddpm.commands.drawing import (
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.files import replacing
+from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
 from kernels import philox
 
@@ -48,7 +51,7 @@ def sample(
     first_sample: Annotated[int, typer.Option(help="global index of the first sample")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="samples at a time; changes nothing else")] = None,
     columns: Annotated[int | None, typer.Option(help="of the picture [square, or one per class]")] = None,
-    engine: Annotated[str, typer.Option(help="auto, eager, fused, compile or graph")] = "auto",
+    engine: EngineName = "auto",
     precision: Annotated[str, typer.Option(help="of the network: fp32, bf16 or fp16")] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -74,7 +77,6 @@ def sample(
             opened,
             n,
             contexts_of(opened, context, first_sample, n),
-            options,
             table,
             ranks,
             first_sample=first_sample,
@@ -89,12 +91,12 @@ def sample(
             return
     headers: tuple[str, ...] = ()
     if context == ALL:
-        columns = columns or opened.model.n_cfeat
-        if columns == opened.model.n_cfeat:
-            count = opened.model.n_cfeat
+        count = class_count(opened)
+        columns = columns or count
+        if columns == count:
             names = opened.classes or tuple(str(k) for k in range(count))
             headers = tuple(names[(first_sample + k) % count] for k in range(count))
-    caption = _caption(options, len(table), context, guidance, seed, first_sample)
+    caption = _caption(options, table.steps, context, guidance, seed, first_sample)
     if out is not None:
         pictures.save_png(out, pictures.render(images, columns, headers, caption))
     if npy is not None:
@@ -103,8 +105,8 @@ def sample(
     if gif is not None:
         samples = torch.arange(first_sample, first_sample + n)
         noise = PhiloxNoise(seed)
-        initial = noise(samples, 0, philox.Stream.INITIAL, opened.model.sample_shape)
-        alpha_bars = opened.schedule.alpha_bars[table.timesteps].tolist()
+        initial = noise(samples, 0, philox.Stream.INITIAL, sample_shape(opened.model))
+        alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps.tolist()]
         frames = pictures.trajectory(estimates, alpha_bars, initial)
         cell = pictures.GIF_CELL_PIXELS
         pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption, cell) for frame in frames])

@@ -10,6 +10,7 @@ import typer
 from ddpm import fitting, pictures, runs
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
+from ddpm.networks import NETWORKS
 from ddpm.training import TrainOptions
 
 DEFAULT = TrainOptions()
@@ -29,6 +30,7 @@ def train(
     labels: Annotated[str | None, typer.Option(help="labels.npy (one-hot or integer) or an idx file")] = None,
     image_size: Annotated[int | None, typer.Option(help="crop to the central square, resize to this side")] = None,
     classes: Annotated[str | None, typer.Option(help="names of the classes, comma-separated")] = None,
+    network: Annotated[str | None, typer.Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = DEFAULT.network,
     n_feat: Annotated[int, typer.Option(help="width of the network")] = DEFAULT.n_feat,
     schedule: Annotated[str, typer.Option(help="linear, quad, sigmoid, constant, cosine or context_unet")] = (
         DEFAULT.schedule

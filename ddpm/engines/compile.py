@@ -9,15 +9,18 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddpm.engines.engine import Callback, FormOf, engine
 from ddpm.engines.fused import Advance, Advanced, FusedEngine
-from ddpm.inference import InferenceUnet
+from ddpm.inference import make_form
+from ddpm.inference.form import Rows
 from ddpm.noise import Noise, PhiloxNoise
-from ddpm.solvers import StepTable
+from ddpm.table import StepTable
 from kernels import philox
 from kernels.solver_step import guide, reference
 
@@ -34,7 +37,6 @@ def compiler_missing() -> str | None:
     return None if shutil.which(compiler) else f"a C++ compiler, found no {compiler!r} (install g++ or set CXX)"
 
 
-@torch.compile(fullgraph=True)
 def _update(
     x: Tensor,
     m: Tensor,
@@ -58,6 +60,12 @@ def _update(
     return reference(x, m, row[:7].unbind(), z, previous, clip)
 
 
+@cache
+def _compiled_update() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Made at first use: torch.compile loads its compiler, 2.7 s of an import of 5."""
+    return torch.compile(_update, fullgraph=True)
+
+
 def batch_may_vary(*tensors: Tensor | None, dim: int = 0) -> None:
     """Tell torch.compile that a dimension changes between calls."""
     for tensor in tensors:
@@ -73,21 +81,31 @@ def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
     return [not guard.name.startswith(("self", "L['self']", "G[")) for guard in guards]
 
 
+@engine
 class CompileEngine(FusedEngine):
-    """Arguments as `EagerEngine`. A network's first call compiles it (tens of seconds) and logs how long that took."""
+    """A network's first call compiles it (tens of seconds) and logs how long that took."""
 
-    def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
-        super().__init__(model, timesteps, table, dtype)
-        # Kept with the network, as its inference form is. A function, not a module: it must not become a submodule.
+    name = "compile"
+
+    def __init__(
+        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
+    ) -> None:
+        super().__init__(model, count, table, dtype, form)
+        # Kept with the form, as its weights are. A function, not a module: it must not become a submodule.
         if not hasattr(self.form, "compiled"):
-            options = {"guard_filter_fn": _guards_of_arguments} if isinstance(self.form, InferenceUnet) else None
+            options = None if self.form.live else {"guard_filter_fn": _guards_of_arguments}
             self.form.compiled = torch.compile(self.form.forward, fullgraph=True, options=options)
 
-    def network(self, x: Tensor, at: tuple[Tensor, ...], rows: tuple[Tensor, ...] | None) -> Tensor:
+    @classmethod
+    def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
+        """As in `Engine`."""
+        return super().lacks(device, dtype, custom_noise) or (compiler_missing() if device.type == "cpu" else None)
+
+    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """The compiled form."""
         batch_may_vary(x)
         batch_may_vary(*(rows or ()), dim=1)
-        return self.form.compiled(x, at, rows)
+        return self.form.compiled(x, table_row, rows)
 
     def __call__(
         self,
@@ -96,9 +114,9 @@ class CompileEngine(FusedEngine):
         context: Tensor | None,
         guidance: float,
         noise: Noise,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """As `EagerEngine`."""
+        """As in `Engine`."""
         before, began = _seconds_compiling(), time.perf_counter()
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
             x = super().__call__(x, samples, context, guidance, noise, callback)
@@ -113,13 +131,14 @@ class CompileEngine(FusedEngine):
             return super().in_reference(x, samples, guidance, noise, keeps_x0)
         rows = self.table.rows(x.device, x.dtype).unbind()
         seed = torch.full((), noise.seed, device=x.device)
-        weight = torch.full((), guidance, dtype=x.dtype, device=x.device)
+        weights = torch.tensor(self.table.weights_of_guidance(guidance), dtype=x.dtype, device=x.device).unbind()
         previous = torch.zeros_like(x) if self.memory else None
 
         def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
             nonlocal previous
             batch_may_vary(x, m, uncond, previous, samples)
-            x, x0 = _update(x, m, uncond, weight, rows[i], previous, self.table.clip, seed, samples, self.noisy[i])
+            clip, noisy = self.table.clip, self.noisy[i]
+            x, x0 = _compiled_update()(x, m, uncond, weights[i], rows[i], previous, clip, seed, samples, noisy)
             previous = x0 if self.memory else None
             return x, x0
 

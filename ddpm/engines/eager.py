@@ -1,26 +1,37 @@
 """The eager engine: module, table, plain torch operators. It is the specification of the others."""
 
-import copy
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from ddpm.solvers import StepTable
+from ddpm.engines.engine import Callback, Engine, FormOf, engine, noisy_rows
+from ddpm.inference import make_form
+from ddpm.inference.plain import checked, typed
+from ddpm.networks.protocol import in_type, network_times, null_condition
+from ddpm.noise import Noise
+from ddpm.table import StepTable
 from kernels import philox
 from kernels.solver_step import guide, reference
 
 
-class EagerEngine:
+@engine
+class EagerEngine(Engine):
     """Runs the table row by row, the network as it is; guidance calls it on twice the rows."""
 
-    def __init__(self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype) -> None:
-        kind = next(model.parameters(), torch.empty(0, dtype=dtype)).dtype
-        self.model = model if kind == dtype else copy.deepcopy(model).to(dtype)
+    name = "eager"
+    live = True
+
+    def __init__(
+        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
+    ) -> None:
         self.table, self.dtype = table, dtype
-        self.steps = table.timesteps.tolist()
-        self.times = [t / timesteps for t in self.steps]
-        self.noisy = (table.coefficients[:, 6] != 0).tolist()
+        self.refresh(model)
+        self.times = in_type(network_times(model, table.timesteps, count), dtype).tolist()
+        self.kind = in_type(network_times(model, table.timesteps[:1], count), dtype).dtype
+        self.noisy = noisy_rows(table)
+
+    def refresh(self, model: nn.Module) -> None:
+        """A copy in another type is made anew."""
+        self.model = typed(model, self.dtype)
 
     def __call__(
         self,
@@ -28,37 +39,37 @@ class EagerEngine:
         samples: Tensor,
         context: Tensor | None,
         guidance: float,
-        noise: Callable[..., Tensor],
-        callback: Callable[[int, Tensor], None] | None = None,
+        noise: Noise,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """x [n, ...] at t = timesteps[0] -> x at t = 0. Arguments as in `ddpm.sampling.sample`."""
+        """As in `Engine`."""
         rows = self.table.rows(x.device, x.dtype)
+        steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(guidance)
+        guided = context is not None and any(weight != 1.0 for weight in weights)
+        null = null_condition(self.model, context) if guided else None
         x0 = torch.zeros_like(x)
-        for i, (step, time) in enumerate(zip(self.steps, self.times, strict=True)):
-            m = self._output(x, time, context, guidance)
+        for i, (step, time) in enumerate(zip(steps, self.times, strict=True)):
+            m = self._output(x, time, context, null, weights[i])
             z = noise(samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)
             if callback is not None:
                 callback(i, x0)
         return x
 
-    def _output(self, x: Tensor, time: float, context: Tensor | None, guidance: float) -> Tensor:
+    def _output(self, x: Tensor, time: float, context: Tensor | None, null: Tensor | None, guidance: float) -> Tensor:
         """The network's output, guided. Both halves of guidance are one call of [2n, ...] rows.
 
         So a single guided sample is a batch of two: PyTorch convolves a batch of one on the CPU by another algorithm,
         whose rounding (6.4e-7 against 1.8e-7) guidance would blow up to 1.8e-5 over a trajectory, measured on the
         sprites run with guidance 2.
         """
-        if guidance == 1.0 or context is None:
+        if guidance == 1.0 or null is None:
             return self._network(x, time, context)
-        both = self._network(torch.cat((x, x)), time, torch.cat((context, torch.zeros_like(context))))
+        both = self._network(torch.cat((x, x)), time, torch.cat((context, null)))
         conditional, unconditional = both.chunk(2)
         return guide(conditional, unconditional, guidance)
 
     def _network(self, x: Tensor, time: float, context: Tensor | None) -> Tensor:
-        t = torch.full((x.shape[0],), time, dtype=self.dtype, device=x.device)
+        t = torch.full((x.shape[0],), time, dtype=self.kind, device=x.device)
         c = None if context is None else context.to(self.dtype)
-        m = self.model(x.to(self.dtype), t, c)
-        if m.shape != x.shape:
-            raise ValueError(f"model: returned {list(m.shape)}, needs the shape of x {list(x.shape)}")
-        return m.to(x.dtype)
+        return checked(self.model(x.to(self.dtype), t, c), x).to(x.dtype)

@@ -1,41 +1,66 @@
 """The fused engine: the inference form of the network, and the solver's update in one kernel."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from ddpm.inference import Conditions, Form, inference_form
-from ddpm.noise import Noise, PhiloxNoise
-from ddpm.solvers import StepTable
-from kernels import philox, solver_step
+from ddpm.engines.engine import Callback, Engine, FormOf, engine, has_memory, noisy_rows
+from ddpm.inference import at, halves, make_form
+from ddpm.inference.form import Rows
+from ddpm.networks.protocol import network_times
+from ddpm.noise import Ahead, Noise, PhiloxNoise
+from ddpm.table import StepTable
+from kernels import backend, solver_step
 from kernels.solver_step import guide, reference
-
-# Normals drawn at a time on the CPU, where a step's noise at batch 1 is all overhead: 1.3 ms a step when drawn alone,
-# next to 5 ms for the network.
-AHEAD = 1 << 17
 
 Advanced = tuple[Tensor, Tensor | None]
 # advance(i, index, x, m, m_uncond) -> (x, x0): one row of the table.
 Advance = Callable[..., Advanced]
 
 
-class FusedEngine:
-    """Runs the table on the inference form. Arguments as `EagerEngine`.
+@engine
+class FusedEngine(Engine):
+    """Runs the table on the form.
 
     On CUDA the update is the operator `solver_step` with its own noise. On the CPU, and with another noise than Philox,
-    it is the operator's reference. `form` is what to run instead of the network's own inference form.
+    it is the operator's reference.
     """
 
+    name = "fused"
+
     def __init__(
-        self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype, form: Form | None = None
+        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
     ) -> None:
-        self.form, self.table = inference_form(model, dtype) if form is None else form, table
-        self.steps = table.timesteps.tolist()
-        self.noisy = (table.coefficients[:, 6] != 0).tolist()
-        self.memory = bool((table.coefficients[:, 5] != 0).any())
-        self.times = table.timesteps.to(torch.float64) / timesteps
+        self.form, self.table = form(model, dtype), table
+        self.live = self.form.live
+        self.noisy, self.memory = noisy_rows(table), has_memory(table)
+        self.times = network_times(model, table.timesteps, count)
+        self._tables: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
+        """As in `Engine`."""
+        if device.type == "cuda" and dtype == torch.float64:
+            return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
+        if device.type == "cuda" and backend.triton is None:
+            return "Triton, which is not installed"
+        return None
+
+    def refresh(self, model: nn.Module) -> None:
+        """As in `Engine`."""
+        self.form.refresh(model)
+        self._tables = None
+
+    def tables(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The form's tables of all steps, made once."""
+        if self._tables is None or self._tables[0].device != device:
+            self._tables = self.form.tables(self.times.to(device))
+        return self._tables
+
+    def rows(self, x: Tensor, context: Tensor | None, guidance: float) -> Rows:
+        """Of a chunk x: guided if there is a context to guide towards and a weight that is not 1."""
+        return self.form.rows(context, x.shape[0], guidance != 1.0 and context is not None)
 
     def __call__(
         self,
@@ -44,65 +69,52 @@ class FusedEngine:
         context: Tensor | None,
         guidance: float,
         noise: Noise,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """x [n, ...] at t = timesteps[0] -> x at t = 0. A callback costs a second state in memory, x0."""
-        conditions = self.conditions(x, context, guidance)
+        """As in `Engine`. A callback costs a second state in memory, x0."""
+        tables, rows = self.tables(x.device), self.rows(x, context, guidance)
         by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(noise, PhiloxNoise)
         prepare = self.in_kernel if by_kernel else self.in_reference
         advance = prepare(x, samples, guidance, noise, callback is not None or self.memory)
-        for i, index in enumerate(torch.arange(len(self.steps), device=x.device).split(1)):
-            m = self.network(x, conditions.at(index), conditions.rows)
-            x, x0 = advance(i, index, x, *m.chunk(conditions.halves))
+        for i, index in enumerate(torch.arange(len(self.table), device=x.device).split(1)):
+            m = self.network(x, at(tables, index), rows)
+            x, x0 = advance(i, index, x, *m.chunk(halves(rows)))
             if callback is not None:
                 callback(i, x0)
         return x
 
-    def conditions(self, x: Tensor, context: Tensor | None, guidance: float) -> Conditions:
-        """Of a chunk x: guided if there is a context to guide towards and a weight that is not 1."""
-        guided = guidance != 1.0 and context is not None
-        return self.form.conditions(self.times.to(x.device), context, x.shape[0], guided)
-
-    def network(self, x: Tensor, at: tuple[Tensor, ...], rows: tuple[Tensor, ...] | None) -> Tensor:
+    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """The network's output [k * n, ...]."""
-        return self.form(x, at, rows)
+        return self.form(x, table_row, rows)
 
     def in_kernel(self, x: Tensor, samples: Tensor, guidance: float, noise: PhiloxNoise, keeps_x0: bool) -> Advance:
         """The update by the operator, in place on a copy of x."""
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         own = x.clone(memory_format=layout)
         rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if keeps_x0 else None
-        seed, weight = (torch.full((), value, device=x.device) for value in (noise.seed, guidance))
+        seed = torch.full((), noise.seed, device=x.device)
+        weights = torch.tensor(self.table.weights_of_guidance(guidance), device=x.device)
 
         def advance(i: int, index: Tensor, _: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
-            return solver_step(own, m, rows, index, seed, samples, uncond, weight, x0, self.table.clip), x0
+            return solver_step(own, m, rows, index, seed, samples, uncond, weights, x0, self.table.clip), x0
 
         return advance
 
     def in_reference(self, x: Tensor, samples: Tensor, guidance: float, noise: Noise, keeps_x0: bool) -> Advance:
         """The update by the operator's reference, with noise that is drawn before."""
         rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
-        draws = self._draws(noise, samples, tuple(x.shape[1:]))
+        weights = self.table.weights_of_guidance(guidance)
+        draws = Ahead(noise, samples, self.table, tuple(x.shape[1:]))
         previous = torch.zeros_like(x) if self.memory else None
 
         def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
             nonlocal previous
             m = m.to(x.dtype)
             if uncond is not None:
-                m = guide(m, uncond.to(x.dtype), guidance)
-            z = next(draws) if self.noisy[i] else None
+                m = guide(m, uncond.to(x.dtype), weights[i])
+            z = draws(i) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i], z, previous, self.table.clip)
             previous = x0 if self.memory else None
             return x, x0
 
         return advance
-
-    def _draws(self, noise: Noise, samples: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """The noise of the noisy steps; Philox for several steps at once, which is the same noise."""
-        steps = [step for step, noisy in zip(self.steps, self.noisy, strict=True) if noisy]
-        if not isinstance(noise, PhiloxNoise):
-            yield from (noise(samples, step, philox.Stream.SAMPLING, shape) for step in steps)
-            return
-        ahead = max(1, AHEAD // (len(samples) * math.prod(shape)))
-        for start in range(0, len(steps), ahead):
-            yield from noise.of_steps(samples, steps[start : start + ahead], shape)

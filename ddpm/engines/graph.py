@@ -6,15 +6,16 @@ reads the folded weights where they lie, so `refresh` reaches it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ddpm.engines.engine import Callback, FormOf, engine
 from ddpm.engines.fused import FusedEngine
-from ddpm.inference import Conditions, Form
+from ddpm.inference import Form, at, halves, make_form
+from ddpm.inference.form import Rows
 from ddpm.noise import Noise, PhiloxNoise
-from ddpm.solvers import StepTable
+from ddpm.table import StepTable
 from kernels import solver_step
 
 STEPS_PER_GRAPH = 10  # untuned
@@ -26,7 +27,14 @@ class Capture:
     """Static buffers for n samples and the graphs of one and of STEPS_PER_GRAPH steps over them."""
 
     def __init__(
-        self, form: Form, x: Tensor, conditions: Conditions, timesteps: int, keeps_x0: bool, clip: float | None
+        self,
+        form: Form,
+        x: Tensor,
+        tables: tuple[Tensor, ...],
+        rows: Rows,
+        room: int,
+        keeps_x0: bool,
+        clip: float | None,
     ) -> None:
         self.form, self.clip = form, clip
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
@@ -35,12 +43,10 @@ class Capture:
         self.samples = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
-        self.guidance = torch.ones((), dtype=torch.float32, device=x.device)
-        # Room for every table: S <= T.
-        self.table = torch.zeros(timesteps, 8, device=x.device)
-        tables = tuple(table.new_zeros(timesteps, *table.shape[1:]) for table in conditions.tables)
-        rows = None if conditions.rows is None else tuple(torch.zeros_like(row) for row in conditions.rows)
-        self.conditions = Conditions(tables, rows)
+        self.guidance = torch.ones(room, dtype=torch.float32, device=x.device)
+        self.table = torch.zeros(room, 8, device=x.device)
+        self.tables = tuple(table.new_zeros(room, *table.shape[1:]) for table in tables)
+        self.rows = None if rows is None else tuple(torch.zeros_like(row) for row in rows)
         side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
@@ -57,8 +63,8 @@ class Capture:
                     self._step()
 
     def _step(self) -> None:
-        m = self.form(self.x, self.conditions.at(self.index), self.conditions.rows)
-        m, *uncond = m.chunk(self.conditions.halves)
+        m = self.form(self.x, at(self.tables, self.index), self.rows)
+        m, *uncond = m.chunk(halves(self.rows))
         solver_step(
             self.x,
             m,
@@ -74,37 +80,54 @@ class Capture:
         self.index.add_(1)
 
     def load(
-        self, x: Tensor, samples: Tensor, seed: int, guidance: float, table: Tensor, conditions: Conditions
+        self,
+        x: Tensor,
+        samples: Tensor,
+        seed: int,
+        weights: Tensor,
+        table: Tensor,
+        tables: tuple[Tensor, ...],
+        rows: Rows,
     ) -> None:
         """Fill the buffers for a run. Copies only: their addresses are in the graphs."""
         self.x.copy_(x)
         self.samples.copy_(samples)
         self.index.zero_()
         self.seed.fill_(seed)
-        self.guidance.fill_(guidance)
         if self.x0 is not None:
             self.x0.zero_()
         steps = table.shape[0]
-        self.table[:steps].copy_(table)
-        for own, given in zip(self.conditions.tables, conditions.tables, strict=True):
+        for own, given in zip((self.guidance, self.table, *self.tables), (weights, table, *tables), strict=True):
             own[:steps].copy_(given)
-        for own, given in zip(self.conditions.rows or (), conditions.rows or (), strict=True):
+        for own, given in zip(self.rows or (), rows or (), strict=True):
             own.copy_(given)
 
 
+@engine
 class GraphEngine(FusedEngine):
-    """CUDA only. Arguments as `EagerEngine`; the noise must be Philox, which the kernel draws.
+    """CUDA only; the noise must be Philox, which the kernel draws.
 
-    A callback makes the engine replay single steps and costs a second state in memory. `form` as in `FusedEngine`.
+    A callback makes the engine replay single steps and costs a second state in memory.
     """
 
+    name = "graph"
+
     def __init__(
-        self, model: nn.Module, timesteps: int, table: StepTable, dtype: torch.dtype, form: Form | None = None
+        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
     ) -> None:
-        super().__init__(model, timesteps, table, dtype, form)
-        self.timesteps = timesteps
+        super().__init__(model, count, table, dtype, form)
+        self.room = max(count, len(table))  # a capture serves every table of up to T rows
         if not hasattr(self.form, "captures"):
             self.form.captures = OrderedDict()
+
+    @classmethod
+    def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
+        """As in `Engine`."""
+        if device.type != "cuda":
+            return f"a CUDA device, the model is on {device}"
+        if custom_noise or dtype == torch.float64:
+            return "Philox noise and a state in float32, which its kernel draws and holds"
+        return super().lacks(device, dtype, custom_noise)
 
     def __call__(
         self,
@@ -113,36 +136,37 @@ class GraphEngine(FusedEngine):
         context: Tensor | None,
         guidance: float,
         noise: Noise,
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """As `EagerEngine`."""
+        """As in `Engine`."""
         if not (isinstance(noise, PhiloxNoise) and x.dtype == torch.float32):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
-        conditions = self.conditions(x, context, guidance)
+        tables, rows = self.tables(x.device), self.rows(x, context, guidance)
         keeps_x0 = callback is not None or self.memory
+        weights = torch.tensor(self.table.weights_of_guidance(guidance), device=x.device)
         with torch.cuda.device(x.device):
-            capture = self._capture(x, conditions, keeps_x0)
-            capture.load(x, samples, noise.seed, guidance, self.table.rows(x.device), conditions)
-            done, steps = 0, len(self.steps)
-            while done < steps:
-                some = STEPS_PER_GRAPH if callback is None and steps - done >= STEPS_PER_GRAPH else 1
+            capture = self._capture(x, tables, rows, keeps_x0)
+            capture.load(x, samples, noise.seed, weights, self.table.rows(x.device), tables, rows)
+            done, count = 0, len(self.table)
+            while done < count:
+                some = STEPS_PER_GRAPH if callback is None and count - done >= STEPS_PER_GRAPH else 1
                 capture.graphs[some].replay()
                 done += some
                 if callback is not None:
                     callback(done - 1, capture.x0)
             return capture.x.clone()
 
-    def _capture(self, x: Tensor, conditions: Conditions, keeps_x0: bool) -> Capture:
+    def _capture(self, x: Tensor, tables: tuple[Tensor, ...], rows: Rows, keeps_x0: bool) -> Capture:
         captures = self.form.captures
-        rows = None if conditions.rows is None else tuple(row.shape for row in conditions.rows)
+        shapes = None if rows is None else tuple(row.shape for row in rows)
         # Where the weights lie: a graph reads the memory that it was captured with.
         weights = tuple(tensor.data_ptr() for tensor in (*self.form.parameters(), *self.form.buffers()))
         tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        key = (x.shape, rows, self.timesteps, keeps_x0, self.table.clip, weights, tf32)
+        key = (x.shape, shapes, self.room, keeps_x0, self.table.clip, weights, tf32)
         if key in captures:
             captures.move_to_end(key)
         else:
             while len(captures) >= CAPTURES:
                 captures.popitem(last=False)
-            captures[key] = Capture(self.form, x, conditions, self.timesteps, keeps_x0, self.table.clip)
+            captures[key] = Capture(self.form, x, tables, rows, self.room, keeps_x0, self.table.clip)
         return captures[key]

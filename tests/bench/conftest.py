@@ -44,9 +44,9 @@ def workloads(quick):
 
 @pytest.fixture
 def small_registry(monkeypatch):
-    """Suite `step` is the one above, `kernels` needs a package that nobody has, the others are not written."""
+    """Suite `step` is the one above, seed 21; `kernels` needs a package that nobody has; the others are not written."""
     step = types.ModuleType("small_step")
-    step.workloads = workloads
+    step.workloads, step.SEED = workloads, 21
     monkeypatch.setitem(sys.modules, "small_step", step)
     needs = types.ModuleType("small_kernels")
 

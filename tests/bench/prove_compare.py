@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bench.machine import ROOT, describe
-from bench.sides import MEASURED
+from bench.packages import OURS
 from ddpm.files import read_json, write_json
 
 OPERATORS = ("q_sample", "solver_step", "group_norm_relu")
@@ -93,7 +93,7 @@ def commit(root, branch):
 
 def make_repository(root):
     """The working tree's packages as commit `base` of a repository of their own."""
-    for name in MEASURED:
+    for name in OURS:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     (root / ".gitignore").write_text("__pycache__/\n")

@@ -2,10 +2,11 @@
 
 import json
 import re
+import sys
 
 import pytest
 
-from bench import compare, machine, sides
+from bench import compare, machine, packages, sides
 from bench.cli import main
 from bench.verdicts import Thresholds, confirmed, exit_code, judge, suspects
 from ddpm.errors import BadInput, WorkFailed
@@ -188,7 +189,7 @@ def repository(tmp_path, monkeypatch):
         if name == "one":
             git(root, "init", "-q")
         commit(root, name)
-    monkeypatch.setattr(sides, "ROOT", root)
+    monkeypatch.setattr(packages, "ROOT", root)
     monkeypatch.setattr(machine, "repository", lambda: root)
     return root
 
@@ -219,6 +220,21 @@ def test_base_falls_back_to_its_own_benchmarks(repository, monkeypatch, capsys):
     assert "base runs its own benchmarks" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("cli", "reason"), [("", None), ("from ddpm import gone", "No module named 'ddpm'")])
+def test_what_a_run_needs_and_a_side_lacks_shows_when_it_is_listed(tmp_path, monkeypatch, cli, reason):
+    """Not only what the benchmarks need: the command line imports more."""
+    files = {"__init__": "", "cli": cli, "registry": "class W: name = 'a'\ndef selected(*_): return [W], {}\n"}
+    (tmp_path / "bench").mkdir()
+    for name, text in files.items():
+        (tmp_path / "bench" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sides, "PYTHON", (sys.executable, "-P", "-S"))  # no packages but these
+    if reason is None:
+        assert sides._names(tmp_path, "kernels", True, "") == ["a"]
+    else:
+        with pytest.raises(WorkFailed, match=reason):
+            sides._names(tmp_path, "kernels", True, "")
+
+
 def test_bad_refs_are_one_line_each(repository, capsys):
     assert main(["compare", "one", "nowhere"]) == 2
     assert "nowhere: neither a file nor a commit of this repository" in capsys.readouterr().err
@@ -239,10 +255,12 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     """The whole command with made-up processes: interleaved, then twice as many more for what looked slower."""
     calls = []
 
-    def run_child(root, process, arguments):
+    def run_child(root, process, arguments, ours):
+        assert ours is None
         calls.append((root.name, process, tuple(arguments)))
         slow = root.name == "head"
         made = content(slowed(1.3) if slow else ROWS, 1, 0.01, seed=len(calls)) | {
+            "seed": 7,
             "suite": "kernels",
             "quick": True,
             "filter": "",
@@ -270,7 +288,7 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
 
 @pytest.mark.parametrize("error", [WorkFailed("exit code -11"), KeyError("exit code -11")])
 def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, capsys, error):
-    def run_child(root, process, arguments):
+    def run_child(root, process, arguments, ours):
         raise error
 
     monkeypatch.setattr(sides, "run_child", run_child)
@@ -279,4 +297,12 @@ def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, cap
     assert main(["compare", "one", "two", "--markdown", str(tmp_path / "c.md")]) == 3
     assert "Nothing was compared" in (tmp_path / "c.md").read_text()
     assert "exit code -11" in (tmp_path / "c.md").read_text()
-    assert "exit code -11" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "exit code -11" in said
+    assert "Traceback" not in said
+    assert main(["compare", "one", "two", "--debug"]) == 3
+    said = capsys.readouterr().err
+    assert "    raise error\n" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "exit code -11" in last

@@ -114,6 +114,20 @@ def test_a_wrong_kernel_loses_parity(name, monkeypatch):
     assert workload.error(arguments) > 1e-3
 
 
+def test_a_nan_in_any_chunk_loses_parity(monkeypatch):
+    def broken(*arguments):
+        x_t, noise = kernels.q_sample(*arguments)
+        x_t[0, 0, 0, 0] = torch.nan
+        return x_t, noise
+
+    monkeypatch.setattr("bench.kernels.q_sample", broken)
+    monkeypatch.setattr("bench.kernels.CHUNK_ROWS", 1)
+    workload = next(w for w in workloads(3 * 768, torch.float32, CPU) if w.name == "q_sample")
+    record = measure(workload, CPU, rounds=1)
+    assert not record["parity"]
+    assert "ratio_to_eager" not in record
+
+
 # --- the static prediction --------------------------------------------------------------------------------------
 
 MEASURED = {"parity": True, "elements": 2_000_000, "kernel_us": {"median": 8.0}, "copy_us": {"median": 4.0}}
@@ -161,6 +175,11 @@ def test_what_misses_a_goal_is_marked():
 
 
 # --- records and processes --------------------------------------------------------------------------------------
+
+
+def test_a_record_says_the_seed_of_its_part(tmp_path):
+    assert Record.start(tmp_path, "step", 5, CPU, seed=7).content["seed"] == 7
+    assert Record.start(tmp_path, "tests", 5, CPU).content["seed"] is None
 
 
 def test_only_what_reached_its_end_has_passed(tmp_path):

@@ -12,8 +12,9 @@ from bench.gpu.steps import OUT_OF_TIME, Clock, run_step, run_training, table
 from bench.kernels import full_precision
 from bench.registry import Unavailable
 from bench.suites import cuda, training
-from ddpm.engines.fused import FusedEngine
-from ddpm.kernel_form import KernelUnet
+from ddpm.engines import ENGINES, Engine, FusedEngine
+from ddpm.inference import KERNELS
+from ddpm.precision import computed_in
 
 CPU = torch.device("cpu")
 TINY = cuda.Row("tiny", 2, steps=3)
@@ -40,6 +41,7 @@ def test_the_step_part_measures_and_says_what_is_missing(tmp_path, capsys, monke
     content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
     assert json.loads((tmp_path / "step.json").read_text()) == content
     assert content["tf32"] is False
+    assert content["seed"] == cuda.SEED
     assert content["skipped"] == dict.fromkeys(steps.PEERS, "it is not installed here")
     assert "note: step: diffusers skipped" in capsys.readouterr().err
     assert verdict(content)[0] == PASSED
@@ -69,6 +71,7 @@ def test_without_time_everything_is_named_as_not_measured(tmp_path):
     assert "not measured, out of time: cuda/tiny/engines" in table(content)
 
 
+@pytest.mark.long
 def test_a_candidate_that_would_take_too_long_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setitem(steps.BUILD_SECONDS, "fused", 1e6)
     content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
@@ -85,6 +88,7 @@ def test_the_clock_learns_what_building_takes():
     assert clock.has("graph bf16")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", [TINY, GUIDED], ids=["plain", "guided"])
 def test_what_users_would_compile_draws_eager_s_pictures(compiled, row):
     candidate = candidates(row, "fp32")["max-autotune fp32"]
@@ -97,6 +101,7 @@ def test_what_users_would_compile_draws_eager_s_pictures(compiled, row):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
 
 
+@pytest.mark.long
 def test_it_does_so_in_bf16(compiled):
     candidate = candidates(TINY, "bf16")["max-autotune bf16"]
     assert 1e-6 < candidate.error(candidate.make()) <= candidate.tolerance
@@ -105,7 +110,7 @@ def test_it_does_so_in_bf16(compiled):
 def test_only_one_candidate_convolves_in_tf32(monkeypatch):
     seen = {}
 
-    class Engine:
+    class Looking(Engine):
         def __init__(self, *arguments):
             pass
 
@@ -114,7 +119,7 @@ def test_only_one_candidate_convolves_in_tf32(monkeypatch):
             return x
 
     for name in ("eager", "fused"):
-        monkeypatch.setitem(cuda.ENGINES, name, Engine)
+        monkeypatch.setitem(ENGINES, name, Looking)
     with full_precision():
         for name, candidate in candidates(TINY, "engines").items():
             candidate.make()()
@@ -156,19 +161,23 @@ def test_on_cuda_all_engines_and_types_compete(monkeypatch):
 
 
 def test_kernels_is_the_graph_engine_on_the_form_of_kernels(monkeypatch):
+    forms = []
+
     class Graph(FusedEngine):
         """In its place on a CPU, where the form's convolutions are their references."""
 
         def __call__(self, *arguments):
-            assert isinstance(self.form, KernelUnet)
+            forms.append(self.form)
             return super().__call__(*arguments)
 
     monkeypatch.setattr(cuda, "missing", lambda engine, device: None)
-    monkeypatch.setitem(cuda.ENGINES, "graph", Graph)
+    monkeypatch.setitem(ENGINES, "graph", Graph)
     candidate = candidates(GUIDED, "engines")["kernels bf16"]
-    assert 1e-6 < candidate.error(candidate.make()) <= candidate.tolerance
+    assert 0 < candidate.error(candidate.make()) <= candidate.tolerance
+    assert {(form.layout, form.dtype) for form in forms} == {(KERNELS, computed_in(torch.bfloat16, CPU))}
 
 
+@pytest.mark.long
 def test_whole_trajectories_are_timed_where_there_is_parity(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "TRAJECTORIES", [("fused", "fp32"), ("fused", "bf16")])
     monkeypatch.setattr(steps, "TIMESTEPS", 4)
@@ -187,15 +196,18 @@ def test_whole_trajectories_are_timed_where_there_is_parity(tmp_path, monkeypatc
 @pytest.fixture
 def few_steps(monkeypatch):
     monkeypatch.setattr(training, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(training, "N_FEAT", 8)
 
 
 def test_the_training_part_measures(few_steps, tmp_path):
     content = run_training(tmp_path, CPU, 600, "engines", batch=4)
     assert [record["candidate"] for record in content["records"]] == ["eager", "eager bf16"]
+    assert content["seed"] == training.SEED
     assert verdict(content) == (PASSED, "")
     assert json.loads((tmp_path / "training.json").read_text()) == content
 
 
+@pytest.mark.long
 def test_the_loop_with_a_compiled_network_loses_as_eager(few_steps, monkeypatch):
     made = []
     compiling = torch.compile

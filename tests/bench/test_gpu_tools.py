@@ -122,6 +122,7 @@ def test_every_operator_and_every_case_is_launched():
     assert not any(name.startswith("case ") for name, _ in launches.launches(CPU, cases=False))
 
 
+@pytest.mark.long
 def test_they_run(triton_device, monkeypatch, capsys):
     monkeypatch.setattr(launches, "TYPES", (torch.float32,))
     monkeypatch.setattr(launches, "workloads", image_workloads)  # the interpreter is slow with the others
@@ -150,7 +151,7 @@ def test_three(): pass
 
 @pytest.fixture
 def one_worker(monkeypatch):
-    monkeypatch.setattr(tests, "WORKERS", 1)
+    monkeypatch.setattr(tests, "WORKERS", 0)  # of xdist: none beside the process itself
 
 
 @pytest.mark.parametrize(("expected", "passed"), [("n", 3), ("0", 2)])
@@ -174,6 +175,7 @@ def test_no_test_and_no_time_are_failures(one_worker, out):
     assert (status, why[:7]) == (FAILED, "stopped")
 
 
+@pytest.mark.long
 def test_what_is_asked_for_is_there():
     """A test that was renamed would be an error only where there is a GPU."""
     line = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests.PATHS]

@@ -1,19 +1,23 @@
 """`ddpm-bench profile`: its figures against independent counts, its page, its errors."""
 
+import html
 import json
 import re
+import shlex
 
 import pytest
 import torch
 
 from bench.cli import main
+from bench.measure import Convolution, convolution_ceiling
 from bench.profile import by_operator, floor
 from bench.profiling import measure, trace
 from bench.profiling.charts import linear_ticks, spread
 from bench.profiling.operators import work_of
+from bench.profiling.ranges import RangedNoise
+from ddpm import Trajectory, load_run
 from ddpm.networks import ContextUnet, PointMLP
 from ddpm.runs import make_config, start_run
-from ddpm.sampling import evaluating
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from kernels.winograd import transform
@@ -62,7 +66,7 @@ def points(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profiled(run, tmp_path_factory):
     """The three files of a profile of it, with guidance, read: (content, trace, page, what the terminal showed)."""
-    out = tmp_path_factory.mktemp("profile")
+    out = tmp_path_factory.mktemp("a profile; $HOME")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
         arguments = (
@@ -79,7 +83,9 @@ def profiled(run, tmp_path_factory):
             "--out",
             out,
         )
-        assert main([str(argument) for argument in (*arguments, "--engine", "eager")]) == 0
+        line = [str(argument) for argument in (*arguments, "--engine", "eager")]
+        patch.setattr("sys.argv", ["ddpm-bench", *line])
+        assert main(line) == 0
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "report.html", "trace.json"]
     content, events = (json.loads((out / name).read_text()) for name in ("profile.json", "trace.json"))
     return content, events, (out / "report.html").read_text()
@@ -95,6 +101,15 @@ def test_the_shares_add_up_to_the_step(profiled):
     assert names >= {"encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise", "gaps"}
     by_name = sum(row["ms"] for row in by_operator(content["operators"]))
     assert by_name == pytest.approx(sum(row["ms"] for row in content["operators"]))
+
+
+def test_the_command_can_be_pasted_into_a_shell(profiled):
+    content, _, page = profiled
+    words = shlex.split(content["command"])
+    assert words[:2] == ["ddpm-bench", "profile"]
+    (out,) = (path for path in words if "a profile; $HOME" in path)
+    assert f"'{out}'" in content["command"]
+    assert html.escape(content["command"]) in page
 
 
 def test_latencies_are_ordered_and_belong_to_whole_trajectories(profiled):
@@ -183,12 +198,9 @@ def test_flops_of_a_context_unet_equal_its_layers_count(tmp_path):
     for handle in handles:
         handle.remove()
     schedule = NoiseSchedule.make("linear", 500)
-    from ddpm.engines.eager import EagerEngine
-
     table = make_table(schedule, "ddpm", 4)
-    sampler = measure.make_sampler(network, schedule, table, 1, torch.zeros(1, 5), 1.0, 0, EagerEngine)
-    with evaluating(network):
-        events, wall = measure.profiled(sampler, steps=1)
+    sampler = measure.make_sampler(network, schedule, table, 1, torch.zeros(1, 5), 1.0, 0, "eager")
+    events, wall = measure.profiled(sampler, steps=1)
     operators = measure.breakdown(events, wall)["operators"]
     matrix = [row for row in operators if row["name"] in ("conv2d", "conv_transpose2d", "linear")]
     assert sum(row["flops"] for row in matrix) == expected
@@ -284,6 +296,7 @@ def test_an_engine_may_name_its_parts_itself():
 
 def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+    monkeypatch.setattr("ddpm.noise.AHEAD", 1)  # else noise is drawn for many steps at once, before the profiled ones
     flops, parts = {}, {}
     for engine in ("eager", "fused"):
         out = tmp_path / engine
@@ -295,8 +308,42 @@ def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_pat
         flops[engine] = sum(row["flops"] for row in rows)
         parts[engine] = {part["name"] for part in content["parts"]}
     assert flops["fused"] == pytest.approx(flops["eager"], rel=0.02)
-    # Embedded once a run, and drawn for many steps at once.
-    assert parts["eager"] - parts["fused"] <= {"embeddings", "noise"}
+    assert parts["eager"] - parts["fused"] == {"embeddings"}  # computed once a run
+    network = next(node for node in content["modules"]["children"] if node["name"] == "network")
+    found = {node["name"].split(".")[0]: node["part"] for node in network["children"]}
+    assert found == {
+        "initial": "encoder",
+        "shortcut": "encoder",
+        "downs": "encoder",
+        "bottleneck": "bottleneck",
+        "upsamplings": "decoder",
+        "ups": "decoder",
+        "head": "head",
+        "normalisation": "head",
+        "last": "head",
+    }
+
+
+def test_noise_with_ranges_is_still_drawn_by_the_engine(run):
+    opened = load_run(run)
+    prepared = Trajectory(opened.model, opened.schedule, make_table(opened.schedule, "ddpm", 4), engine="fused")
+    expected = prepared(2, seed=3)
+    with torch.profiler.profile() as seen:
+        assert torch.equal(prepared(2, noise=RangedNoise(3)), expected)
+    assert [event.count for event in seen.key_averages() if event.key == "noise"] == [2]  # x_T, and three rows at once
+
+
+def test_a_stored_table_is_profiled(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
+    path, out = tmp_path / "fast.json", tmp_path / "out"
+    make_table(load_run(run).schedule, "dpmpp_2m", 4).save(path)
+    asked = ["profile", str(run), "--solver", str(path), "--batch", "1", "--trajectories", "1", "--out", str(out)]
+    assert main([*asked, "--steps", "4"]) == 2
+    assert f"--steps: got 4 beside --solver {path}" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(asked) == 0
+    recipe = json.loads((out / "profile.json").read_text())["recipe"]
+    assert (recipe["solver"], recipe["steps"]) == ("dpmpp_2m", 4)
 
 
 def test_the_floor_is_the_larger_of_the_two_numbers():
@@ -327,6 +374,26 @@ def test_ceilings_are_rates_of_this_machine():
     assert 0.1 < best["copy_gb_per_s"] < 5000
     assert 0.5 < best["matmul_gflop_per_s"] < 1e6
     assert 0.5 < best["conv_gflop_per_s"] < 1e6
+
+
+def test_the_convolution_ceiling_is_that_of_run(monkeypatch):
+    from bench.profiling import ceilings
+    from bench.run import run
+
+    assert ceilings.convolution_ceiling is run.__globals__["convolution_ceiling"] is convolution_ceiling
+    asked = []
+
+    def shared(device, rounds):
+        asked.append((device, rounds))
+        return Convolution(12.3456e9, "a shape")
+
+    monkeypatch.setattr(ceilings, "convolution_ceiling", shared)
+    monkeypatch.setitem(ceilings.MATRIX_SIDES, "cpu", (8,))
+    monkeypatch.setitem(ceilings.LARGE_BYTES, "cpu", 2**20)
+    best = ceilings.measure(torch.device("cpu"), torch.float32, rounds=1)
+    assert asked == [(torch.device("cpu"), 1)]
+    assert (best["conv_gflop_per_s"], best["conv_at"]) == (12.35, "a shape")
+    assert set(best) == set(TINY_CEILINGS)
 
 
 def test_labels_are_moved_apart():

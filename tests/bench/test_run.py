@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -9,12 +10,14 @@ import textwrap
 import pytest
 import torch
 
-from bench import store
+from bench import kernels, store
 from bench.cli import main
 from bench.machine import ROOT, describe
-from bench.measure import measure, peak_memory
-from bench.registry import SUITES, load, selected
-from bench.run import environment
+from bench.measure import Convolution, measure, peak_memory
+from bench.registry import SUITES, Workload, load, seed_of, selected
+from bench.run import environment, merged, run_child, run_here
+from bench.suites import networks
+from ddpm.command_line import debugging
 from ddpm.errors import BadInput
 from kernels.backend import Cost
 
@@ -90,19 +93,67 @@ def test_a_suite_may_be_a_file_of_another_project(tmp_path, monkeypatch):
             selected(name, True, "")
 
 
-def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys):
+def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys, monkeypatch):
     out = tmp_path / "r.json"
-    assert main(["run", "--suite", "all", "--filter", "good", "--rounds", "2", "--out", str(out)]) == 0
+    line = ["run", "--suite", "all", "--filter", "good|none of this", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["ddpm-bench", *line])
+    rates = iter((Convolution(2e9, ""), Convolution(3e9, "")))  # before the workload and after it
+    monkeypatch.setitem(run_here.__globals__, "convolution_ceiling", lambda device: next(rates))
+    assert main(line) == 0
     content = store.load(out)
     assert content["parity"] is True
     assert content["processes"] == 1
+    assert content["seed"] == 21
     assert {"commit", "dirty", "torch", "processor", "device"} <= content["machine"].keys()
-    assert content["command"].split()[0] == "ddpm-bench"
+    assert shlex.split(content["command"]) == ["ddpm-bench", *line]
     for record in content["records"]:
-        assert record["share_of_convolution"] == record["flops_per_s"] / record["convolution_flops_per_s"]
+        assert record["convolution_flops_per_s"] == 3e9
+        assert record["share_of_convolution"] == record["flops_per_s"] / 3e9
     assert content["skipped"]["kernels"] == "suite kernels: needs the package 'nobody_has_it', which is not installed"
     assert set(content["skipped"]) == set(SUITES) - {"step"}
     assert "note: suite kernels: needs the package" in capsys.readouterr().err
+
+
+def test_the_seed_is_the_one_that_the_workloads_draw_with(small_registry, monkeypatch, tmp_path):
+    def some(*names):
+        return [Workload(f"{name}/a", name, None) for name in names]
+
+    assert seed_of("step", some("step")) == 21
+    monkeypatch.setitem(SUITES, "sampling", "small_kernels")  # which has none
+    assert seed_of("sampling", some("sampling")) is None
+    assert seed_of("all", some("step", "step")) == 21
+    assert seed_of("all", some("step", "sampling")) is None
+    for name, text, seed in (("a.py", "SEED = 3", 3), ("b.py", "", None)):
+        (tmp_path / name).write_text(f"{text}\ndef workloads(quick): return []\n")
+        assert seed_of(str(tmp_path / name), []) == seed
+    one = store.content_of([], {}, {}, seed=5, suite="", quick=True, filter="", product_flops_per_s=1)
+    assert merged([one, one])["seed"] == 5
+    assert store.content_of([], {}, {})["seed"] is None  # a caller that does not say is not believed to know
+
+
+@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training"])
+def test_the_seed_of_the_real_suites_is_that_of_their_noise(suite):
+    assert seed_of(suite, []) == seed_of("all", [Workload("a", suite, None)]) == networks.SEED == kernels.SEED
+
+
+def test_debug_shows_the_tracebacks_of_what_a_record_keeps_in_one_line(small_registry, tmp_path, capsys):
+    arguments = ["run", "--suite", "step", "--filter", "crashes|unbuilt", "--rounds", "1", "--out"]
+    assert main([*arguments, str(tmp_path / "r.json"), "--quiet"]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--debug", *arguments, str(tmp_path / "r.json"), "--quiet"]) == 1
+    assert capsys.readouterr().err.count("RuntimeError: planted\ncrash\n") == 3
+    assert not debugging()
+
+
+def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
+    said = "Traceback (most recent call last)\nerror: --suite: got 'nonsense'\n"
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 2, "", said))
+    for word, shown in (("", ""), ("1", said)):
+        monkeypatch.setenv("FUSED_DDPM_DEBUG", word)
+        with pytest.raises(BadInput, match="--suite: got 'nonsense'"):
+            run_child(ROOT, 0, ["--suite", "nonsense"])
+        assert capsys.readouterr().err == shown
+    assert environment(ROOT)["FUSED_DDPM_DEBUG"] == "1"  # which makes the child say it
 
 
 @pytest.mark.parametrize(
@@ -223,7 +274,8 @@ def test_several_processes_are_merged_into_one_file(tmp_path, capsys):
 
 
 def test_the_commit_of_a_tree_without_git_is_the_one_that_was_named(monkeypatch):
-    assert describe(CPU)["commit"] != "c0ffee"
     monkeypatch.setenv("FUSED_DDPM_COMMIT", "c0ffee")
+    monkeypatch.setattr("bench.machine.git", lambda *line, **_: subprocess.CompletedProcess(line, 0, b"abc\n", b""))
+    assert describe(CPU)["commit"] == "abc"  # git knows better
     monkeypatch.setattr("bench.machine.git", lambda *_, **__: None)
     assert (describe(CPU)["commit"], describe(CPU)["dirty"]) == ("c0ffee", None)

@@ -1,4 +1,4 @@
-"""Shared by the tests of ddpm/: a tiny trained run, small trainers, and the command line called in-process."""
+"""Shared by the tests of ddpm/: small networks and trainers, a tiny trained run, the command line in-process."""
 
 import hashlib
 import os
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm import ContextUnet
 from ddpm.commands import main
 from ddpm.data import Dataset
 from ddpm.distributed import World
@@ -62,6 +63,30 @@ def digits_run(tmp_path_factory) -> Path:
 def roll_run(tmp_path_factory) -> Path:
     """An unconditional run on the Swiss roll's points."""
     return trained(tmp_path_factory.mktemp("roll") / "run", "--data", "swiss-roll")
+
+
+@pytest.fixture(scope="session")
+def unet() -> Callable[..., ContextUnet]:
+    """unet(seed=0, n_feat=16, ...): a ContextUnet in eval mode whose BatchNorms have gains and statistics of their own.
+
+    The statistics are those of random images, so features keep to order 1 as in a trained network.
+    """
+
+    @torch.no_grad()
+    def make(seed: int = 0, **arguments: object) -> ContextUnet:
+        torch.manual_seed(seed)
+        model = ContextUnet(**{"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16} | arguments)
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.3)
+        model(torch.randn(8, *model.sample_shape), torch.rand(8), torch.rand(8, model.n_cfeat))
+        for norm in norms:
+            norm.momentum = 0.1
+        return model.eval()
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from functools import cache
 import pytest
 import torch
 
-from ddpm import ContextUnet, NoiseSchedule, engines, sample
+from ddpm import NoiseSchedule, engines, sample
+from ddpm.metrics import distance
 
 CUDA = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -27,41 +28,31 @@ def no_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
-@cache
-def model():
-    """One network per process, so that what was compiled for it serves all tests."""
-    torch.manual_seed(0)
-    network = ContextUnet(3, 16, 5, 16)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    network(torch.randn(16, 3, 16, 16), torch.rand(16), torch.rand(16, 5))
-    return network.eval()
+@pytest.fixture(scope="module")
+def draw(unet):
+    """draw(device, engine, ...): with one network, so that what was compiled for it serves all tests."""
+    model = unet(n_feat=16)
+
+    def call(device, engine, n=3, **options):
+        context = torch.eye(5, device=device)[torch.arange(n) % 5]
+        return sample(model.to(device), SCHEDULE, n, engine=engine, context=context, **OPTIONS | options).cpu()
+
+    return call
 
 
-def draw(device, engine, n=3, **options):
-    context = torch.eye(5, device=device)[torch.arange(n) % 5]
-    return sample(model().to(device), SCHEDULE, n, engine=engine, context=context, **OPTIONS | options).cpu()
-
-
-def distance(actual, expected):
-    """The design's parity measure."""
-    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-@cache
-def on_the_cpu(guidance):
-    return draw(torch.device("cpu"), "eager", guidance=guidance)
+@pytest.fixture(scope="module")
+def on_the_cpu(draw):
+    return cache(lambda guidance: draw(torch.device("cpu"), "eager", guidance=guidance))
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("engine", ["eager", "fused", "graph"])
-def test_cpu_and_gpu_draw_the_same_picture_in_500_steps(engine, guidance):
+def test_cpu_and_gpu_draw_the_same_picture_in_500_steps(draw, on_the_cpu, engine, guidance):
     assert distance(draw(CUDA, engine, guidance=guidance), on_the_cpu(guidance)) < 1e-3
 
 
 @pytest.mark.parametrize("engine", ["fused", "graph", "compile"])
-def test_engines_draw_eager_s_pictures(engine):
+def test_engines_draw_eager_s_pictures(draw, engine):
     """All solvers in one test: compiling, once in a process, is most of its time."""
     assert engines.missing(engine, CUDA) is None
     errors = {name: distance(draw(CUDA, engine, **way), draw(CUDA, "eager", **way)) for name, way in WAYS.items()}

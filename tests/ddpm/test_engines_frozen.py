@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm import ContextUnet
 from ddpm.engines.eager import EagerEngine
-from ddpm.solvers import StepTable
+from ddpm.table import StepTable
 
 CHANNELS, SIDE, N_FEAT, CLASSES, N = 3, 16, 64, 5, 2
 BLOCK = ["conv2d", "batch_norm", "gelu"] * 2
@@ -27,11 +27,12 @@ NETWORK = [
     *GATE, *UP, *GATE, *UP,
     "cat", "conv2d", "group_norm", "relu", "conv2d",  # out
 ]  # fmt: skip
-# Once a run: the table's rows, cast once (they are the only float64), and an x0 of zeros.
-SETUP = ["__getitem__", "to", "cat", "to", "zeros_like"]
+# Once a run: the table's rows, cast once (they are the only float64), its noise steps and guidance scales as numbers,
+# the null condition, and an x0 of zeros.
+SETUP = ["__getitem__", "to", "cat", "to", "tolist", "tolist", "zeros", "to", "zeros_like"]
 # Conditional and unconditional rows are one call; then m_uncond + w (m_cond - m_uncond) and the row of the table:
 # c0 x + c1 m, c2 x + c3 x0 + c4 m + c5 x0_previous, and c6 z where there is noise.
-BEFORE = ["cat", "zeros_like", "cat", "full", "to", "to"]
+BEFORE = ["cat", "cat", "full", "to", "to"]
 GUIDE = ["to", "chunk", "sub", "mul", "add"]
 UPDATE = ["__getitem__", "unbind", "mul", "mul", "add", "mul", "mul", "add", "mul", "add", "mul", "add"]
 NOISE = ["mul", "add"]

@@ -1,24 +1,15 @@
 """The networks: shapes, sizes, names, and the original's forward written once more from its state dict."""
 
+import json
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm import ContextUnet, PointMLP, load_context_unet_weights
-from ddpm.networks import build_network
-
-
-def unet(seed=0, **arguments):
-    """A seeded ContextUnet in eval mode whose BatchNorm statistics are not trivial."""
-    torch.manual_seed(seed)
-    network = ContextUnet(**{"in_channels": 3, "n_feat": 8, "n_cfeat": 5, "height": 16} | arguments)
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 1.5)
-    return network.eval()
+from ddpm import ContextUnet, NoiseSchedule, PointMLP, load_context_unet_weights, sample
+from ddpm.metrics import distance
+from ddpm.networks import build_network, name_of, network, network_for, network_times
 
 
 def inputs(network, n=2):
@@ -33,7 +24,7 @@ MULTIPLIERS = {16: (1, 2), 28: (1, 2), 32: (1, 2), 64: (1, 2, 4), 256: (1, 2, 4,
 
 @pytest.mark.parametrize("height", MULTIPLIERS)
 @torch.no_grad()
-def test_heights(height):
+def test_heights(unet, height):
     network = unet(height=height)
     x, t, c = inputs(network)
     assert network.multipliers == MULTIPLIERS[height]
@@ -44,7 +35,7 @@ def test_heights(height):
 
 
 @torch.no_grad()
-def test_given_multipliers():
+def test_given_multipliers(unet):
     network = unet(height=24, multipliers=(1, 3, 2))
     x, t, c = inputs(network)
     assert network(x, t, c).shape == x.shape
@@ -84,7 +75,7 @@ def test_names_and_shapes_follow_the_original():
     assert {name: tuple(state[name].shape) for name in LAYOUT} == LAYOUT
 
 
-def test_the_shortcut_is_registered_and_trained():
+def test_the_shortcut_is_registered_and_trained(unet):
     network = unet(multipliers=(1, 1))
     shortcut = network.init_conv.shortcut
     assert [tuple(p.shape) for p in shortcut.parameters()] == [(8, 3, 1, 1), (8,)]
@@ -136,7 +127,7 @@ def original_forward(w, x, t, c):
 
 
 @torch.no_grad()
-def test_published_weights_load_aloud_and_compute_what_the_original_does():
+def test_published_weights_load_aloud_and_compute_what_the_original_does(unet):
     source = unet(seed=1)
     network = unet(seed=2)
     with pytest.warns(UserWarning, match="no init_conv.shortcut"):
@@ -146,7 +137,7 @@ def test_published_weights_load_aloud_and_compute_what_the_original_does():
 
 
 @torch.no_grad()
-def test_weights_with_a_shortcut_load_quietly():
+def test_weights_with_a_shortcut_load_quietly(unet):
     source, network = unet(seed=1), unet(seed=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,7 +148,7 @@ def test_weights_with_a_shortcut_load_quietly():
 
 
 @torch.no_grad()
-def test_the_shortcut_is_added_and_the_sum_divided():
+def test_the_shortcut_is_added_and_the_sum_divided(unet):
     block = unet().init_conv
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     weight = block.shortcut.weight[:, :, 0, 0]
@@ -173,7 +164,7 @@ def test_the_shortcut_is_added_and_the_sum_divided():
         (lambda w: w.update({"out.3.bias": torch.zeros(4)}), r"'out.3.bias' is \[4\], the network needs \[3\]"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_whole(change, message):
+def test_weights_that_do_not_fit_are_refused_whole(unet, change, message):
     network = unet()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     weights = unet(seed=1).state_dict()
@@ -184,7 +175,7 @@ def test_weights_that_do_not_fit_are_refused_whole(change, message):
 
 
 @torch.no_grad()
-def test_no_context_is_a_zero_context():
+def test_no_context_is_a_zero_context(unet):
     network = unet()
     x, t, c = inputs(network)
     assert torch.equal(network(x, t), network(x, t, torch.zeros_like(c)))
@@ -192,7 +183,7 @@ def test_no_context_is_a_zero_context():
 
 
 @torch.no_grad()
-def test_time_matters_and_any_shape_of_n_times_will_do():
+def test_time_matters_and_any_shape_of_n_times_will_do(unet):
     network = unet()
     x, t, c = inputs(network)
     assert not torch.allclose(network(x, t, c), network(x, t / 2, c))
@@ -201,7 +192,7 @@ def test_time_matters_and_any_shape_of_n_times_will_do():
 
 
 @torch.no_grad()
-def test_an_unconditional_network_has_no_context_embedding():
+def test_an_unconditional_network_has_no_context_embedding(unet):
     network = unet(n_cfeat=0)
     x, t, _ = inputs(network)
     assert network(x, t).shape == x.shape
@@ -209,7 +200,7 @@ def test_an_unconditional_network_has_no_context_embedding():
 
 
 @torch.no_grad()
-def test_rows_are_independent_in_eval_mode():
+def test_rows_are_independent_in_eval_mode(unet):
     network = unet()
     x, t, c = inputs(network, 5)
     torch.testing.assert_close(network(x[3:4], t[3:4], c[3:4]), network(x, t, c)[3:4], atol=1e-5, rtol=1e-5)
@@ -222,6 +213,9 @@ def test_rows_are_independent_in_eval_mode():
         ({"height": 36}, "height: got 36, needs a multiple of 8"),
         ({"height": 2}, "height: got 2"),
         ({"height": 0}, "height: got 0"),
+        ({"height": (16, 18)}, r"height: got \(16, 18\), needs a multiple of 4"),
+        ({"height": (16, 16, 16)}, r"height: got \(16, 16, 16\), needs one side, or \(height, width\)"),
+        ({"height": "16"}, "height, multipliers: got .*'16', None.*, needs integers"),
         ({"n_feat": 12}, "n_feat: got 12, needs a multiple of 8"),
         ({"n_feat": 0}, "n_feat: got 0"),
         ({"in_channels": 0}, "in_channels"),
@@ -249,7 +243,7 @@ def test_sizes_that_do_not_fit(arguments, message):
         ((2, 3, 16, 16), (2,), (5,), "c: got shape"),
     ],
 )
-def test_inputs_that_do_not_fit(x, t, c, message):
+def test_inputs_that_do_not_fit(unet, x, t, c, message):
     with pytest.raises(ValueError, match=message):
         unet()(torch.zeros(x), torch.ones(t), torch.zeros(c))
 
@@ -297,12 +291,21 @@ def test_point_mlp_sizes_that_do_not_fit(arguments):
         PointMLP(*arguments)
 
 
+NETWORKS = {
+    "context_unet": lambda: ContextUnet(3, 8, 5, height=24, multipliers=(1, 2, 2)),
+    "context_unet, unconditional": lambda: ContextUnet(3, 8, 0),
+    "context_unet, not square": lambda: ContextUnet(3, 8, 5, height=(8, 20)),
+    "mlp": lambda: PointMLP(3, 16, 2),
+    "mlp, unconditional": lambda: PointMLP(),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "network", [unet(height=24, multipliers=(1, 2, 2)), unet(n_cfeat=0), PointMLP(3, 16, 2).eval(), PointMLP()]
-)
-def test_config_builds_it_again(network):
-    again = build_network(network.config()).eval()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_name_and_config_build_it_again(name):
+    network = NETWORKS[name]().eval()
+    assert name_of(network) == name.split(",")[0]
+    again = build_network(name_of(network), json.loads(json.dumps(network.config()))).eval()
     again.load_state_dict(network.state_dict())
     x, t, c = inputs(network)
     assert torch.equal(again(x, t, c), network(x, t, c))
@@ -310,13 +313,87 @@ def test_config_builds_it_again(network):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("name", "config", "message"),
     [
-        ({"kind": "resnet"}, "model kind: got 'resnet'"),
-        ({}, "model kind"),
-        ({"kind": "point_mlp", "depth": 3}, "depth"),
+        ("resnet", {}, "network: got 'resnet', needs one of context_unet, mlp"),
+        (None, {}, "network: got None, needs one of"),
+        ("point", {"depth": 3}, "network: got 'point'"),
+        ("mlp", {"depth": 3}, "network mlp: .*depth"),
+        ("context_unet", {}, "network context_unet: .*in_channels"),
     ],
 )
-def test_configs_that_build_nothing(config, message):
+def test_configs_that_build_nothing(name, config, message):
     with pytest.raises(ValueError, match=message):
-        build_network(config)
+        build_network(name, config)
+
+
+def test_the_former_name_of_a_network_is_understood():
+    assert type(build_network("point_mlp", {"features": 2})) is PointMLP
+
+
+def test_a_name_belongs_to_one_class():
+    class Other(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match=r"network: 'mlp' is ddpm\.networks\.mlp\.PointMLP, needs another name"):
+        network("mlp")(Other)
+    with pytest.raises(ValueError, match="Other has no name"):
+        name_of(Other())
+
+
+@torch.no_grad()
+def test_images_need_not_be_square(unet):
+    model = unet(height=(8, 20))
+    assert model.sample_shape == (3, 8, 20)
+    assert model.multipliers == (1, 2)
+    assert model.up0[0].kernel_size == (2, 5)
+    x, t, c = inputs(model)
+    assert model(x, t, c).shape == (2, 3, 8, 20)
+    assert ContextUnet(3, 8, height=(8, 64)).multipliers == (1, 2, 4)
+    with pytest.raises(ValueError, match=r"x: got shape \[2, 3, 20, 8\], needs \[n, 3, 8, 20\]"):
+        model(x.transpose(2, 3), t, c)
+    options = {"prediction": "v", "context": c[0], "guidance": 2.0}
+    images = [sample(model, NoiseSchedule.make("cosine", 6), 2, engine=e, **options) for e in ("eager", "fused")]
+    assert distance(*images) < 1e-4
+
+
+def test_the_network_for_data_is_found_by_their_shape():
+    assert network_for(None, (2,), 3, 16).config() == {"features": 2, "n_feat": 16, "n_cfeat": 3}
+    assert network_for(None, (1, 8, 12), 0, 8).config() == ContextUnet(1, 8, 0, (8, 12)).config()
+    assert type(network_for("mlp", (2,), 0, 8)) is PointMLP
+    with pytest.raises(ValueError, match=r"network: mlp is for points, the data have \[1, 16, 16\]"):
+        network_for("mlp", (1, 16, 16), 0, 8)
+    with pytest.raises(ValueError, match=r"network: context_unet is for images, the data have \[2\]"):
+        network_for("context_unet", (2,), 0, 8)
+
+
+class Timed(torch.nn.Module):
+    sample_shape = (2,)
+
+
+@pytest.mark.parametrize(
+    ("time", "timesteps", "expected"),
+    [
+        ("fraction", torch.tensor([50, 1]), torch.tensor([1.0, 0.02], dtype=torch.float64)),
+        ("fraction", torch.tensor([49.5]).double(), torch.tensor([0.99], dtype=torch.float64)),
+        ("index", torch.tensor([50, 1]), torch.tensor([49, 0])),
+        ("index", torch.tensor([49.5]).double(), torch.tensor([48.5])),
+    ],
+)
+def test_time_is_a_fraction_or_an_index(time, timesteps, expected):
+    model = Timed()
+    model.time = time
+    times = network_times(model, timesteps, 50)
+    assert times.dtype == expected.dtype
+    assert torch.equal(times, expected)
+
+
+def test_times_that_a_network_does_not_take():
+    model = Timed()
+    model.time, model.continuous_time = "index", False
+    assert network_times(model, torch.tensor([3]), 50).tolist() == [2]
+    with pytest.raises(ValueError, match="Timed takes whole timesteps only"):
+        network_times(model, torch.tensor([2.5]), 50)
+    model.time = "seconds"
+    with pytest.raises(ValueError, match="time: Timed has 'seconds', needs one of fraction, index"):
+        network_times(model, torch.tensor([3]), 50)

@@ -136,3 +136,44 @@ def test_bad_arguments(arguments, message):
 def test_numpy_numbers_are_numbers():
     schedule = NoiseSchedule.make("linear", np.int64(1000), np.float32(1e-4), np.float64(0.02))
     assert json.loads(json.dumps(schedule.config()))["timesteps"] == 1000
+
+
+def test_given_alpha_bars_are_kept_to_the_bit():
+    made = NoiseSchedule.make("cosine", 30)
+    for values in (made.alpha_bars, made.alpha_bars[1:].tolist(), made.alpha_bars.numpy()):
+        given = NoiseSchedule.from_alpha_bars(values)
+        assert (given.kind, given.timesteps) == ("given", 30)
+        assert torch.equal(given.alpha_bars, made.alpha_bars)
+        torch.testing.assert_close(given.betas, made.betas, rtol=0, atol=1e-12)
+        again = NoiseSchedule.make(**json.loads(json.dumps(given.config())))
+        assert torch.equal(again.alpha_bars, given.alpha_bars)
+        assert again.config() == given.config()
+
+
+def test_alphas_cumprod_of_another_library_is_read_and_not_multiplied_anew():
+    theirs = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)  # float32
+    assert torch.equal(NoiseSchedule.from_alpha_bars(theirs).alpha_bars[1:], theirs.double())
+
+
+@pytest.mark.parametrize("values", [[], [[1.0]], [1.0], [0.5, 0.6], [0.9, math.nan], [0.9, -0.1], [1.2, 0.5]])
+def test_alpha_bars_that_are_none(values):
+    with pytest.raises(ValueError, match="alpha_bars: got"):
+        NoiseSchedule.from_alpha_bars(values)
+
+
+def test_a_given_schedule_takes_nothing_else():
+    config = NoiseSchedule.make("cosine", 4).alpha_bars.tolist()
+    for wrong in ({"timesteps": 5}, {"timesteps": 4, "beta_end": 0.1}):
+        with pytest.raises(ValueError, match="a given one has no betas and T = 4"):
+            NoiseSchedule.make("given", alpha_bars=config, **wrong)
+    with pytest.raises(ValueError, match="alpha_bars: got them for schedule 'linear'"):
+        NoiseSchedule.make("linear", 4, alpha_bars=config)
+
+
+def test_alpha_bar_between_whole_times_interpolates_log_snr():
+    schedule = NoiseSchedule.make("linear", 1000)
+    assert schedule.alpha_bar(0) == 1.0
+    assert schedule.alpha_bar(7) == float(schedule.alpha_bars[7])
+    a, b = schedule.alpha_bars[40:42].tolist()
+    middle = (math.log(a / (1 - a)) + math.log(b / (1 - b))) / 2
+    assert schedule.alpha_bar(40.5) == pytest.approx(1 / (1 + math.exp(-middle)), rel=1e-12)

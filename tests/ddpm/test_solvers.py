@@ -15,6 +15,7 @@ from ddpm import NoiseSchedule, make_table, sample
 LINEAR = NoiseSchedule.make("linear", 1000)
 COSINE = NoiseSchedule.make("cosine", 40)
 GRIDS = [(LINEAR, 10, "trailing"), (LINEAR, 7, "linspace"), (LINEAR, 20, "leading"), (COSINE, 40, "trailing")]
+SPACINGS = ["trailing", "leading", "linspace", "lucidrains"]
 SOLVERS = [("ddpm", {}), ("ddpm", {"variance": "beta"}), ("ddim", {}), ("ddim", {"eta": 0.7}), ("dpmpp_2m", {})]
 
 
@@ -57,7 +58,25 @@ def test_grids_of_the_design():
     assert make_table(LINEAR, "ddim", 4, spacing="linspace").timesteps.tolist() == [1000, 667, 334, 1]
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize(
+    ("timesteps", "steps", "expected"),
+    [
+        (1000, 250, list(range(1000, 0, -4))),
+        (1000, 4, [1000, 750, 500, 250]),
+        (1000, 3, [1000, 666, 333]),  # -1 + 1000 k / 3 is 332.3, 665.7, 999
+        (10, 4, [10, 7, 5, 2]),  # 1.5, 4, 6.5, 9
+        (10, 3, [10, 6, 3]),  # 2.3, 5.7, 9
+        (7, 7, [7, 6, 5, 4, 3, 2, 1]),
+        (9, 1, [9]),
+    ],
+)
+def test_lucidrains_grid_is_truncated_from_minus_1(timesteps, steps, expected):
+    """denoising_diffusion_pytorch, ddim_sample: reversed(linspace(-1, T - 1, S + 1).int()), 0-based, without the -1."""
+    schedule = NoiseSchedule.make("cosine", timesteps)
+    assert make_table(schedule, "ddim", steps, spacing="lucidrains").timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 def test_one_step_starts_at_the_end_and_all_steps_visit_everything(spacing):
     assert make_table(COSINE, "ddpm", 1, spacing=spacing).timesteps.tolist() == [40]
     assert make_table(COSINE, "ddpm", 40, spacing=spacing).timesteps.tolist() == list(range(40, 0, -1))
@@ -65,7 +84,7 @@ def test_one_step_starts_at_the_end_and_all_steps_visit_everything(spacing):
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(data=st.data(), timesteps=st.integers(1, 1200), spacing=st.sampled_from(["trailing", "leading", "linspace"]))
+@given(data=st.data(), timesteps=st.integers(1, 1200), spacing=st.sampled_from(SPACINGS))
 def test_grids_descend_strictly_within_1_and_the_end(data, timesteps, spacing):
     divisors = [s for s in range(1, timesteps + 1) if timesteps % s == 0]
     steps = data.draw(st.sampled_from(divisors) if spacing == "leading" else st.integers(1, timesteps))
@@ -81,7 +100,7 @@ def test_grids_descend_strictly_within_1_and_the_end(data, timesteps, spacing):
     assert grid.max() <= timesteps
     if spacing != "leading" or steps == 1:
         assert grid[0] == timesteps
-    if spacing != "trailing" and steps > 1:
+    if spacing in ("leading", "linspace") and steps > 1:
         assert grid[-1] == 1
 
 
@@ -243,7 +262,7 @@ BAD = [
     ({"steps": True}, "steps: got True"),
     ({"steps": 7, "spacing": "leading"}, "steps: got 7, needs a divisor of 40"),
     ({"spacing": "karras"}, "spacing: got 'karras'"),
-    ({"variance": "learned"}, "variance: got 'learned'"),
+    ({"solver": "ddpm", "variance": "learned"}, "variance: got 'learned', needs one of posterior, beta"),
     ({"prediction": "score"}, "prediction: got 'score'"),
     ({"eta": -0.1}, "eta: got -0.1"),
     ({"eta": 1.1}, "eta: got 1.1"),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import pytest
 import torch
 
@@ -14,8 +13,9 @@ from ddpm import runs
 from ddpm.networks import ContextUnet
 from ddpm.runs import make_config, start_run
 from ddpm.schedule import NoiseSchedule
-from export import models
+from export import bundle, traced
 from export.__main__ import main
+from export.traced import Traced
 
 T = 12
 
@@ -52,22 +52,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-_traced: dict[str, onnx.ModelProto] = {}
+_traced: dict[str, Traced] = {}
 
 
-@pytest.fixture(autouse=True)
-def traced_once(monkeypatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
     """Tracing a network takes four seconds: each set of weights is traced once."""
-    trace = models.network_graph
+    trace = traced.trace
 
-    def remembered(model: ContextUnet) -> onnx.ModelProto:
+    def remembered(model: torch.nn.Module) -> Traced:
         weights = b"".join(tensor.numpy().tobytes() for tensor in model.state_dict().values())
-        key = hashlib.sha256(repr(model.config()).encode() + weights).hexdigest()
+        key = hashlib.sha256(repr((type(model), model.config())).encode() + weights).hexdigest()
         if key not in _traced:
             _traced[key] = trace(model)
         return _traced[key]
 
-    monkeypatch.setattr(models, "network_graph", remembered)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (traced, bundle):
+            patch.setattr(module, "trace", remembered)
+        yield
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_no_verify_says_so_in_the_manifest(run_folder, export, tmp_path):
 def test_runs_of_points_are_refused(export, make_run, tmp_path):
     folder = make_run(tmp_path / "roll", PointMLP())
     for command in (("onnx", folder, "--out", tmp_path / "x"), ("torch", folder)):
-        assert "point_mlp" in line(export(*command), 2)
+        assert "(mlp) has samples [2]" in line(export(*command), 2)
     assert not (tmp_path / "x").exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from ddpm.errors import WorkFailed
 from export import models, quality, run
 from tests.export.test_commands import line
 
@@ -29,9 +30,13 @@ def with_metadata(path, content):
     [
         ({"format_version": 99}, "format 99"),
         ({"kind": "banana"}, "'banana'"),
-        ({"n_cfeat": "ten"}, "n_cfeat is 'ten'"),
-        ({"n_cfeat": 4}, "n_cfeat is 4"),
-        ({"n_cfeat": 0}, "n_cfeat is 0"),
+        ({"condition_shape": "ten"}, "condition_shape is 'ten'"),
+        ({"condition_shape": [0]}, "condition_shape is [0]"),
+        ({"condition_shape": [4]}, "conditions are [4], the graph takes [[3]]"),
+        ({"condition_shape": None}, "conditions are [], the graph takes [[3]]"),
+        ({"null_condition": [1, 2]}, "null_condition"),
+        ({"format_version": 1, "n_cfeat": "ten"}, "n_cfeat is 'ten'"),
+        ({"format_version": 1, "n_cfeat": 4}, "conditions are [4], the graph takes [[3]]"),
         ({"height": 8}, "images are [3, 8, 16]"),
         ({"classes": None}, "classes is None"),
         ({"noise": "pink"}, "noise is 'pink'"),
@@ -191,7 +196,7 @@ def test_each_floor_holds(figures, says):
     good = {"trajectories": {"step.onnx": 30.0}, "psnr_db": 30.0, "relative_l2": 0.03}
     good |= {"accuracy": 0.52, "accuracy_fp32": 0.54}
     quality.require(quality.Quality("int8", None, **good))
-    with pytest.raises(Exception, match=says):
+    with pytest.raises(WorkFailed, match=says):
         quality.require(quality.Quality("int8", None, **(good | figures)))
 
 

@@ -79,6 +79,11 @@ def test_run_py_draws_the_same_words_and_normals(plain_words, plain_normals, see
     np.testing.assert_allclose(z, plain_normals(seed, [sample], step, stream, (1, 3, 3)), rtol=0, atol=1e-6)
 
 
-def test_shapes_that_are_no_multiple_of_four_are_refused():
-    with pytest.raises(ValueError, match="multiple of 4"):
-        normals(Builder(), None, "t", 1, (1, 3, 3))
+def test_samples_of_any_number_of_elements(plain_normals):
+    b = Builder()
+    seed, first, n = (b.input(name, T.INT64, []) for name in ("seed", "first_sample", "n"))
+    z = normals(b, counters(b, seed, first, n), b.constant(9, np.uint64), 1, (1, 3, 3))
+    b.output(z, "z", T.FLOAT, ["n", 1, 3, 3])
+    session = ort.InferenceSession(model_of(b, "odd", "{}").SerializeToString())
+    (found,) = session.run(None, {"seed": np.array(3), "first_sample": np.array(5), "n": np.array(2)})
+    np.testing.assert_allclose(found, plain_normals(3, [5, 6], 9, 1, (1, 3, 3)), rtol=0, atol=1e-6)

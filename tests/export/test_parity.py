@@ -1,6 +1,8 @@
 """The same picture: exported graphs against `ddpm.sample` and the module itself, at every edge that users reach."""
 
+import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -9,28 +11,32 @@ import torch
 from onnx import numpy_helper
 
 from ddpm import make_table, sample
-from export import models, run
+from ddpm.metrics import distance
+from export import models, run, traced
 from export.cuda import StepLoop
 from export.metadata import describe
-from export.network import Denoiser
-from export.parity import DENOISER_TOLERANCE, SAMPLER_TOLERANCE, Parity, denoiser_cases, distance
+from export.parity import DENOISER_TOLERANCE, SAMPLER_TOLERANCE, Parity, denoiser_cases, denoiser_parity
+from export.traced import Denoiser
+
+CALL_OPTIONS = ("context", "guidance", "seed", "first_sample")
 
 
 def sampler_of(opened, folder, noise="philox", **options):
     """(session, metadata) of a sampler with these table options, not through the command line."""
-    options = opened.sampling | options
+    options = opened.options(**options)
     table = make_table(opened.schedule, **options)
     note = {"options": options, "steps": len(table), "clip": table.clip, "rows": table.rows().tolist()}
     metadata = describe(opened, "sampler", "fp32", noise=noise, table=note)
-    network = models.network_graph(opened.model)
-    model = models.sampler(opened.model, network, table, opened.schedule.timesteps, noise, json.dumps(metadata))
+    graphs = traced.trace(opened.model)
+    model = models.sampler(opened.model, graphs, table, opened.schedule.timesteps, noise, json.dumps(metadata))
     path = folder / "sampler.onnx"
     onnx.save(model, path)
     return run.open_session(path, threads=1), metadata
 
 
 def eager(opened, n, **options):
-    return sample(opened.model, opened.schedule, n, engine="eager", **(opened.sampling | options)).numpy()
+    given = {name: options.pop(name) for name in CALL_OPTIONS if name in options}
+    return sample(opened.model, opened.schedule, n, engine="eager", **given, **opened.options(**options)).numpy()
 
 
 def test_the_folded_network_is_the_module(opened, unconditional):
@@ -97,11 +103,12 @@ def test_a_sample_does_not_depend_on_its_batch(exported):
 def test_one_file_runs_any_table(exported, opened, options, clip):
     session = run.open_session(exported / "sampler.onnx", threads=1)
     metadata = run.metadata_of(session, exported)
-    options = options | {"clip": clip}
-    table = make_table(opened.schedule, **(opened.sampling | options))
+    options = opened.options(**options) | {"clip": clip}
+    table = make_table(opened.schedule, **options)
     context = np.eye(3, dtype=np.float32)[:2]
     images = run.draw(session, metadata, np.arange(2), context, seed=4, table=table.rows().numpy(), clip=clip)
-    assert distance(images, eager(opened, 2, context=torch.eye(3)[:2], seed=4, **options)) <= SAMPLER_TOLERANCE
+    same = {"context": torch.eye(3)[:2], "seed": 4, "engine": "eager"}
+    assert distance(images, sample(opened.model, opened.schedule, 2, **same, **options)) <= SAMPLER_TOLERANCE
 
 
 @pytest.mark.parametrize("noise", ["philox", "input", "none"])
@@ -151,10 +158,15 @@ def test_files_tell_no_paths(exported, run_folder):
             assert secret.encode() not in content, (name, secret)
 
 
-def test_parity_is_false_for_nan_and_other_shapes():
-    assert distance(np.array([np.nan]), np.array([1.0])) == float("inf")
-    assert distance(np.zeros(2), np.zeros(3)) == float("inf")
-    assert not Parity("x", float("nan"), 1.0).good
+def test_parity_is_false_for_nan_on_either_side(opened):
+    nan = float("nan")
+    assert not Parity("x", nan, 1.0).good
+    assert not denoiser_parity("x", lambda x, t, c: np.full(x.shape, nan, np.float32), opened).good
+    broken = copy.deepcopy(opened.model)
+    torch.nn.init.constant_(broken.out[3].bias, nan)
+    spoiled = replace(opened, model=broken)
+    for denoise in (lambda x, t, c: x.numpy(), lambda x, t, c: broken(x, t, c).numpy()):
+        assert not denoiser_parity("x", denoise, spoiled).good
 
 
 @pytest.mark.long

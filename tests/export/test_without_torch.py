@@ -82,6 +82,7 @@ def test_without_onnxruntime_there_is_one_line(environment, exported, tmp_path):
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.long
 def test_the_readmes_example_runs_as_printed(environment, make_run, tmp_path):
     from ddpm.networks import ContextUnet
     from export.__main__ import main

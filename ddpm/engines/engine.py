@@ -1,0 +1,81 @@
+"""What an engine is: a way to run a table. One file, one class under `@engine`, and every command knows it by its name.
+
+name                              for --engine
+lacks(device, dtype, ...)         why it cannot run there, or None
+Engine(model, count, table, dtype, form)
+engine(x_T, samples, context, guidance, noise, callback) -> x_0
+refresh(model)                    take over the model's present weights
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.inference import Form, make_form
+from ddpm.noise import Noise
+from ddpm.table import StepTable
+
+Callback = Callable[[int, Tensor], None]
+FormOf = Callable[[nn.Module, torch.dtype], Form]
+
+ENGINES: dict[str, type["Engine"]] = {}
+
+
+def engine(kind: type["Engine"]) -> type["Engine"]:
+    """Register an engine's class under its `name`."""
+    ENGINES[kind.name] = kind
+    return kind
+
+
+class Engine:
+    """Prepared for a model and a table, called once per chunk.
+
+    Args:
+        model: on its device. count: T of its schedule. table: what to run. dtype: what the network computes in.
+        form: how to come by the form that is run, for engines that run one.
+
+    live: whether it runs the module itself, in the mode and with the weights that this has at the time.
+    """
+
+    name: ClassVar[str]
+    live: bool = False
+
+    def __init__(
+        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
+    ) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
+        """What it lacks to run there in a type, with a noise of the caller's own or with Philox; None if nothing."""
+        return None
+
+    def __call__(
+        self,
+        x: Tensor,
+        samples: Tensor,
+        context: Tensor | None,
+        guidance: float,
+        noise: Noise,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """x [n, ...] at timesteps[0] -> x at 0, not in place.
+
+        samples: int64 [n]. context: [n, ...] or None. guidance: w, 1 = none. callback(i, x0) after every row.
+        """
+        raise NotImplementedError
+
+    def refresh(self, model: nn.Module) -> None:
+        """Nothing where the module itself is run."""
+
+
+def noisy_rows(table: StepTable) -> list[bool]:
+    """Which rows add noise."""
+    return (table.coefficients[:, 6] != 0).tolist()
+
+
+def has_memory(table: StepTable) -> bool:
+    """Whether any row reads the x0 before it."""
+    return bool((table.coefficients[:, 5] != 0).any())

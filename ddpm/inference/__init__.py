@@ -1,0 +1,104 @@
+"""Inference forms, one file per network that has one; the networks without one are run by `plain`."""
+
+import json
+import logging
+from functools import cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ddpm.inference.context_unet import ContextUnetForm
+from ddpm.inference.form import EXPORTED, FORMS, KERNELS, Form, Layout, at, device_of, form_dtype, form_of, halves
+from ddpm.inference.freshness import Snapshot, settings_of
+from ddpm.inference.plain import PlainForm
+from ddpm.networks.protocol import build_network, name_of
+
+__all__ = [
+    "EXPORTED",
+    "FORMS",
+    "KERNELS",
+    "ContextUnetForm",
+    "Form",
+    "Layout",
+    "PlainForm",
+    "Snapshot",
+    "at",
+    "device_of",
+    "form_of",
+    "halves",
+    "has_form",
+    "kept_form",
+    "make_form",
+    "release",
+]
+
+logger = logging.getLogger("ddpm")
+
+
+@cache
+def _as_built(name: str, config: str) -> dict[str, tuple[type, dict[str, object]]]:
+    """Class and settings of every module of a fresh network, by path; config: its `config()` as JSON."""
+    with torch.device("meta"):
+        fresh = build_network(name, json.loads(config))
+    return {path: (type(module), settings_of(module)) for path, module in fresh.named_modules()}
+
+
+def has_form(model: nn.Module) -> bool:
+    """Whether the model has a form of its own: a network as built, nothing exchanged, set otherwise or hooked."""
+    if type(model) not in FORMS:
+        return False
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
+    )
+    if hooked:
+        return False
+    now = {path: (type(module), settings_of(module)) for path, module in model.named_modules()}
+    return now == _as_built(name_of(model), json.dumps(model.config()))
+
+
+def make_form(model: nn.Module, dtype: torch.dtype, layout: Layout | None = None) -> Form:
+    """A form of its own with the model's present weights."""
+    dtype = form_dtype(model, dtype)
+    if has_form(model):
+        return FORMS[type(model)](model, dtype, layout)
+    logger.info("nothing is folded: %s has no inference form (or is not as built)", type(model).__name__)
+    return PlainForm(model, dtype, layout)
+
+
+# Not of plain forms, which hold the network: as values they would keep their own key alive.
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], tuple[Form, Snapshot]]]
+_kept = WeakKeyDictionary()
+
+
+def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
+    """The form that `sample` keeps with the model, with the model's present weights: what was compiled is not lost.
+
+    Only those of the device that the model is on, and until `release`.
+    """
+    key = form_dtype(model, dtype), device_of(model)
+    forms = _kept.setdefault(model, {})
+    for left in [other for other in forms if other[1] != key[1]]:
+        del forms[left]
+    if key in forms:
+        form, snapshot = forms[key]
+        if not snapshot.same_settings():
+            if not has_form(model):
+                del forms[key]
+                return make_form(model, dtype)
+            snapshot = Snapshot(model)
+            form.refresh(model)
+        elif not snapshot.same_tensors():
+            form.refresh(model)
+            snapshot.keep()
+        forms[key] = form, snapshot
+        return form
+    form = make_form(model, dtype)
+    if not form.live:
+        forms[key] = form, Snapshot(model)
+    return form
+
+
+def release(model: nn.Module) -> None:
+    """Forget what was kept to sample this network: folded weights, compiled code, CUDA graphs and their memory."""
+    _kept.pop(model, None)

@@ -1,0 +1,263 @@
+"""The convolutions of a form: each keeps its weights as whoever runs it reads them fastest, see `Layout`.
+
+With `kernels` a convolution and what follows it is one call of the operator `convolution`. Else 3x3 convolutions of
+float32 on CPUs are run by the operator `winograd`, others by the library, and what follows by plain operators. A
+transposed convolution with kernel = stride = 2 is a product with W [C_in, 2, 2, C_out] at every pixel. A convolution
+of either kind over cat(x, skip) is a sum of two, and guidance shares the skip's between its halves.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.inference.form import Layout
+from kernels import convolution, winograd
+from kernels.convolution import KEEP, POOL, SPREAD
+from kernels.winograd import fits, missing, transform
+
+
+@cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN convolves this type on this CPU: then weights are kept in the layout it wants, GELU runs in it.
+
+    It is asked by trying: whether it takes bfloat16 depends on the CPU and on ONEDNN_MAX_CPU_ISA.
+    The operators are those that torch.compile itself emits for CPUs. Measured on two cores with AVX-512 (n_feat 64,
+    16x16, channels_last, without `winograd`): 7.0 ms a step instead of 7.8 at batch 1, 80 instead of 85 at batch 32.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    probe = Convolution(gelu=True)
+    x = torch.ones(1, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad():
+            probe.pack(torch.ones(16, 16, 3, 3, dtype=dtype))
+            probe(x)
+    except RuntimeError:
+        return False
+    return True
+
+
+def multiplies_less(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the operator `winograd` takes a convolution's weights in this type here, and runs its kernel."""
+    return weight.device.type == "cpu" and dtype == torch.float32 and fits(weight) and missing() is None
+
+
+def store(module: nn.Module, **tensors: Tensor) -> None:
+    """Set buffers, in place where they have room: a captured CUDA graph reads the memory that it was captured with."""
+    for name, tensor in tensors.items():
+        held = getattr(module, name)
+        if held is None or held.is_mkldnn or held.stride() != tensor.stride() or held.device != tensor.device:
+            setattr(module, name, tensor)
+        else:
+            held.copy_(tensor)
+
+
+def added(y: Tensor, shared: Tensor) -> Tensor:
+    """y [k * n, ...] plus what its k halves share [n, ...]."""
+    if shared.shape[0] == y.shape[0] and not torch.compiler.is_exporting():
+        return y + shared
+    return (y.unflatten(0, (-1, shared.shape[0])) + shared).flatten(0, 1)
+
+
+def gated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """scale * y + shift; each [1 or k * n, C] or None."""
+    if shift is None:
+        return y
+    shift = shift[:, :, None, None]
+    return y + shift if scale is None else torch.addcmul(shift, y, scale[:, :, None, None])
+
+
+class Convolution(nn.Module):
+    """A convolution with stride 1 that keeps the size, its bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
+
+    def __init__(self, gelu: bool = False) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.padding = 0
+        self.packed = self.transformed = self.fused = False
+        self.register_buffer("weight", None)
+        self.register_buffer("bias", None)
+
+    def load(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, layout: Layout) -> None:
+        """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd."""
+        self.padding = weight.shape[-1] // 2
+        self.fused = layout.kernels
+        if bias is not None:
+            store(self, bias=bias.to(dtype))
+        self.transformed = layout.winograd and layout.channels_last and multiplies_less(weight, dtype)
+        if self.transformed:
+            store(self, weight=transform(weight))
+            return
+        weight = weight.to(dtype)
+        # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
+        many = min(weight.shape[:2]) > 1
+        if layout.pack and layout.channels_last and many and weight.device.type == "cpu" and packs(dtype):
+            self.pack(weight)
+        else:
+            store(self, weight=weight.contiguous(memory_format=layout.memory_format))
+
+    def pack(self, weight: Tensor) -> None:
+        """Keep weights in oneDNN's own layout."""
+        self.packed, self.padding = True, weight.shape[-1] // 2
+        store(self, weight=torch.ops.mkldnn._reorder_convolution_weight(weight, *self._geometry(), None))
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, stride, dilation, groups."""
+        return [self.padding] * 2, [1, 1], [1, 1], 1
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        onto: Tensor | None = None,
+        then: str = KEEP,
+    ) -> Tensor:
+        """Then scale * y + shift, plus `onto`, perhaps in its memory, then pooled: `then`."""
+        if self.fused:
+            film = {"film_scale": scale, "film_shift": shift}
+            return convolution(x, self.weight, self.bias, **film, onto=onto, gelu=self.gelu, then=then, kernel=True)
+        if shift is None and onto is not None and not self.gelu:
+            y = self._onto(x, onto)
+        else:
+            y = self._own(x)
+            y = gated(y, scale, shift)
+            y = y if onto is None else y + onto
+        return F.max_pool2d(y, 2) if then == POOL else y
+
+    def _own(self, x: Tensor) -> Tensor:
+        if self.transformed:
+            return winograd(x, [self.weight], [self.bias], gelu=self.gelu)
+        if self.packed:
+            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._geometry(), *after)
+        return convolution(x, self.weight, self.bias, gelu=self.gelu)
+
+    @property
+    def sums(self) -> bool:
+        """Whether convolution and sum are one pass, which also repeats the images of `onto`."""
+        # torch.compile cannot trace oneDNN's operator, and fuses the sum by itself.
+        return self.transformed or (self.packed and not torch.compiler.is_compiling())
+
+    def _onto(self, x: Tensor, onto: Tensor) -> Tensor:
+        """The sum of the two."""
+        if self.transformed:
+            return winograd(x, [self.weight], [self.bias], plus=onto)
+        if self.sums:
+            if onto.shape[0] < x.shape[0]:
+                onto = torch.cat((onto,) * (x.shape[0] // onto.shape[0]))  # keeps its layout, as `repeat` does not
+            after = ("add", 1.0, None, [], None)
+            convolve = torch.ops.mkldnn._convolution_pointwise_.binary
+            return convolve(onto, x, self.weight, self.bias, *self._geometry(), *after)
+        return self._own(x) + onto
+
+
+class Chain(nn.Sequential):
+    """Convolutions with GELU, one after the other; neighbours by one call of the operator `winograd`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(*(Convolution(gelu=True) for _ in range(count)))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        onto: Tensor | None = None,
+        then: str = KEEP,
+    ) -> Tensor:
+        """What follows the last one: as in `Convolution`."""
+        *first, last = self
+        after = {"scale": scale, "shift": shift, "onto": onto, "then": then}
+        waiting: list[Convolution] = []
+        for each in first:
+            if each.transformed:
+                waiting.append(each)
+            else:
+                x, waiting = each(_together(waiting, x)), []
+        if not (waiting and last.transformed):
+            return last(_together(waiting, x), **after)
+        y = gated(_together([*waiting, last], x), scale, shift)
+        y = y if onto is None else y + onto
+        return F.max_pool2d(y, 2) if then == POOL else y
+
+
+def _together(convolutions: list[Convolution], x: Tensor) -> Tensor:
+    if not convolutions:
+        return x
+    return winograd(x, [each.weight for each in convolutions], [each.bias for each in convolutions], gelu=True)
+
+
+class Merging(nn.Module):
+    """A convolution over cat(x, skip): x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', h, w]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_x, self.of_skip = Convolution(), Convolution()
+
+    def load(self, weight: Tensor, bias: Tensor, dtype: torch.dtype, layout: Layout) -> None:
+        """weight: [C', 2 C, k, k]; bias: [C']."""
+        of_x, of_skip = weight.chunk(2, dim=1)
+        self.of_x.load(of_x, None, dtype, layout)
+        self.of_skip.load(of_skip, bias, dtype, layout)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.of_x.fused:
+            more = {"skip": skip, "skip_weight": self.of_skip.weight}
+            return convolution(x, self.of_x.weight, self.of_skip.bias, **more, kernel=True)
+        shared = self.of_skip(skip)
+        return self.of_x(x, onto=shared) if self.of_x.sums else added(self.of_x(x), shared)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[n, C, h, w] -> [n * h * w, C], a view of a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+class Upsampling(nn.Module):
+    """ConvTranspose with kernel = stride = 2 over cat(x, skip), as two products.
+
+    x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', 2h, 2w]; k halves share the skip.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = False
+        for name in ("of_x", "of_skip", "bias"):
+            self.register_buffer(name, None)
+
+    def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype, layout: Layout) -> None:
+        """Take over a transposed convolution's weights."""
+        self.fused = layout.kernels
+        of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).to(dtype).chunk(2)
+        if self.fused:
+            of_x, of_skip = (of.t().contiguous()[:, :, None, None] for of in (of_x, of_skip))
+        store(self, of_x=of_x.contiguous(), of_skip=of_skip.contiguous(), bias=conv.bias.to(dtype).repeat(4))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.fused:
+            more = {"skip": skip, "skip_weight": self.of_skip}
+            return convolution(x, self.of_x, self.bias, **more, then=SPREAD, kernel=True)
+        if torch.compiler.is_compiling() and not x.is_cuda:
+            # The compiler fuses the sums with the shuffle; a product onto something would copy that first.
+            of_skip = self._spread(skip.permute(0, 2, 3, 1) @ self.of_skip + self.bias, skip)
+            out = added(self._spread(x.permute(0, 2, 3, 1) @ self.of_x, x), of_skip)
+            return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+        shared = torch.addmm(self.bias, _pixels(skip), self.of_skip)
+        copies = x.shape[0] // skip.shape[0]
+        if copies == 1:
+            out = shared.addmm_(_pixels(x), self.of_x)
+        else:
+            out = (_pixels(x) @ self.of_x).unflatten(0, (copies, -1)).add_(shared)
+        del shared
+        return self._spread(out.flatten(0, -2), x).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _spread(product: Tensor, x: Tensor) -> Tensor:
+        """[n * h * w, 4 C'] of x's pixels -> [n, h, 2, w, 2, C']."""
+        rows, _, h, w = x.shape
+        return product.reshape(rows, h, w, 2, 2, -1).transpose(2, 3)

@@ -1,0 +1,40 @@
+"""The networks, one file each, by the name under which config.json knows them.
+
+A network is an `nn.Module` that states what everything above it needs (see `ddpm.networks.protocol`); a class joins by
+`@network("name")` in any file that is imported.
+"""
+
+from ddpm.networks.context_unet import ContextUnet, load_context_unet_weights
+from ddpm.networks.mlp import PointMLP
+from ddpm.networks.protocol import (
+    NETWORKS,
+    build_network,
+    condition_shape,
+    fit_state_dict,
+    name_of,
+    network,
+    network_for,
+    network_times,
+    null_condition,
+    rows_of_condition,
+    sample_shape,
+    without_condition,
+)
+
+__all__ = [
+    "NETWORKS",
+    "ContextUnet",
+    "PointMLP",
+    "build_network",
+    "condition_shape",
+    "fit_state_dict",
+    "load_context_unet_weights",
+    "name_of",
+    "network",
+    "network_for",
+    "network_times",
+    "null_condition",
+    "rows_of_condition",
+    "sample_shape",
+    "without_condition",
+]

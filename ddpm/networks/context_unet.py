@@ -1,0 +1,180 @@
+"""ContextUnet: the context- and time-conditioned U-Net known from 16x16 sprites, at any side that halves evenly.
+
+Parameter names follow the original, so published state dicts load.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.networks.blocks import EmbedFC, ResidualConvBlock, UnetDown, UnetUp
+from ddpm.networks.protocol import check_call, fit_state_dict, network
+from kernels.philox import is_integer
+
+GROUPS = 8
+SHORTCUT_PREFIX = "init_conv.shortcut."
+
+
+def _halvings(side: int) -> int:
+    """Halvings until the side is at most 8 pixels, at least two."""
+    depth = 0
+    while side / 2**depth > 8:
+        depth += 1
+    return max(2, depth)
+
+
+@network("context_unet")
+class ContextUnet(nn.Module):
+    """The context- and time-conditioned U-Net.
+
+    Args:
+        in_channels: image channels C.
+        n_feat: width of the first level, a multiple of 8.
+        n_cfeat: length of the context vector, 0 for an unconditional network.
+        height: side of square images, or (height, width); each divisible by 2^depth.
+        multipliers: width of each level in units of n_feat; default min(2^i, 8) over as many levels as it takes
+            to bring the longer side to at most 8 pixels, at least two. Its length is the depth, at least 2.
+
+    Raises ValueError for sizes that do not fit.
+    """
+
+    time = "fraction"
+
+    def __init__(
+        self,
+        in_channels: int,
+        n_feat: int = 64,
+        n_cfeat: int = 5,
+        height: int | Sequence[int] = 16,
+        multipliers: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        sides = tuple(height) if isinstance(height, Sequence) and not isinstance(height, str) else (height, height)
+        if not all(is_integer(size) for size in (in_channels, n_feat, n_cfeat, *sides, *(multipliers or ()))):
+            got = in_channels, n_feat, n_cfeat, height, multipliers
+            raise ValueError(f"in_channels, n_feat, n_cfeat, height, multipliers: got {got}, needs integers")
+        if len(sides) != 2:
+            raise ValueError(f"height: got {height}, needs one side, or (height, width)")
+        in_channels, n_feat, n_cfeat, sides = int(in_channels), int(n_feat), int(n_cfeat), tuple(map(int, sides))
+        if multipliers is None:
+            multipliers = [min(2**i, 8) for i in range(_halvings(max(sides)))]
+        multipliers = tuple(map(int, multipliers))
+        depth = len(multipliers)
+        if depth < 2 or min(multipliers) < 1:
+            raise ValueError(f"multipliers: got {multipliers}, needs at least two integers >= 1")
+        if in_channels < 1 or n_cfeat < 0:
+            raise ValueError(f"in_channels, n_cfeat: got {in_channels}, {n_cfeat}, needs >= 1, >= 0")
+        if n_feat < GROUPS or n_feat % GROUPS:
+            raise ValueError(f"n_feat: got {n_feat}, needs a multiple of {GROUPS} (the normalisation's groups)")
+        if any(side < 2**depth or side % 2**depth for side in sides):
+            raise ValueError(f"height: got {height}, needs a multiple of {2**depth} for {depth} halvings")
+        self.in_channels, self.n_feat, self.n_cfeat = in_channels, n_feat, n_cfeat
+        self.height, self.width, self.multipliers = *sides, multipliers
+
+        widths = [n_feat, *(n_feat * multiplier for multiplier in multipliers)]
+        deepest, second = widths[-1], widths[-2]
+        bottleneck = tuple(side // 2**depth for side in sides)
+        self.depth = depth
+        self.init_conv = ResidualConvBlock(in_channels, n_feat, is_res=True)
+        for level in range(1, depth + 1):
+            self.add_module(f"down{level}", UnetDown(widths[level - 1], widths[level]))
+        self.to_vec = nn.Sequential(nn.AvgPool2d(bottleneck), nn.GELU())
+        self.timeembed1 = EmbedFC(1, deepest)
+        self.timeembed2 = EmbedFC(1, second)
+        if n_cfeat:
+            self.contextembed1 = EmbedFC(n_cfeat, deepest)
+            self.contextembed2 = EmbedFC(n_cfeat, second)
+        self.up0 = nn.Sequential(
+            nn.ConvTranspose2d(deepest, deepest, bottleneck, bottleneck),
+            nn.GroupNorm(GROUPS, deepest),
+            nn.ReLU(),
+        )
+        for level in range(1, depth + 1):
+            self.add_module(f"up{level}", UnetUp(2 * widths[depth + 1 - level], widths[depth - level]))
+        self.out = nn.Sequential(
+            nn.Conv2d(2 * n_feat, n_feat, 3, padding=1),
+            nn.GroupNorm(GROUPS, n_feat),
+            nn.ReLU(),
+            nn.Conv2d(n_feat, in_channels, 3, padding=1),
+        )
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape of one sample: (C, H, W)."""
+        return self.in_channels, self.height, self.width
+
+    @property
+    def condition_shape(self) -> tuple[int] | None:
+        """(n_cfeat,), or None for an unconditional network."""
+        return (self.n_cfeat,) if self.n_cfeat else None
+
+    def null_condition(self, n: int) -> Tensor:
+        """Zeros [n, n_cfeat]: what training drops conditions to."""
+        return torch.zeros(n, self.n_cfeat)
+
+    def config(self) -> dict[str, object]:
+        """The arguments that build this network again."""
+        return {
+            "in_channels": self.in_channels,
+            "n_feat": self.n_feat,
+            "n_cfeat": self.n_cfeat,
+            "height": self.height if self.height == self.width else [self.height, self.width],
+            "multipliers": list(self.multipliers),
+        }
+
+    @classmethod
+    def for_data(cls, shape: tuple[int, ...], classes: int, n_feat: int) -> "ContextUnet":
+        """For images of this shape (C, H, W); without classes unconditional."""
+        if len(shape) != 3:
+            raise ValueError(f"network: context_unet is for images, the data have {list(shape)}")
+        channels, *sides = shape
+        return cls(channels, n_feat, classes, sides)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
+        """x [n, C, H, W], t [n] in (0, 1], c [n, n_cfeat] or None = zeros -> [n, C, H, W]."""
+        check_call(self, x, t, c)
+        features = self.init_conv(x)
+        skips = [features]
+        for level in range(1, self.depth + 1):
+            skips.append(getattr(self, f"down{level}")(skips[-1]))
+
+        up = self.up0(self.to_vec(skips[-1]))
+        for level in range(1, self.depth + 1):
+            if level <= 2:
+                up = self._gate(level, up, t, c)
+            up = getattr(self, f"up{level}")(up, skips[-level])
+        return self.out(torch.cat((up, features), dim=1))
+
+    def _gate(self, level: int, up: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+        """cemb * up + temb; an unconditional network has no cemb."""
+        time = getattr(self, f"timeembed{level}")(t.to(up.dtype))[:, :, None, None]
+        if self.n_cfeat == 0:
+            return up + time
+        context = up.new_zeros(up.shape[0], self.n_cfeat) if c is None else c.to(up.dtype)
+        return getattr(self, f"contextembed{level}")(context)[:, :, None, None] * up + time
+
+
+def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tensor]) -> None:
+    """Load a published ContextUnet state dict, with or without the shortcut.
+
+    The original made its shortcut convolution anew, at random, in every call, so published weights have none: it
+    becomes zero, the expectation of that random convolution, and a warning says so.
+
+    Raises ValueError as `fit_state_dict` does.
+    """
+    given = dict(state_dict)
+    shortcut = [name for name in model.state_dict() if name.startswith(SHORTCUT_PREFIX)]
+    without = bool(shortcut) and not any(name in given for name in shortcut)
+    if without:
+        given |= {name: torch.zeros_like(model.state_dict()[name]) for name in shortcut}
+    try:
+        fit_state_dict(model, given)
+    except ValueError as error:
+        raise ValueError(f"state dict: {error}") from error
+    if without:
+        warnings.warn(
+            "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero",
+            stacklevel=2,
+        )

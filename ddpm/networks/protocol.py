@@ -1,0 +1,182 @@
+"""What a network states of itself, and the only places that act on it.
+
+    sample_shape       of one sample: (3, 16, 16), (2,), ...
+    condition_shape    of one condition: (classes,), (tokens, width), ..., or None; unstated: whatever is given
+    time               what forward gets: "fraction", t / T as a float in (0, 1] (unstated: this), or "index", t - 1 as
+                       int64, what other libraries' networks take
+    continuous_time    False where only whole steps have an embedding; unstated: True
+    null_condition(n)  [n, *condition_shape] of "no condition"; unstated: zeros
+    config()           the arguments that build it again
+    for_data(shape, classes, n_feat)   classmethod: the network for samples of this shape, for `ddpm train`
+    forward(x, t, c)   x [n, *sample_shape], t [n], c [n, *condition_shape] or None = no condition -> x's shape
+
+A module with `sample_shape` alone samples, compiles and exports; a run folder also needs a name, config and for_data.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+NETWORKS: dict[str, type[nn.Module]] = {}
+TIMES = ("fraction", "index")
+FORMER_NAMES = {"point_mlp": "mlp"}  # what config.json said before format 2
+
+
+def network(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Register a class under the name that config.json shall hold. Raises ValueError if another class has it."""
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        held = NETWORKS.get(name)
+        if held is not None and (held.__module__, held.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(f"network: {name!r} is {held.__module__}.{held.__qualname__}, needs another name")
+        NETWORKS[name] = kind
+        return kind
+
+    return register
+
+
+def name_of(model: nn.Module) -> str:
+    """The name of a network's class. Raises ValueError for a class that has none."""
+    name = next((name for name, kind in NETWORKS.items() if kind is type(model)), None)
+    if name is None:
+        raise ValueError(f"network: {type(model).__name__} has no name, needs @ddpm.networks.network(...) on its class")
+    return name
+
+
+def _class_of(name: str) -> type[nn.Module]:
+    kind = NETWORKS.get(FORMER_NAMES.get(name, name)) if isinstance(name, str) else None
+    if kind is None:
+        raise ValueError(f"network: got {name!r}, needs one of {', '.join(NETWORKS)}")
+    return kind
+
+
+def build_network(name: str, config: Mapping[str, object]) -> nn.Module:
+    """The network that `config()` described. Raises ValueError for an unknown name or arguments that do not fit."""
+    kind = _class_of(name)
+    try:
+        return kind(**config)
+    except TypeError as error:
+        raise ValueError(f"network {name}: {error}") from error
+
+
+def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: int) -> nn.Module:
+    """A fresh network for data of this shape; None takes the usual one. Raises ValueError if it is for other data."""
+    name = name or ("mlp" if len(shape) == 1 else "context_unet")
+    kind = _class_of(name)
+    if not hasattr(kind, "for_data"):
+        raise ValueError(f"network: {name!r} cannot be made for data, needs a classmethod for_data")
+    made = kind.for_data(shape, classes, n_feat)
+    if tuple(made.sample_shape) != tuple(shape):
+        raise ValueError(f"network: {name!r} is for samples {list(made.sample_shape)}, the data have {list(shape)}")
+    return made
+
+
+def sample_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape of one sample: the model's `sample_shape`, or (in_channels, height, height)."""
+    if hasattr(model, "sample_shape"):
+        return tuple(model.sample_shape)
+    if hasattr(model, "in_channels") and hasattr(model, "height"):
+        return model.in_channels, model.height, model.height
+    raise TypeError(f"model: {type(model).__name__} needs an attribute sample_shape, or in_channels and height")
+
+
+def condition_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """Shape of one condition; None for a network without one, or that does not say."""
+    shape = getattr(model, "condition_shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
+    """What forward gets for timesteps in (0, T], count = T: t / T in float64, or t - 1 (float32 where fractional).
+
+    Raises ValueError for fractional timesteps where the network has an embedding of whole ones only.
+    """
+    kind = getattr(model, "time", "fraction")
+    if kind not in TIMES:
+        raise ValueError(f"time: {type(model).__name__} has {kind!r}, needs one of {', '.join(TIMES)}")
+    fractional = timesteps.is_floating_point()
+    if fractional and not getattr(model, "continuous_time", True):
+        raise ValueError(
+            f"timesteps: {type(model).__name__} takes whole timesteps only, needs a table without fractions"
+        )
+    if kind == "fraction":
+        return timesteps.to(torch.float64) / count
+    return (timesteps - 1).to(torch.float32) if fractional else timesteps - 1
+
+
+def in_type(times: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Times in the type that a network computes in; indices stay whole."""
+    return times.to(dtype) if times.is_floating_point() else times
+
+
+def null_condition(model: nn.Module, condition: Tensor) -> Tensor:
+    """What stands for no condition, for as many rows as this one has, in its type: guidance's unconditional half."""
+    if hasattr(model, "null_condition"):
+        return model.null_condition(condition.shape[0]).to(condition)
+    return torch.zeros_like(condition)
+
+
+def without_condition(model: nn.Module, condition: Tensor, dropped: Tensor) -> Tensor:
+    """The condition [n, ...], "no condition" in the rows where dropped [n] is true: training for guidance."""
+    rows = dropped.reshape(-1, *(1,) * (condition.ndim - 1))
+    return torch.where(rows, null_condition(model, condition), condition)
+
+
+def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+    """float32 [n, *condition_shape] from one condition for all or one a row; None where there is nothing to condition.
+
+    Raises ValueError for another shape, or values that are not finite.
+    """
+    if context is None:
+        return None
+    context = torch.as_tensor(context, dtype=torch.float32, device=device)
+    if not context.isfinite().all():
+        raise ValueError("context: got NaN or infinite values, needs finite ones")
+    if not hasattr(model, "condition_shape"):
+        rows = context.expand(n, -1) if context.ndim == 1 else context
+        if context.ndim < 1 or rows.shape[0] != n:
+            raise ValueError(
+                f"context: got shape {list(context.shape)}, needs one vector or [{n}, ...], a row a sample"
+            )
+        return rows
+    shape = condition_shape(model) or (0,)
+    rows = context.expand(n, *shape) if tuple(context.shape) == shape else context
+    if tuple(rows.shape) != (n, *shape):
+        stated = "" if math.prod(shape) else ": this network has no condition"
+        raise ValueError(f"context: got shape {list(context.shape)}, needs {[n, *shape]} or {list(shape)}{stated}")
+    return rows if math.prod(shape) else None
+
+
+def check_call(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> None:
+    """What a network's forward asks of its arguments. Raises ValueError naming the argument."""
+    shape, n = sample_shape(model), x.shape[0]
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"x: got shape {list(x.shape)}, needs [n, {', '.join(map(str, shape))}]")
+    if t.numel() != n:
+        raise ValueError(f"t: got shape {list(t.shape)}, needs [{n}], one time per row of x")
+    condition = condition_shape(model) or (0,)
+    if c is not None and tuple(c.shape) != (n, *condition):
+        raise ValueError(f"c: got shape {list(c.shape)}, needs {[n, *condition]}")
+
+
+def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises ValueError naming the first entry that is missing, of another shape or kind of type, not finite, or too many.
+    """
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in given:
+            raise ValueError(f"has no entry {name!r}, the network needs {list(tensor.shape)}: from another network?")
+        if given[name].shape != tensor.shape:
+            raise ValueError(f"{name!r} is {list(given[name].shape)}, the network needs {list(tensor.shape)}")
+        if given[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{name!r} is {given[name].dtype}, the network needs {tensor.dtype}")
+        if not given[name].isfinite().all():
+            raise ValueError(f"{name!r} has NaN or infinite values, the network needs finite ones")
+    extra = next((name for name in given if name not in own), None)
+    if extra is not None:
+        raise ValueError(f"has {extra!r}, which the network does not: from another network?")
+    model.load_state_dict(dict(given))

@@ -1,0 +1,194 @@
+"""StepTable: a sampler as data, see `ddpm.solvers`. Every engine, the ONNX graph and the tests execute it."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm.errors import BadInput
+from ddpm.files import read_json, write_json
+
+PREDICTIONS = ("eps", "v", "x0")
+KIND, FORMAT_VERSION = "fused-ddpm step table", 1
+COLUMNS = 7
+MOST_NOISE_STEPS = 1 << 24  # exact in float32
+LARGEST = sys.float_info.max  # integers beyond it have no float64
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """A sampler, ready to run: row i goes from timesteps[i] to timesteps[i + 1], the last one to 0.
+
+    timesteps: what the network sees, int64 [S] (float64 where fractional), never ascending.
+    coefficients: float64 [S, 7], see `ddpm.solvers`. clip: bound of x0, or None. prediction: what the network outputs.
+    guidance_scale: float64 [S], multiplies w - 1 of guidance in each row (ones).
+    noise_steps: int64 [S], the steps of the noise contract: the timesteps, or the row's number where those have
+    fractions. begins: bool [S], whether a row begins a step of the solver or continues one.
+    made_for: the solver, its options and the schedule. weights: digest of those that it was learned for, or None.
+    All tensors live on the CPU.
+    """
+
+    timesteps: Tensor
+    coefficients: Tensor
+    clip: float | None = None
+    prediction: str = "eps"
+    guidance_scale: Tensor | None = None
+    noise_steps: Tensor | None = None
+    begins: Tensor | None = None
+    made_for: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in what was not given. Raises ValueError naming the field that does not fit."""
+        count = len(self.timesteps)
+        fractional = self.timesteps.is_floating_point()
+        if fractional:
+            object.__setattr__(self, "timesteps", self.timesteps.to(torch.float64))
+        if self.guidance_scale is None:
+            object.__setattr__(self, "guidance_scale", torch.ones(count, dtype=torch.float64))
+        if self.noise_steps is None:
+            steps = torch.arange(count) if fractional else self.timesteps.to(torch.int64)
+            object.__setattr__(self, "noise_steps", steps)
+        if self.begins is None:
+            object.__setattr__(self, "begins", torch.ones(count, dtype=torch.bool))
+        if not count or tuple(self.coefficients.shape) != (count, COLUMNS):
+            needs = f"[{max(count, 1)}, {COLUMNS}]: a row for every timestep"
+            raise ValueError(f"coefficients: got {list(self.coefficients.shape)}, needs {needs}")
+        for name in ("guidance_scale", "noise_steps", "begins"):
+            if tuple(getattr(self, name).shape) != (count,):
+                raise ValueError(f"{name}: got {list(getattr(self, name).shape)}, needs [{count}]")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: got {self.prediction!r}, needs one of {', '.join(PREDICTIONS)}")
+
+    def __len__(self) -> int:
+        """Rows: evaluations of the network."""
+        return self.timesteps.shape[0]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the solver; one that evaluates the network twice has two rows."""
+        return int(self.begins.sum())
+
+    @property
+    def solver(self) -> str:
+        """The name that pictures and reports show."""
+        return str(self.made_for.get("solver", "table"))
+
+    def rows(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """What `kernels.solver_step` reads: [S, 8], the seven coefficients and the noise step, cast once."""
+        table = torch.cat([self.coefficients, self.noise_steps[:, None].to(torch.float64)], dim=1)
+        return table.to(device=device, dtype=dtype)
+
+    def weights_of_guidance(self, guidance: float) -> list[float]:
+        """w of every row: 1 + scale (w - 1)."""
+        scales = self.guidance_scale.tolist()
+        return [guidance if scale == 1 else 1 + scale * (guidance - 1) for scale in scales]
+
+    def from_row(self, k: int) -> "StepTable":
+        """The table from row k on: memory is empty there, so its first row takes x0 for x0_previous.
+
+        Raises ValueError for a row that is not there or continues a step, and for a learned table.
+        """
+        if not 0 <= k < len(self):
+            raise ValueError(f"row: got {k}, needs 0..{len(self) - 1}")
+        if self.weights is not None:
+            raise ValueError("from_row: got a learned table, whose rows belong together, needs one of a solver")
+        if not bool(self.begins[k]):
+            raise ValueError(f"row: got {k}, which continues a step, needs one that begins one")
+        coefficients = self.coefficients[k:].clone()
+        coefficients[0, 3] += coefficients[0, 5]
+        coefficients[0, 5] = 0.0
+        parts = {name: getattr(self, name)[k:] for name in ("timesteps", "guidance_scale", "noise_steps", "begins")}
+        return replace(self, coefficients=coefficients, **parts, made_for={**self.made_for, "from_row": k})
+
+    def asdict(self) -> dict[str, Any]:
+        """The table as JSON has it; numbers keep all their digits."""
+        return {
+            "kind": KIND,
+            "format_version": FORMAT_VERSION,
+            "prediction": self.prediction,
+            "clip": self.clip,
+            "timesteps": self.timesteps.tolist(),
+            "coefficients": self.coefficients.tolist(),
+            "guidance_scale": self.guidance_scale.tolist(),
+            "noise_steps": self.noise_steps.tolist(),
+            "begins": self.begins.tolist(),
+            "made_for": dict(self.made_for),
+            "weights": self.weights,
+        }
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "StepTable":
+        """From `asdict`. Raises ValueError naming what is damaged."""
+        if content.get("kind") != KIND:
+            raise ValueError(f"kind: got {content.get('kind')!r}, needs {KIND!r}")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format_version: got {content.get('format_version')!r}, needs {FORMAT_VERSION}")
+        for name in ("timesteps", "coefficients", "clip", "weights", "made_for"):
+            if name not in content:
+                raise ValueError(f"{name}: is missing")
+        times, scale, noise, begins = (
+            content.get(name) for name in ("timesteps", "guidance_scale", "noise_steps", "begins")
+        )
+        whole = _numbers("timesteps", times) and all(isinstance(t, int) for t in times)
+        if not times or any(b > a for a, b in pairwise(times)) or times[-1] <= 0 or times[0] >= MOST_NOISE_STEPS:
+            raise ValueError(f"timesteps: got {str(times)[:80]}, needs numbers > 0 and < 2^24 that never ascend")
+        rows = content.get("coefficients")
+        if not (isinstance(rows, list) and rows) or not all(
+            _numbers("coefficients", row) and len(row) == COLUMNS for row in rows
+        ):
+            raise ValueError(f"coefficients: needs rows of {COLUMNS} finite numbers")
+        _numbers("guidance_scale", scale)
+        if not (_numbers("noise_steps", noise) and all(type(n) is int and 0 <= n < MOST_NOISE_STEPS for n in noise)):
+            raise ValueError(f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
+        if not (isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]):
+            raise ValueError(f"begins: got {begins}, needs true or false for every row, the first true")
+        clip, weights, made_for = content.get("clip"), content.get("weights"), content.get("made_for")
+        if clip is not None and not (_numbers("clip", [clip]) and clip > 0):
+            raise ValueError(f"clip: got {clip!r}, needs a bound > 0 or null")
+        if not (weights is None or isinstance(weights, str)) or not isinstance(made_for, dict):
+            raise ValueError("weights, made_for: needs a digest or null, and an object")
+        if not isinstance(made_for.get("schedule", {}), dict):
+            raise ValueError(f"made_for: its schedule is {str(made_for['schedule'])[:80]}, needs an object")
+        coefficients = torch.tensor(rows, dtype=torch.float64)
+        if rows[-1][6] != 0:
+            raise ValueError(f"coefficients: the last row adds noise ({rows[-1][6]}), needs c6 = 0 there")
+        if not coefficients.to(torch.float32).isfinite().all():
+            raise ValueError("coefficients: beyond float32, needs numbers that it holds")
+        return cls(
+            torch.tensor(times, dtype=torch.int64 if whole else torch.float64),
+            coefficients,
+            None if clip is None else float(clip),
+            prediction=str(content.get("prediction")),
+            guidance_scale=torch.tensor(scale, dtype=torch.float64),
+            noise_steps=torch.tensor(noise, dtype=torch.int64),
+            begins=torch.tensor(begins),
+            made_for=made_for,
+            weights=weights,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON, whole or not at all."""
+        write_json(Path(path), self.asdict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "StepTable":
+        """The table in a JSON file. Raises BadInput naming the file and what is wrong with it."""
+        try:
+            return cls.of(read_json(Path(path)))
+        except ValueError as error:
+            raise (
+                error if isinstance(error, BadInput) else BadInput(f"{path}: no usable step table: {error}")
+            ) from error
+
+
+def _numbers(name: str, values: object) -> bool:
+    """True. Raises ValueError unless this is a list of finite numbers."""
+    if not isinstance(values, list) or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in values):
+        raise ValueError(f"{name}: got {str(values)[:80]}, needs finite numbers")
+    return True

@@ -1,0 +1,158 @@
+"""A network as flat ONNX graphs, traced from its inference form: `ddpm.inference` is the only description there is.
+
+tables    times [S], what forward gets                     -> what depends on the step alone, each [S, ...]
+rows      conditions [r, *condition_shape]                 -> what depends on the condition alone, each [1, r, ...]
+network   x [n, ...], a row of each table, rows [k, n, ..] -> m [k * n, ...]
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from ddpm.errors import WorkFailed
+from ddpm.inference import EXPORTED, Form, make_form
+from ddpm.networks import condition_shape, network_times, sample_shape
+from ddpm.networks.protocol import in_type
+from export.graph import OPSET
+
+EXAMPLE_ROWS, EXAMPLE_COPIES = 3, 2  # any but 0 and 1, which tracing would take for fixed
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The three graphs of a network; rows is None without a condition. names: the network's inputs."""
+
+    tables: onnx.ModelProto
+    rows: onnx.ModelProto | None
+    network: onnx.ModelProto
+    names: tuple[str, ...]
+
+    def with_network(self, network: onnx.ModelProto) -> "Traced":
+        """The same with a changed network, as precisions are."""
+        return replace(self, network=network)
+
+
+class _Tables(nn.Module):
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, times: Tensor) -> tuple[Tensor, ...]:
+        return tuple(table.clone() for table in self.form.tables(times))
+
+
+class _Rows(nn.Module):
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, conditions: Tensor) -> tuple[Tensor, ...]:
+        return tuple(row.clone() for row in self.form.rows(conditions, conditions.shape[0], False))
+
+
+class _Network(nn.Module):
+    """forward(x, *table_row, *rows)."""
+
+    def __init__(self, form: Form, tables: int) -> None:
+        super().__init__()
+        self.form, self.tables = form, tables
+
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return self.form(x, more[: self.tables], more[self.tables :] or None)
+
+
+class Denoiser(nn.Module):
+    """forward(x, t[, context]) -> m as the network's own, by its form: what torch.export and AOTInductor take."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.form = exported_form(model)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.form(x, self.form.tables(t), self.form.rows(context, x.shape[0], False))
+
+
+def exported_form(model: nn.Module) -> Form:
+    """The float32 form of plain operators."""
+    return make_form(model, torch.float32, EXPORTED).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporter and quantiser tell of every pass they make, and warn of what does not concern us (torchvision, axes)."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def example_times(model: nn.Module, count: int = 1) -> Tensor:
+    """Times as forward gets them, float32 or int64 [count]."""
+    return in_type(network_times(model, torch.ones(count, dtype=torch.int64), 1))
+
+
+def _graph(
+    module: nn.Module, arguments: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str], shapes: Any
+) -> onnx.ModelProto:
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(arguments),
+            dynamo=True,
+            optimize=True,
+            external_data=False,
+            opset_version=OPSET,
+            input_names=list(names),
+            output_names=list(outputs),
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    return program.model_proto
+
+
+def trace(model: nn.Module) -> Traced:
+    """The graphs of a network on the CPU, float32, with a dynamic batch and any number of copies.
+
+    Raises WorkFailed for a network that the exporter cannot follow, with its reason.
+    """
+    try:
+        return _trace(model)
+    except Exception as error:  # the exporter raises nearly anything on code that it cannot follow
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise WorkFailed(f"{type(model).__name__}: PyTorch's exporter cannot follow its forward: {reason}") from error
+
+
+def _trace(model: nn.Module) -> Traced:
+    form, shape = exported_form(model), condition_shape(model)
+    x = torch.zeros(EXAMPLE_ROWS, *sample_shape(model))
+    batch, copies, steps = Dim("batch"), Dim("copies"), Dim("steps")
+    times = example_times(model, EXAMPLE_ROWS)
+    with torch.no_grad():
+        table_row = form.tables(times[:1])
+        rows = None
+        if shape is not None:
+            rows = form.rows(torch.zeros(EXAMPLE_ROWS, *shape), EXAMPLE_ROWS, True)
+    table_names = tuple(f"table{k}" for k, _ in enumerate(table_row, start=1))
+    row_names = tuple(f"rows{k}" for k, _ in enumerate(rows or (), start=1))
+    tables = _graph(_Tables(form), (times,), ("times",), table_names, ({0: steps},))
+    rows_graph = None
+    if rows is not None:
+        conditions = torch.zeros(EXAMPLE_ROWS, *shape)
+        rows_graph = _graph(_Rows(form), (conditions,), ("conditions",), row_names, ({0: batch},))
+    dynamic = (*({} for _ in table_row), *({0: copies, 1: batch} for _ in rows or ()))
+    names = ("x", *table_names, *row_names)
+    module = _Network(form, len(table_row))
+    network = _graph(module, (x, *table_row, *(rows or ())), names, ("m",), ({0: batch}, dynamic))
+    return Traced(tables, rows_graph, network, names)

@@ -1,0 +1,142 @@
+"""Another project's repository: our packages run, its own are measured, and a name that both have is never confused."""
+
+import builtins
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bench
+from bench import machine, packages, sides
+from bench.cli import main
+from bench.packages import OURS, is_ours, refuse_clashes
+from bench.run import environment, run_child
+from ddpm.errors import BadInput
+from tests.bench.prove_compare import commit, git
+
+SUITE = """
+import torch
+from bench.registry import Bench, Candidate, Workload
+from kernels.backend import Cost
+
+import mine
+{more}
+
+SEED = 11
+
+
+def build(device):
+    candidate = Candidate(make=lambda: mine.work, error=lambda call: 0.0, tolerance=0)
+    return Bench([(torch.ones(10),)], torch.sin, {{"mine": candidate}}, Cost(bytes=80, flops=10), frozen=True)
+
+
+def workloads(quick):
+    return [Workload(f"speed/{{mine.NAME}}", "speed", build)]
+"""
+MINE = "import torch\nNAME = {name!r}\nwork = torch.sin\n"
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """A repository of two commits with its own bench/, kernels/, ddpm/ and export/, none of which can be ours."""
+    root = tmp_path / "theirs"
+    for name in OURS:
+        (root / name).mkdir(parents=True)
+        (root / name / "__init__.py").write_text(f"raise SystemExit('their {name} was imported')\n")
+    (root / "speed.py").write_text(SUITE.format(more=""))
+    for name in ("one", "two"):
+        (root / "mine.py").write_text(MINE.format(name=name))
+        if name == "one":
+            git(root, "init", "-q")
+        commit(root, name)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(machine, "repository", lambda: root)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(builtins, "__import__", builtins.__import__)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    yield root
+    sys.modules.pop("mine", None)
+
+
+def test_a_process_has_our_packages_and_their_own(foreign):
+    with packages.runner() as ours:
+        assert sides._names(foreign, str(foreign / "speed.py"), True, "", ours) == ["speed/two"]
+    assert not ours.exists()
+    assert Path(bench.__file__).exists()
+
+
+@pytest.mark.long
+def test_each_side_measures_its_own_code_with_our_packages(foreign):
+    suite = str(foreign / "speed.py")
+    with sides.checkouts("one", "two", suite, True, "") as found:
+        assert found.gone == ["speed/one"]  # base knows it, and head does not any more
+        for side, name in (("base", "one"), ("head", "two")):
+            content = run_child(found.roots[side], 0, ["--suite", suite, "--quick", "--rounds", "1"], ours=found.ours)
+            assert {record["workload"] for record in content["records"]} == {f"speed/{name}"}
+            assert content["failed"] == 0
+            assert content["seed"] == 11
+
+
+def test_ours_come_before_pythonpath_and_the_working_directory(foreign):
+    """As from a wheel: the four folders beside other packages, and no checkout around them."""
+    site = foreign.parent / "site"
+    for name in OURS:
+        shutil.copytree(packages.ROOT / name, site / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (foreign / "bench").rename(foreign / "other")  # python itself would take it before anything of ours runs
+    line = [sys.executable, "-m", "bench", "compare", "one", "two"]
+    paths = os.pathsep.join((str(foreign), str(site)))
+    done = subprocess.run(line, env=os.environ | {"PYTHONPATH": paths}, cwd=foreign, capture_output=True, text=True)
+    assert done.stderr == (
+        f"error: --suite: kernels measures fused-ddpm, which {foreign} is no checkout of, needs FILE.py\n"
+    )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("line", ["import kernels", "from ddpm import anything", "import export as other"])
+def test_a_name_that_both_have_is_refused_with_both_folders(foreign, capsys, line):
+    (foreign / "speed.py").write_text(SUITE.format(more=line))
+    commit(foreign, "three")
+    name = line.split()[1]
+    assert main(["compare", "one", "three", "--suite", "speed.py"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: speed.py: imports {name}, which is {foreign / name} and, of fused-ddpm, {packages.ROOT / name}: "
+        "the former needs another name\n"
+    )
+
+
+def test_what_is_measured_may_not_import_it_either_even_late_or_with_a_way_out(foreign, monkeypatch):
+    late = "def work():\n    try:\n        import kernels\n    except ImportError:\n        pass\n"
+    (foreign / "mine.py").write_text(late)
+    monkeypatch.syspath_prepend(foreign)
+    refuse_clashes(foreign, foreign / "speed.py")
+    import mine
+
+    with pytest.raises(BadInput, match=r"mine\.py: imports kernels, which is .*theirs/kernels and"):
+        mine.work()
+    import kernels  # here it is ours
+
+    assert Path(kernels.__file__).is_relative_to(packages.ROOT)
+
+
+def test_without_a_clash_nothing_is_watched(tmp_path, monkeypatch):
+    plain = builtins.__import__
+    (tmp_path / "mine").mkdir()
+    refuse_clashes(tmp_path, tmp_path / "speed.py")
+    refuse_clashes(packages.ROOT, tmp_path / "speed.py")
+    assert builtins.__import__ is plain
+
+
+def test_whose_checkout_it_is(tmp_path):
+    assert is_ours(packages.ROOT)
+    assert not is_ours(tmp_path)
+    for text, ours in (("[project]\nname = 'fused-ddpm'", True), ("[project]\nname = 'other'", False), ("[", False)):
+        (tmp_path / "pyproject.toml").write_text(text)
+        assert is_ours(tmp_path) == ours
+
+
+def test_ours_are_first_in_the_path_of_a_process():
+    paths = environment(Path("/theirs"), ours=Path("/ours"))["PYTHONPATH"].split(os.pathsep)
+    assert paths == ["/ours", "/theirs", "/theirs/src"]
