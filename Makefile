@@ -10,7 +10,7 @@ EXTRAS := dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
-	@echo "make test       the tests, under 5 minutes"
+	@echo "make test       the tests, under 4 minutes"
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"

@@ -16,6 +16,7 @@ from ddpm.distributed import pick_device
 from ddpm.engines import choose
 from ddpm.errors import BadInput
 from ddpm.files import json_text, replacing_all
+from ddpm.inference import has_form
 from ddpm.networks import condition_shape
 
 FORMAT_VERSION = 1
@@ -45,7 +46,7 @@ def profile(
     target = pick_device(device)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
     contexts = _contexts(opened, context, guidance, batch)
-    chosen = choose(engine, target).name
+    chosen = choose(engine, target, plain=not has_form(opened.model)).name
     runs.make_folder(out)
     # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
     from bench.profiling import ceilings

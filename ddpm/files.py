@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path}: found a JSON {type(value).__name__}, needs an object")

@@ -141,7 +141,7 @@ class Run:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
         size = math.prod(shape)
         if text in names:
-            return torch.eye(size)[names.index(text)]
+            return torch.eye(size)[names.index(text)].reshape(shape)
         known = f"a class ({', '.join(names)})" if names else f"a class in 0..{size - 1}"
         try:
             numbers = [float(part) for part in text.split(",")]
@@ -160,7 +160,8 @@ class Run:
 def taken_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling options of a former version, which also stored defaults and what the solver does not take."""
     solver = options.get("solver", SAMPLING_DEFAULTS["solver"])
-    taken = {"spacing", *options_of(solver)} if solver in SOLVERS else set(FORMER_DEFAULTS)
+    known = isinstance(solver, str) and solver in SOLVERS
+    taken = {"spacing", *options_of(solver)} if known else set(FORMER_DEFAULTS)
     return {
         name: value
         for name, value in options.items()
@@ -191,6 +192,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise BadInput(f"{path}: {key!r} is {config.get(key)!r}, needs a {kind.__name__}")
+    if not isinstance(config["sampling"].get("solver", ""), str):
+        raise BadInput(f"{path}: its solver is {config['sampling']['solver']!r}, needs a name")
     if not all(isinstance(name, str) for name in config["classes"]):
         raise BadInput(f"{path}: 'classes' is {config['classes']}, needs names")
     data = config.get("data")
@@ -206,7 +209,7 @@ def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSche
         network = build_network(config["network"], config["model"])
         schedule = NoiseSchedule.make(**config["schedule"])
         make_table(schedule, **given(config["sampling"]), prediction=config["prediction"])
-    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+    except (TypeError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{folder / CONFIG}: {reason}") from error
     shape = condition_shape(network) or (0,)

@@ -5,14 +5,11 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Callback
 from ddpm.inference import kept_form
-from ddpm.networks.protocol import sample_shape
 from ddpm.noise import Noise
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import given, make_table
 from ddpm.table import StepTable
-from ddpm.trajectory import Trajectory, chunk_size, evaluating
-
-__all__ = ["chunk_size", "evaluating", "sample", "sample_shape"]
+from ddpm.trajectory import Trajectory
 
 SOLVER = "ddpm"
 

@@ -132,7 +132,7 @@ class NoiseSchedule:
     def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray | Tensor) -> "NoiseSchedule":
         """The schedule of these values for t = 0..T (the first is 1), or for t = 1..T as other libraries keep them.
 
-        They never increase and lie in [0, 1]; betas follow. Raises ValueError. Warns if alpha_bars[T] > 0.05.
+        They fall from one to the next and lie in [0, 1]; betas follow. Raises ValueError, warns as `make` does.
         """
         held = alpha_bars.detach().cpu().numpy() if isinstance(alpha_bars, Tensor) else alpha_bars
         values = np.array(held, dtype=np.float64)
@@ -140,20 +140,22 @@ class NoiseSchedule:
             raise ValueError(f"alpha_bars: got shape {list(values.shape)}, needs [T+1] or [T]")
         if values[0] != 1.0:
             values = np.concatenate([[1.0], values])
-        if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) > 0).any() or values[-1] < 0:
+        if len(values) < 2 or not np.isfinite(values).all() or (np.diff(values) >= 0).any() or values[-1] < 0:
             raise ValueError(f"alpha_bars: got {values[:4].tolist()}.., needs numbers that fall from 1, none below 0")
-        alphas = np.concatenate([[1.0], values[1:] / np.maximum(values[:-1], np.finfo(np.float64).tiny)])
+        alphas = np.concatenate([[1.0], values[1:] / values[:-1]])
         count = len(values) - 1
         _warn_of_signal(GIVEN, count, values[-1])
         return cls(GIVEN, count, None, None, *map(torch.from_numpy, (1 - alphas, alphas, values)))
 
     def alpha_bar(self, t: float) -> float:
-        """alpha_bars at any t in 0..T; between whole ones log SNR is interpolated (within 0..1 alpha_bar itself)."""
+        """alpha_bars at any t in 0..T; between whole ones log SNR is interpolated, beside 0 and 1 alpha_bar itself."""
+        if not 0 <= t <= self.timesteps:
+            raise ValueError(f"t: got {t}, needs 0..{self.timesteps}")
         low = int(t)
         if t == low:
             return float(self.alpha_bars[low])
         share, (a, b) = t - low, self.alpha_bars[low : low + 2].tolist()
-        if low == 0:
+        if a == 1 or b == 0:
             return a + share * (b - a)
         log_snr = (1 - share) * math.log(a / (1 - a)) + share * math.log(b / (1 - b))
         return 1 / (1 + math.exp(-log_snr))

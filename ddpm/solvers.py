@@ -11,13 +11,15 @@ s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a. Everything is fl
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from ddpm.registry import register as register_under
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import PREDICTIONS, StepTable
+from ddpm.table import COLUMNS, PREDICTIONS, StepTable
 from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
@@ -35,7 +37,7 @@ def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
     """Register function(alpha_bars, prediction, *, own options) under a name, for every engine and command."""
 
     def register(function: Callable[..., Rows]) -> Callable[..., Rows]:
-        SOLVERS[name] = function
+        register_under(SOLVERS, name, function, "solver")
         return function
 
     return register
@@ -43,9 +45,14 @@ def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
 
 def options_of(name: str) -> tuple[str, ...]:
     """What a solver takes beside steps, prediction, clip and spacing. Raises ValueError for an unknown one."""
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(f"solver: got {name!r}, needs one of {', '.join(SOLVERS)}")
-    parameters = inspect.signature(SOLVERS[name]).parameters.values()
+    return _keywords(SOLVERS[name])
+
+
+@cache
+def _keywords(function: Callable[..., Rows]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
@@ -152,6 +159,11 @@ def given(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _plain(value: object) -> object:
+    """A NumPy or tensor scalar as a number of Python's, which tables are stored with."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def carried_over(stored: Mapping[str, object], asked: Mapping[str, object]) -> dict[str, object]:
     """Options of `make_table` from a run's stored ones and what is asked for; None means not given.
 
@@ -189,7 +201,7 @@ def make_table(
     Raises: ValueError naming the argument, what it was and what it must be; also for an option that is given and that
     the solver does not take.
     """
-    own = given({"eta": eta, "variance": variance} | options)
+    own = {name: _plain(value) for name, value in given({"eta": eta, "variance": variance} | options).items()}
     taken = options_of(solver)
     for name in own:
         if name not in taken:
@@ -198,13 +210,16 @@ def make_table(
     prediction = "eps" if prediction is None else prediction
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction: got {prediction!r}, needs one of {', '.join(PREDICTIONS)}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip: got {clip}, needs a finite bound > 0 or None")
     spacing = "trailing" if spacing is None else spacing
     steps = schedule.timesteps if steps is None else steps
     timesteps = timestep_grid(schedule.timesteps, steps, spacing)
     alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
-    coefficients = torch.tensor(SOLVERS[solver](alpha_bars, prediction, **own), dtype=torch.float64)
+    rows = SOLVERS[solver](alpha_bars, prediction, **own)
+    if len(rows) != len(timesteps) or any(len(row) != COLUMNS for row in rows):
+        raise ValueError(f"solver: {solver!r} returned {len(rows)} rows, needs {len(timesteps)} of {COLUMNS} numbers")
+    coefficients = torch.tensor(rows, dtype=torch.float64)
     coefficients[-1, 6] = 0.0
     if not coefficients.to(torch.float32).isfinite().all():
         raise ValueError(
@@ -216,5 +231,5 @@ def make_table(
         coefficients,
         None if clip is None else float(clip),
         prediction=prediction,
-        made_for={"solver": solver, "steps": steps, "spacing": spacing, **own, "schedule": schedule.config()},
+        made_for={"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()},
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddpm.errors import BadInput
 from ddpm.files import read_json, write_json
+from kernels.philox import is_integer
 
 PREDICTIONS = ("eps", "v", "x0")
 KIND, FORMAT_VERSION = "fused-ddpm step table", 1
@@ -94,7 +95,7 @@ class StepTable:
 
         Raises ValueError for a row that is not there or continues a step, and for a learned table.
         """
-        if not 0 <= k < len(self):
+        if not is_integer(k) or not 0 <= k < len(self):
             raise ValueError(f"row: got {k}, needs 0..{len(self) - 1}")
         if self.weights is not None:
             raise ValueError("from_row: got a learned table, whose rows belong together, needs one of a solver")

@@ -81,7 +81,7 @@ class Trajectory:
 
     It holds the inference form, what was compiled or captured, and the buffers: a second call of the same shapes
     prepares nothing. The form keeps the weights that it was made with until `refresh()`; engine `eager`, and the form
-    of a network without one of its own, follow the live module.
+    of a network without one of its own, follow the live module (its copy, where dtype is not the module's, until then).
 
     Raises ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
     """
@@ -99,6 +99,8 @@ class Trajectory:
     ) -> None:
         if not isinstance(table, StepTable):
             raise TypeError(f"table: got a {type(table).__name__}, needs a StepTable (see make_table)")
+        if getattr(model, "self_condition", False):
+            raise ValueError("self_condition: got True, which engines do not keep an estimate for yet, needs False")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype!r}, needs a floating type of torch")
         if float(table.timesteps[0]) > schedule.timesteps:
@@ -120,7 +122,7 @@ class Trajectory:
     def _prepared(self, custom_noise: bool) -> Engine:
         """The engine for this kind of noise; a second one shares the form of the first."""
         if custom_noise not in self._engines:
-            kind = choose(self._asked, self.device, self.dtype, custom_noise, type(self.model) not in FORMS)
+            kind = choose(self._asked, self.device, self.dtype, custom_noise, self._is_plain())
             other = next(iter(self._engines.values()), None)
             if type(other) is kind:
                 self._engines[custom_noise] = other
@@ -130,6 +132,10 @@ class Trajectory:
                     built = kind(self.model, self.schedule.timesteps, self.table, self.dtype, form)
                 self._engines[custom_noise] = built
         return self._engines[custom_noise]
+
+    def _is_plain(self) -> bool:
+        """Whether the network has no form of its own; hooked or exchanged modules matter where graphs capture."""
+        return type(self.model) not in FORMS or (self.device.type == "cuda" and not has_form(self.model))
 
     def refresh(self) -> None:
         """Take over the model's present weights. What was compiled or captured is kept where it serves them."""
@@ -216,8 +222,8 @@ class Trajectory:
         philox.check_seed(seed)
         if first_sample > philox.SAMPLE_LIMIT - n:
             raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance: got {guidance}, needs a finite number")
+        if isinstance(guidance, str) or guidance is None or not math.isfinite(guidance):
+            raise ValueError(f"guidance: got {guidance!r}, needs a finite number")
         if guidance != 1.0 and context is None:
             raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
         if guidance != 1.0 and not self.guided:

@@ -50,9 +50,9 @@ def require(results: list[Parity]) -> None:
     """Raise WorkFailed naming the worst of the comparisons that failed."""
     failed = [result for result in results if not result.good]
     if failed:
-        worst = max(failed, key=lambda result: result.error / result.tolerance)
+        first = max(failed, key=lambda result: result.error / result.tolerance)
         raise WorkFailed(
-            f"parity: {worst.name} is off by {worst.error:.2g}, needs {worst.tolerance:.0e} "
+            f"parity: {first.name} is off by {first.error:.2g}, needs {first.tolerance:.0e} "
             f"({len(failed)} of {len(results)} comparisons failed); the files that were there stay"
         )
 

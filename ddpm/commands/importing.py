@@ -53,7 +53,8 @@ def import_weights(
     state = read_state_dict(weights)
     levels = sum(1 for name in state if name.startswith("down") and name.endswith("model.0.conv1.0.weight"))
     try:
-        sides = [side << levels for side in state["up0.0.weight"].shape[2:]]
+        rows, columns = state["up0.0.weight"].shape[2:]
+        sides = [rows << levels, columns << levels]
         found = {
             "in_channels": state["init_conv.conv1.0.weight"].shape[1],
             "n_feat": state["init_conv.conv1.0.weight"].shape[0],
@@ -61,7 +62,7 @@ def import_weights(
             "n_cfeat": state["contextembed1.model.0.weight"].shape[1] if _is_conditional(state) else 0,
             "height": sides[0] if len(set(sides)) == 1 else sides,
         }
-    except (KeyError, IndexError) as error:
+    except (KeyError, IndexError, ValueError) as error:
         raise BadInput(f"{weights}: not a ContextUnet state dict (no usable {error})") from None
     for name, asked in (("n_feat", n_feat), ("n_cfeat", n_cfeat), ("height", height)):
         if asked is not None and asked != found[name]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddpm.inference import Form, make_form
 from ddpm.noise import Noise
+from ddpm.registry import register
 from ddpm.table import StepTable
 
 Callback = Callable[[int, Tensor], None]
@@ -25,7 +26,7 @@ ENGINES: dict[str, type["Engine"]] = {}
 
 def engine(kind: type["Engine"]) -> type["Engine"]:
     """Register an engine's class under its `name`."""
-    ENGINES[kind.name] = kind
+    register(ENGINES, kind.name, kind, "engine")
     return kind
 
 

@@ -37,11 +37,23 @@ logger = logging.getLogger("ddpm")
 
 
 @cache
-def _as_built(name: str, config: str) -> dict[str, tuple[type, dict[str, object]]]:
-    """Class and settings of every module of a fresh network, by path; config: its `config()` as JSON."""
+def _as_built(name: str, config: str) -> dict[str, tuple[type, dict[str, object], tuple[str, ...]]]:
+    """`_described` of a fresh network; config: its `config()` as JSON."""
     with torch.device("meta"):
         fresh = build_network(name, json.loads(config))
-    return {path: (type(module), settings_of(module)) for path, module in fresh.named_modules()}
+    return _described(fresh)
+
+
+def _described(model: nn.Module) -> dict[str, tuple[type, dict[str, object], tuple[str, ...]]]:
+    """Class, settings and which parameters and buffers are None, of every module by path."""
+    return {
+        path: (
+            type(module),
+            settings_of(module),
+            tuple(name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is None),
+        )
+        for path, module in model.named_modules()
+    }
 
 
 def has_form(model: nn.Module) -> bool:
@@ -53,8 +65,7 @@ def has_form(model: nn.Module) -> bool:
     )
     if hooked:
         return False
-    now = {path: (type(module), settings_of(module)) for path, module in model.named_modules()}
-    return now == _as_built(name_of(model), json.dumps(model.config()))
+    return _described(model) == _as_built(name_of(model), json.dumps(model.config()))
 
 
 def make_form(model: nn.Module, dtype: torch.dtype, layout: Layout | None = None) -> Form:
@@ -82,16 +93,12 @@ def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
         del forms[left]
     if key in forms:
         form, snapshot = forms[key]
-        if not snapshot.same_settings():
+        if not (snapshot.same_settings() and snapshot.same_tensors()):
             if not has_form(model):
                 del forms[key]
                 return make_form(model, dtype)
-            snapshot = Snapshot(model)
             form.refresh(model)
-        elif not snapshot.same_tensors():
-            form.refresh(model)
-            snapshot.keep()
-        forms[key] = form, snapshot
+            forms[key] = form, Snapshot(model)
         return form
     form = make_form(model, dtype)
     if not form.live:

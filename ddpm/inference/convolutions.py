@@ -84,7 +84,9 @@ class Convolution(nn.Module):
         """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd."""
         self.padding = weight.shape[-1] // 2
         self.fused = layout.kernels
-        if bias is not None:
+        if bias is None:
+            self.bias = None
+        else:
             store(self, bias=bias.to(dtype))
         self.transformed = layout.winograd and layout.channels_last and multiplies_less(weight, dtype)
         if self.transformed:
@@ -123,8 +125,7 @@ class Convolution(nn.Module):
         if shift is None and onto is not None and not self.gelu:
             y = self._onto(x, onto)
         else:
-            y = self._own(x)
-            y = gated(y, scale, shift)
+            y = gated(self._own(x), scale, shift)
             y = y if onto is None else y + onto
         return F.max_pool2d(y, 2) if then == POOL else y
 

@@ -57,11 +57,16 @@ class _Seen:
 
 
 class Snapshot:
-    """Of a model: `same_settings` and `same_tensors` tell whether it is still as it was, `keep` renews the latter."""
+    """Of a model: `same_settings` and, after it, `same_tensors` tell whether it is still as it was."""
 
+    @torch.no_grad()
     def __init__(self, model: nn.Module) -> None:
         self.seen = [_Seen(module) for module in model.modules()]
-        self.keep()
+        tensors = list(self._tensors())
+        self.kinds = [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
+        self.copies = [tensor.detach().clone() for tensor in tensors if tensor.is_cpu]
+        elsewhere = [tensor for tensor in tensors if not tensor.is_cpu]
+        self.flat = _Flat(elsewhere) if elsewhere else None
 
     def same_settings(self) -> bool:
         """Whether no module was exchanged, set otherwise, hooked or given another forward."""
@@ -74,15 +79,6 @@ class Snapshot:
                 for tensor in tensors.values():
                     if tensor is not None:
                         yield tensor
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Remember the present tensors."""
-        tensors = list(self._tensors())
-        self.kinds = [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
-        self.copies = [tensor.detach().clone() for tensor in tensors if tensor.is_cpu]
-        elsewhere = [tensor for tensor in tensors if not tensor.is_cpu]
-        self.flat = _Flat(elsewhere) if elsewhere else None
 
     @torch.no_grad()
     def same_tensors(self) -> bool:

@@ -10,13 +10,15 @@ from ddpm.networks.protocol import in_type, null_condition
 
 
 def typed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model itself, or a copy in another type."""
+    """The model itself, or a copy in another type and eval mode."""
     kind = next(model.parameters(), torch.empty(0, dtype=dtype)).dtype
-    return model if kind == dtype else copy.deepcopy(model).to(dtype)
+    return model if kind == dtype else copy.deepcopy(model).to(dtype).eval()
 
 
 def checked(m: Tensor, x: Tensor) -> Tensor:
-    """A network's output. Raises ValueError unless it has the shape of x."""
+    """A network's output. Raises TypeError or ValueError unless it is a tensor with the shape of x."""
+    if not isinstance(m, Tensor):
+        raise TypeError(f"model: returned a {type(m).__name__}, needs a tensor of the shape of x")
     if m.shape != x.shape:
         raise ValueError(f"model: returned {list(m.shape)}, needs the shape of x {list(x.shape)}")
     return m

@@ -14,10 +14,12 @@ A module with `sample_shape` alone samples, compiles and exports; a run folder a
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from ddpm.registry import register as register_under
 
 NETWORKS: dict[str, type[nn.Module]] = {}
 TIMES = ("fraction", "index")
@@ -28,10 +30,7 @@ def network(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Register a class under the name that config.json shall hold. Raises ValueError if another class has it."""
 
     def register(kind: type[nn.Module]) -> type[nn.Module]:
-        held = NETWORKS.get(name)
-        if held is not None and (held.__module__, held.__qualname__) != (kind.__module__, kind.__qualname__):
-            raise ValueError(f"network: {name!r} is {held.__module__}.{held.__qualname__}, needs another name")
-        NETWORKS[name] = kind
+        register_under(NETWORKS, name, kind, "network")
         return kind
 
     return register
@@ -76,7 +75,7 @@ def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one sample: the model's `sample_shape`, or (in_channels, height, height)."""
     if hasattr(model, "sample_shape"):
-        return tuple(model.sample_shape)
+        return _shape("sample_shape", model.sample_shape)
     if hasattr(model, "in_channels") and hasattr(model, "height"):
         return model.in_channels, model.height, model.height
     raise TypeError(f"model: {type(model).__name__} needs an attribute sample_shape, or in_channels and height")
@@ -85,7 +84,13 @@ def sample_shape(model: nn.Module) -> tuple[int, ...]:
 def condition_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Shape of one condition; None for a network without one, or that does not say."""
     shape = getattr(model, "condition_shape", None)
-    return None if shape is None else tuple(shape)
+    return None if shape is None else _shape("condition_shape", shape)
+
+
+def _shape(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, needs a tuple of sizes")
+    return tuple(value)
 
 
 def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
@@ -107,15 +112,18 @@ def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
 
 
 def in_type(times: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Times in the type that a network computes in; indices stay whole."""
-    return times.to(dtype) if times.is_floating_point() else times
+    """What forward gets in a network of this type: fractions, which are float64, are cast, indices stay as they are."""
+    return times.to(dtype) if times.dtype == torch.float64 else times
 
 
 def null_condition(model: nn.Module, condition: Tensor) -> Tensor:
     """What stands for no condition, for as many rows as this one has, in its type: guidance's unconditional half."""
-    if hasattr(model, "null_condition"):
-        return model.null_condition(condition.shape[0]).to(condition)
-    return torch.zeros_like(condition)
+    if not hasattr(model, "null_condition"):
+        return torch.zeros_like(condition)
+    nothing = model.null_condition(condition.shape[0])
+    if nothing.shape != condition.shape:
+        raise ValueError(f"null_condition: returned {list(nothing.shape)}, needs {list(condition.shape)}")
+    return nothing.to(condition)
 
 
 def without_condition(model: nn.Module, condition: Tensor, dropped: Tensor) -> Tensor:

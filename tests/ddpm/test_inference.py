@@ -184,6 +184,26 @@ CHANGES = {
 }
 
 
+REMOVALS = {
+    "bias": lambda model: setattr(model.out[3], "bias", None),
+    "bias inside": lambda model: setattr(model.up1.model[0], "bias", None),
+    "statistics": lambda model: [setattr(model.init_conv.conv1[1], f"running_{k}", None) for k in ("mean", "var")],
+}
+
+
+@pytest.mark.parametrize("removal", REMOVALS)
+def test_a_tensor_that_is_taken_away_is_not_sampled_with(unet, removal):
+    model, schedule = unet(), NoiseSchedule.make("cosine", 6)
+
+    def draw(engine):
+        return sample(model, schedule, 2, prediction="v", engine=engine, context=torch.eye(5)[0])
+
+    before = draw("fused")
+    REMOVALS[removal](model)
+    assert distance(draw("fused"), draw("eager")) < 1e-5
+    assert distance(draw("fused"), before) > 1e-4
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_folded_weights_are_never_stale(unet, change):
     model = unet()

@@ -279,6 +279,13 @@ def test_every_submodule_gets_its_mode_back():
     assert torch.equal(from_mixed, draw(model.eval(), 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_copy_in_another_type_is_in_eval_mode_too(dtype):
+    model = SaneUnet().train()
+    from_training = draw(model, 2, dtype=dtype)
+    assert torch.equal(from_training, draw(model.eval(), 2, dtype=dtype))
+
+
 def test_modes_come_back_after_a_failure():
     model = SaneUnet().train()
 

@@ -155,7 +155,9 @@ def test_alphas_cumprod_of_another_library_is_read_and_not_multiplied_anew():
     assert torch.equal(NoiseSchedule.from_alpha_bars(theirs).alpha_bars[1:], theirs.double())
 
 
-@pytest.mark.parametrize("values", [[], [[1.0]], [1.0], [0.5, 0.6], [0.9, math.nan], [0.9, -0.1], [1.2, 0.5]])
+@pytest.mark.parametrize(
+    "values", [[], [[1.0]], [1.0], [1.0, 1.0, 0.5], [0.5, 0.5], [0.5, 0.6], [0.9, math.nan], [0.9, -0.1], [1.2, 0.5]]
+)
 def test_alpha_bars_that_are_none(values):
     with pytest.raises(ValueError, match="alpha_bars: got"):
         NoiseSchedule.from_alpha_bars(values)
@@ -176,4 +178,9 @@ def test_alpha_bar_between_whole_times_interpolates_log_snr():
     assert schedule.alpha_bar(7) == float(schedule.alpha_bars[7])
     a, b = schedule.alpha_bars[40:42].tolist()
     middle = (math.log(a / (1 - a)) + math.log(b / (1 - b))) / 2
+    ends = NoiseSchedule.from_alpha_bars([1.0, 0.5, 0.0])
+    assert (ends.alpha_bar(0.5), ends.alpha_bar(1.5)) == (0.75, 0.25)
+    for t in (-1, 2.5):
+        with pytest.raises(ValueError, match=rf"t: got {t}, needs 0\.\.2"):
+            ends.alpha_bar(t)
     assert schedule.alpha_bar(40.5) == pytest.approx(1 / (1 + math.exp(-middle)), rel=1e-12)

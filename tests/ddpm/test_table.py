@@ -15,7 +15,7 @@ from ddpm.errors import BadInput
 from ddpm.files import digest_of
 from ddpm.metrics import distance
 from ddpm.runs import make_config
-from ddpm.solvers import carried_over
+from ddpm.solvers import SOLVERS, carried_over, solver
 
 SCHEDULE = NoiseSchedule.make("cosine", 40)
 FIELDS = ("timesteps", "coefficients", "guidance_scale", "noise_steps", "begins")
@@ -383,3 +383,28 @@ def test_a_run_may_not_have_options_that_its_solver_does_not_take(unet):
     assert config["sampling"] == {"solver": "ddpm", "steps": None, "clip": None, "eta": 0.5}
     with pytest.raises(ValueError, match=r"eta: got 0\.5, but solver 'ddpm' takes only"):
         make_table(SCHEDULE, **config["sampling"])
+
+
+def test_numpy_numbers_are_stored_like_others(tmp_path):
+    table = make_table(SCHEDULE, "ddim", np.int64(3), eta=np.float32(0.5), clip=np.float64(1.0))
+    table.save(tmp_path / "t.json")
+    assert torch.equal(StepTable.load(tmp_path / "t.json").coefficients, table.coefficients)
+
+
+def test_a_bound_beyond_all_numbers_is_refused():
+    with pytest.raises(ValueError, match="clip: got inf, needs a finite bound"):
+        make_table(SCHEDULE, "ddim", 3, clip=math.inf)
+
+
+def test_a_solver_that_returns_other_rows_is_named():
+    SOLVERS["short"] = lambda alpha_bars, prediction: [[0.0] * 6] * (len(alpha_bars) - 1)
+    try:
+        with pytest.raises(ValueError, match="solver: 'short' returned 3 rows, needs 3 of 7 numbers"):
+            make_table(SCHEDULE, "short", 3)
+    finally:
+        del SOLVERS["short"]
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match=r"solver: 'ddim' is ddpm\.solvers\.ddim, needs another name"):
+        solver("ddim")(lambda alpha_bars, prediction: [])
