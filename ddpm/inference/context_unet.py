@@ -185,4 +185,5 @@ class ContextUnetForm(Form):
         gate = {"scale": None if second is None else second.flatten(0, 1), "shift": table_row[1]}
         for level, (upsampling, blocks) in enumerate(zip(self.upsamplings, self.ups, strict=True)):
             up = blocks(upsampling(up, skips.pop()), **(gate if level == 0 else {}))
-        return self.last(self.normalisation(self.head(up, skips.pop())))
+        shared = self.head.share(skips.pop())  # the widest features go here, where memory is at its peak
+        return self.last(self.normalisation(self.head(up, shared)))

@@ -194,7 +194,7 @@ def _together(convolutions: list[Convolution], x: Tensor) -> Tensor:
 
 
 class Merging(nn.Module):
-    """A convolution over cat(x, skip): x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', h, w]."""
+    """A convolution over cat(x, skip): x [k * n, C, h, w], share(skip [n, C, h, w]) -> [k * n, C', h, w]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,11 +206,14 @@ class Merging(nn.Module):
         self.of_x.load(of_x, None, dtype, layout)
         self.of_skip.load(of_skip, bias, dtype, layout)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+    def share(self, skip: Tensor) -> Tensor:
+        """The skip's share, which `forward` takes; the skip itself where one kernel makes both."""
+        return skip if self.of_x.fused else self.of_skip(skip)
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         if self.of_x.fused:
-            more = {"skip": skip, "skip_weight": self.of_skip.weight}
+            more = {"skip": shared, "skip_weight": self.of_skip.weight}
             return convolution(x, self.of_x.weight, self.of_skip.bias, **more, kernel=True)
-        shared = self.of_skip(skip)
         return self.of_x(x, onto=shared) if self.of_x.sums else added(self.of_x(x), shared)
 
 
