@@ -41,7 +41,7 @@ def test_demo_leaves_what_it_promises(demo):
     folder, printed, _ = demo
     left = {path.name for path in folder.iterdir()}
     assert left >= {"samples.png", "trajectory.gif", "loss.png", "model.safetensors", "config.json"}
-    assert json.loads((folder / "config.json").read_text())["format_version"] == 1
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 2
     with Image.open(folder / "trajectory.gif") as gif:
         assert gif.n_frames > 10
     for name in ("samples.png", "trajectory.gif", "loss.png"):

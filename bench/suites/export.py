@@ -40,7 +40,9 @@ from kernels.backend import Cost
 
 BATCHES, QUICK_BATCHES = (1, 8, 32), (1,)
 SAMPLERS, QUICK_SAMPLERS = ((20, 8),), ((4, 2),)  # ddpm steps, images
-INT8_TOLERANCE = 0.15  # relative L2, of random weights; a trained run is judged by `ddpm-export onnx`
+# Relative L2, of random weights; a trained run is judged by `ddpm-export onnx`. Below 0.15 with VNNI; 0.17 on a CPU
+# with AVX2 alone, where pairs of products saturate at 16 bits.
+INT8_TOLERANCE = 0.2
 # The threads of OpenMP (PyTorch) and of onnxruntime spin after a call, on the time of what is measured next: libgomp's
 # 300,000 pauses last 17 ms on this kind of processor. int8 at batch 32 took 26.6 ms without a rest, 25.9 alone.
 REST_S = 0.05

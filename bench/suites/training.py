@@ -14,7 +14,6 @@ from bench.suites.networks import CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import missing
-from ddpm.metrics import ENGINE_TOLERANCE
 from ddpm.training import ENGINES, TrainOptions
 from ddpm.training_engines import make_trainer
 from kernels.backend import Cost
@@ -22,6 +21,9 @@ from kernels.backend import Cost
 IMAGES = 512
 EPOCHS = 10_000  # more steps than a benchmark will take
 PARITY_STEPS = 4
+# Of the loss, between engines in fp32: Adam divides by what it has seen, which amplifies the first gradients' rounding.
+# 2.1e-4 in the worst of four steps at batch 8 on an EPYC with AVX2, below 1e-4 on a Xeon with AVX-512.
+ENGINE_TOLERANCE = 5e-4
 # Rounding to bf16 moved the loss by 0.3% in the worst of four steps (batch 8, this network).
 BF16_TOLERANCE = 2e-2
 BATCHES = (32, 100)

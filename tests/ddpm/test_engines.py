@@ -11,7 +11,7 @@ from ddpm import NoiseSchedule, PointMLP, engines, inference, precision, sample
 from ddpm.metrics import distance
 from ddpm.noise import PhiloxNoise
 
-SCHEDULE = NoiseSchedule.make("cosine", 40)
+SCHEDULE = NoiseSchedule.make("cosine", 20)
 CPU = torch.device("cpu")
 # v-prediction with a network of order 1 keeps trajectories of order 1, as trained weights do.
 WAYS = {
