@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import replace
-from statistics import median
 
 import pytest
 import torch
@@ -337,9 +336,9 @@ def test_sampling_a_large_batch_holds_less_than_eager_does(tmp_path):
     run = _write(tmp_path / "run", ContextUnet(3, 64, 5, 16).eval(), ("a", "b", "c", "d", "e"))
     threads = torch.get_num_threads()
     for guidance in (1.0, 2.0):
-        # Processes differ by 5%, which is what fused saves in the median: 2 to 7%.
+        # Processes differ by 5%, upwards, which is what fused saves: 2 to 7%.
         eager, fused = (
-            median(sampling_memory(run, engine, threads, guidance)["peak"] for _ in range(3))
+            min(sampling_memory(run, engine, threads, guidance)["peak"] for _ in range(3))
             for engine in ("eager", "fused")
         )
         assert fused < 1.02 * eager
