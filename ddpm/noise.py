@@ -39,7 +39,7 @@ class Ahead:
     def __init__(self, noise: Noise, samples: Tensor, table: StepTable, shape: tuple[int, ...]) -> None:
         self.noise, self.samples, self.shape = noise, samples, shape
         self.steps = table.noise_steps.tolist()
-        self.noisy = [i for i, c6 in enumerate(table.coefficients[:, 6].tolist()) if c6 != 0]
+        self.noisy = [i for i, noisy in enumerate(table.noisy) if noisy]
         self.at_once = max(1, AHEAD // max(1, len(samples) * math.prod(shape)))
         self.drawn: dict[int, Tensor] = {}
 

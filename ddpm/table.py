@@ -76,6 +76,16 @@ class StepTable:
         return int(self.begins.sum())
 
     @property
+    def noisy(self) -> list[bool]:
+        """Which rows add noise."""
+        return (self.coefficients[:, 6] != 0).tolist()
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any row reads the x0 before it."""
+        return bool((self.coefficients[:, 5] != 0).any())
+
+    @property
     def solver(self) -> str:
         """The name that pictures and reports show."""
         return str(self.made_for.get("solver", "table"))

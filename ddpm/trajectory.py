@@ -134,8 +134,9 @@ class Trajectory:
         return self._engines[custom_noise]
 
     def _is_plain(self) -> bool:
-        """Whether the network has no form of its own; hooked or exchanged modules matter where graphs capture."""
-        return type(self.model) not in FORMS or (self.device.type == "cuda" and not has_form(self.model))
+        """Whether `auto` shall take the network for one without a form; what is hooked matters where graphs capture."""
+        captures = self._asked == "auto" and self.device.type == "cuda"
+        return type(self.model) not in FORMS or (captures and not has_form(self.model))
 
     def refresh(self) -> None:
         """Take over the model's present weights. What was compiled or captured is kept where it serves them."""

@@ -66,7 +66,7 @@ def check(opened: Run, request: Request) -> None:
         raise BadInput(f"--precision: got {request.precision!r}, needs one of {', '.join(PRECISIONS)}")
     if request.noise not in run.NOISE_MODES:
         raise BadInput(f"--noise: got {request.noise!r}, needs one of {', '.join(run.NOISE_MODES)}")
-    if request.noise == "none" and bool((request.table.coefficients[:, 6] != 0).any()):
+    if request.noise == "none" and any(request.table.noisy):
         solver = request.options["solver"]
         raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
     if request.precision == "fp32" and (request.data or request.labels):

@@ -39,11 +39,11 @@ def describe_table(
     return described | ({"rows": table.rows().tolist()} if rows else {})
 
 
-def described_table(described: dict[str, Any], run: Run) -> StepTable:
-    """The table that `describe_table` described."""
+def described_table(described: dict[str, Any], run: Run, **changed: Any) -> StepTable:
+    """The table that `describe_table` described; changed: options of `make_table` instead of those that made it."""
     if "stored" in described:
         return StepTable.of(described["stored"])
-    return make_table(run.schedule, **taken_options(described["options"]))
+    return make_table(run.schedule, **(taken_options(described["options"]) | changed))
 
 
 def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]:

@@ -59,20 +59,21 @@ def _table_inputs(b: Builder, table: StepTable) -> tuple[str, str]:
     return rows, b.input("clip", FLOAT, [], math.inf if table.clip is None else table.clip)
 
 
-def _tables(b: Builder, model: nn.Module, traced: Traced, table: StepTable, count: int, rows: str) -> list[str]:
-    """What the network reads of each table row [k, 8]: each [k, ...]. count: T.
+def _tables(
+    b: Builder, model: nn.Module, traced: Traced, table: StepTable, count: int, rows: str, numbers: str
+) -> list[str]:
+    """What the network reads of table rows [k, 8] with these numbers, int64 [k]: each [k, ...]. count: T.
 
     Times come from a list of all of them, as PyTorch computes it; those of a table whose noise steps are no timesteps
     are its own, by row.
     """
     whole = not table.timesteps.is_floating_point() and torch.equal(table.timesteps, table.noise_steps)
-    known = torch.arange(count + 1) if whole else table.timesteps
-    index = rows
-    if not whole:
-        index = b.constant(np.arange(len(table))[:, None].repeat(COLUMNS, 1), np.float32)
-    column = b.op("Slice", index, b.integers(COLUMNS - 1), b.integers(COLUMNS), b.integers(1))
-    index = b.op("Cast", b.op("Reshape", column, b.integers(-1)), to=INT64)
-    index = b.op("Clip", index, b.constant(0, np.int64), b.constant(len(known) - 1, np.int64))  # NaN becomes any number
+    known, index = table.timesteps, numbers
+    if whole:
+        known = torch.arange(count + 1)
+        column = b.op("Slice", rows, b.integers(COLUMNS - 1), b.integers(COLUMNS), b.integers(1))
+        index = b.op("Cast", b.op("Reshape", column, b.integers(-1)), to=INT64)
+        index = b.op("Clip", index, b.constant(0, np.int64), b.constant(count, np.int64))  # NaN becomes any number
     times = in_type(network_times(model, known, count)).numpy()
     return b.inline(traced.tables.graph, [b.op("Gather", b.constant(times, times.dtype), index, axis=0)], "time.")
 
@@ -150,7 +151,9 @@ def sampler(
     if drawn:
         shared = counters(b, seed, first_sample, b.op("Squeeze", batch))
         start = normals(b, shared, b.constant(0, np.uint64), Stream.INITIAL, shape)
-    tables = [b.op("Unsqueeze", each, b.integers(1)) for each in _tables(b, model, traced, table, count, rows)]
+    numbers = b.integers(*range(len(table)))
+    at_rows = _tables(b, model, traced, table, count, rows, numbers)
+    tables = [b.op("Unsqueeze", each, b.integers(1)) for each in at_rows]
     halves = _halves(b, model, traced, context, guidance) if condition is not None else []
 
     body = Builder("body.")
@@ -209,8 +212,7 @@ def step(model: nn.Module, traced: Traced, table: StepTable, count: int, metadat
         guidance = b.input("guidance", FLOAT, [1])
     rows, clip = _table_inputs(b, table)
     row = b.op("Gather", rows, index, axis=0)
-    tables = _tables(b, model, traced, table, count, rows)
-    arguments = [x, *(b.op("Gather", each, index, axis=0) for each in tables)]
+    arguments = [x, *_tables(b, model, traced, table, count, row, index)]
     if condition is not None:
         flat = b.op("Reshape", contexts, b.integers(-1, *condition))
         arguments += _rows(b, traced, flat, b.op("Shape", contexts, start=0, end=2))

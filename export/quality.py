@@ -21,9 +21,8 @@ from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import psnr, relative_l2
 from ddpm.networks import condition_shape, sample_shape
 from ddpm.progress import Bar
-from ddpm.runs import Run, taken_options
+from ddpm.runs import Run
 from ddpm.sampling import sample
-from ddpm.solvers import make_table
 from export.metadata import described_table
 from export.parity import known_samples, sampler_images, session_denoiser, step_images
 from export.precision import trajectory_calls
@@ -132,13 +131,7 @@ def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dat
     """Draw `samples` samples with both and compare them; without a dataset there is no evaluation."""
     session, metadata = file
     steps = min(STEPS, metadata["table"]["steps"])
-    described = metadata["table"]
-    if "stored" in described:
-        table = described_table(described, run)
-    else:
-        table = make_table(
-            run.schedule, **(taken_options(described["options"]) | {"steps": steps, "spacing": "trailing"})
-        )
+    table = described_table(metadata["table"], run, steps=steps, spacing="trailing")
     shape = condition_shape(run.model)
     classes = 0 if shape is None else math.prod(shape)
     asked = torch.arange(samples) % classes if classes else None

@@ -23,7 +23,7 @@ from ddpm.networks import condition_shape, network_times, sample_shape
 from ddpm.networks.protocol import in_type
 from export.graph import OPSET
 
-EXAMPLE_ROWS, EXAMPLE_COPIES = 3, 2  # any but 0 and 1, which tracing would take for fixed
+EXAMPLE_ROWS = 3  # any but 0 and 1, which tracing would take for fixed
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,6 @@ def sample(
         )
         if not ranks.is_main:
             return
-    alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps.tolist()]
     headers: tuple[str, ...] = ()
     if context == ALL:
         count = class_count(opened)
@@ -107,6 +106,7 @@ def sample(
         samples = torch.arange(first_sample, first_sample + n)
         noise = PhiloxNoise(seed)
         initial = noise(samples, 0, philox.Stream.INITIAL, sample_shape(opened.model))
+        alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps.tolist()]
         frames = pictures.trajectory(estimates, alpha_bars, initial)
         cell = pictures.GIF_CELL_PIXELS
         pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption, cell) for frame in frames])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, Engine, FormOf, engine, noisy_rows
+from ddpm.engines.engine import Callback, Engine, FormOf, engine
 from ddpm.inference import make_form
 from ddpm.inference.plain import checked, typed
 from ddpm.networks.protocol import in_type, network_times, null_condition
@@ -25,9 +25,8 @@ class EagerEngine(Engine):
     ) -> None:
         self.table, self.dtype = table, dtype
         self.refresh(model)
-        self.times = in_type(network_times(model, table.timesteps, count), dtype).tolist()
-        self.kind = in_type(network_times(model, table.timesteps[:1], count), dtype).dtype
-        self.noisy = noisy_rows(table)
+        times = in_type(network_times(model, table.timesteps, count), dtype)
+        self.times, self.kind, self.noisy = times.tolist(), times.dtype, table.noisy
 
     def refresh(self, model: nn.Module) -> None:
         """A copy in another type is made anew."""

@@ -70,13 +70,3 @@ class Engine:
 
     def refresh(self, model: nn.Module) -> None:
         """Nothing where the module itself is run."""
-
-
-def noisy_rows(table: StepTable) -> list[bool]:
-    """Which rows add noise."""
-    return (table.coefficients[:, 6] != 0).tolist()
-
-
-def has_memory(table: StepTable) -> bool:
-    """Whether any row reads the x0 before it."""
-    return bool((table.coefficients[:, 5] != 0).any())

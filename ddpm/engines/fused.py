@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, Engine, FormOf, engine, has_memory, noisy_rows
+from ddpm.engines.engine import Callback, Engine, FormOf, engine
 from ddpm.inference import at, halves, make_form
 from ddpm.inference.form import Rows
 from ddpm.networks.protocol import network_times
@@ -34,7 +34,7 @@ class FusedEngine(Engine):
     ) -> None:
         self.form, self.table = form(model, dtype), table
         self.live = self.form.live
-        self.noisy, self.memory = noisy_rows(table), has_memory(table)
+        self.noisy, self.memory = table.noisy, table.has_memory
         self.times = network_times(model, table.timesteps, count)
         self._tables: tuple[Tensor, ...] | None = None
 

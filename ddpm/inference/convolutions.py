@@ -69,6 +69,19 @@ def gated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return y + shift if scale is None else torch.addcmul(shift, y, scale[:, :, None, None])
 
 
+def followed(
+    y: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    onto: Tensor | None = None,
+    then: str = KEEP,
+) -> Tensor:
+    """What may come after a convolution, by plain operators: the gate, a sum, pooling."""
+    y = gated(y, scale, shift)
+    y = y if onto is None else y + onto
+    return F.max_pool2d(y, 2) if then == POOL else y
+
+
 class Convolution(nn.Module):
     """A convolution with stride 1 that keeps the size, its bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
 
@@ -123,11 +136,8 @@ class Convolution(nn.Module):
             film = {"film_scale": scale, "film_shift": shift}
             return convolution(x, self.weight, self.bias, **film, onto=onto, gelu=self.gelu, then=then, kernel=True)
         if shift is None and onto is not None and not self.gelu:
-            y = self._onto(x, onto)
-        else:
-            y = gated(self._own(x), scale, shift)
-            y = y if onto is None else y + onto
-        return F.max_pool2d(y, 2) if then == POOL else y
+            return followed(self._onto(x, onto), then=then)
+        return followed(self._own(x), scale, shift, onto, then)
 
     def _own(self, x: Tensor) -> Tensor:
         if self.transformed:
@@ -162,18 +172,9 @@ class Chain(nn.Sequential):
     def __init__(self, count: int) -> None:
         super().__init__(*(Convolution(gelu=True) for _ in range(count)))
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        onto: Tensor | None = None,
-        then: str = KEEP,
-    ) -> Tensor:
-        """What follows the last one: as in `Convolution`."""
+    def forward(self, x: Tensor, **after: Tensor | str | None) -> Tensor:
+        """after: what follows the last one, as in `Convolution`."""
         *first, last = self
-        after = {"scale": scale, "shift": shift, "onto": onto, "then": then}
         waiting: list[Convolution] = []
         for each in first:
             if each.transformed:
@@ -182,9 +183,7 @@ class Chain(nn.Sequential):
                 x, waiting = each(_together(waiting, x)), []
         if not (waiting and last.transformed):
             return last(_together(waiting, x), **after)
-        y = gated(_together([*waiting, last], x), scale, shift)
-        y = y if onto is None else y + onto
-        return F.max_pool2d(y, 2) if then == POOL else y
+        return followed(_together([*waiting, last], x), **after)
 
 
 def _together(convolutions: list[Convolution], x: Tensor) -> Tensor:

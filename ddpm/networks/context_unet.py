@@ -111,8 +111,8 @@ class ContextUnet(nn.Module):
         return (self.n_cfeat,) if self.n_cfeat else None
 
     def null_condition(self, n: int) -> Tensor:
-        """Zeros [n, n_cfeat]: what training drops conditions to."""
-        return torch.zeros(n, self.n_cfeat)
+        """Zeros [n, n_cfeat], made where the network is: a captured graph copies nothing from the host."""
+        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
 
     def config(self) -> dict[str, object]:
         """The arguments that build this network again."""

@@ -43,8 +43,8 @@ class PointMLP(nn.Module):
         return (self.n_cfeat,) if self.n_cfeat else None
 
     def null_condition(self, n: int) -> Tensor:
-        """Zeros [n, n_cfeat]."""
-        return torch.zeros(n, self.n_cfeat)
+        """Zeros [n, n_cfeat] where the network is."""
+        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
 
     def config(self) -> dict[str, object]:
         """The arguments that build this network again."""
