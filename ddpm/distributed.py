@@ -1,5 +1,7 @@
 """One process or many: `World` is what training and sampling see of torchrun."""
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# DistributedDataParallel holds its process group too. Were it the last to do so, it would wait for gloo's threads with
-# the interpreter's lock in its hand, while such a thread waits for that lock to free a tensor (torch 2.13: one process
-# in ten never ended). A group freed by Python itself lets the lock go first; so Python keeps each to its end.
+# gloo's threads free tensors and take the interpreter's lock for it. Whoever frees a process group waits for them:
+# Python lets the lock go first, DistributedDataParallel does not (torch 2.13: one process in ten never ended). And a
+# thread that wants the lock of an interpreter that is ending is killed, which aborts the process (one in two where
+# little is computed). So Python keeps each group, and frees it before the interpreter ends.
 _groups: list[dist.ProcessGroup | None] = []
+
+
+@atexit.register
+def _free_groups() -> None:
+    gc.collect()  # a DistributedDataParallel in a cycle
+    _groups.clear()
 
 
 @dataclass(frozen=True)
