@@ -45,7 +45,8 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n auto --dist loadfile --benchmark-disable
 
 test-long: setup
-	$(BIN)/pytest -m long
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not alone" -n auto --dist loadfile
+	$(BIN)/pytest -m alone
 
 lint: setup
 	$(BIN)/ruff check .

@@ -202,7 +202,7 @@ def print_quality(measured: dict) -> None:
     if measured["accuracy"] is not None:
         lowest = f"{measured['accuracy_fp32'] - floor.accuracy_loss:.1%}"
         row = (f"{measured[name]:.1%}" for name in ("accuracy", "accuracy_fp32"))
-        table.add_row("  read as the class asked for", *row, lowest)
+        table.add_row("  class accuracy (SVM)", *row, lowest)
     if measured["frechet"] is not None:
         table.add_row("  Frechet distance", f"{measured['frechet']:.2f}", f"{measured['frechet_fp32']:.2f}", "")
     if measured["relative_l2"] is not None:

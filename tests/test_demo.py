@@ -18,6 +18,7 @@ BIN = Path(sys.executable).parent
 PROMISED_SECONDS = 240
 SLACK = 1.5  # for a machine that is doing something else as well
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "0"}  # as a newcomer's: tests/conftest.py turns the interpreter on
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,6 @@ def demo(tmp_path_factory) -> tuple[Path, str, float]:
     return folder, made.stdout + made.stderr, seconds
 
 
-@pytest.mark.long
 def test_demo_leaves_what_it_promises(demo):
     folder, printed, _ = demo
     left = {path.name for path in folder.iterdir()}
@@ -50,12 +50,10 @@ def test_demo_leaves_what_it_promises(demo):
     assert all(word in printed for word in ("loss", "images/s", "left")), "no progress"
 
 
-@pytest.mark.long
 def test_demo_takes_less_than_four_minutes(demo):
     assert demo[2] < PROMISED_SECONDS * SLACK
 
 
-@pytest.mark.long
 def test_guided_samples_of_the_demo_are_read_as_what_was_asked_for(demo, tmp_path):
     figures = tmp_path / "figures.json"
     recipe = ["--guidance", "2", "--solver", "dpmpp_2m", "--steps", "30"]  # as the demo itself samples
@@ -69,7 +67,6 @@ def test_guided_samples_of_the_demo_are_read_as_what_was_asked_for(demo, tmp_pat
     assert 0 <= result["frechet_real"] < result["frechet"]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("recipe", [{}, {"solver": "ddim", "steps": 50}, {"solver": "dpmpp_2m", "steps": 30}])
 def test_trained_samples_do_not_depend_on_batches_splits_or_threads(demo, recipe):
     run = load_run(demo[0])
@@ -94,7 +91,6 @@ def test_trained_samples_do_not_depend_on_batches_splits_or_threads(demo, recipe
 RECIPES = ({"solver": "ddpm"}, {"solver": "ddim", "steps": 50}, {"solver": "dpmpp_2m", "steps": 30})
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe["solver"])
 def test_every_engine_draws_eagers_pictures_with_trained_weights(demo, recipe, guidance):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.bench.prove_compare import OPERATORS, branches, compare, same, slower
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

@@ -330,6 +330,7 @@ def test_notes_say_what_the_table_does_not():
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_sampling_a_large_batch_holds_less_than_eager_does(tmp_path):
     """The figure of the goals: peak memory at batch 256, in fresh processes, network of 64 features."""
     torch.manual_seed(0)

@@ -250,6 +250,7 @@ def test_stored_json_is_plain(small_registry, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.alone
 def test_pytest_bench_measures_the_same_registry(tmp_path):
     result = tmp_path / "pytest.json"
     command = [sys.executable, "-m", "pytest", "bench", "-q", "-k", "noise_mse/", "-p", "no:cacheprovider"]
