@@ -5,13 +5,11 @@ from typing import Annotated
 
 import typer
 
-from bench import report
 from bench.compare import compare
 from bench.gpu.command import gpu
-from bench.history import history
-from bench.ladder.command import ladder
-from bench.peers import peers
+from bench.ladder import ladder
 from bench.profile import profile
+from bench.report import report
 from bench.run import run
 from bench.static import static
 from ddpm import command_line
@@ -20,17 +18,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command()(run)
 app.command()(ladder)
 app.command()(compare)
-app.command()(history)
-app.command()(peers)
 app.command()(static)
 app.command()(profile)
 app.command()(gpu)
-
-
-@app.command("report")
-def write_report() -> None:
-    """Regenerate the figures in README.md and docs/ from the stored records."""
-    report.write()
+app.command()(report)
 
 
 @app.callback()

@@ -1,15 +1,14 @@
 """The median of a few processes and how far it can be trusted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import comb
 from statistics import median
+from typing import NamedTuple
 
 COVERAGE = 0.9
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A median and order statistics around it that hold the true median with probability `coverage`."""
 
     median: float
@@ -24,11 +23,11 @@ class Interval:
 
 
 def measured_by(processes: int) -> str:
-    """ "medians of 5 fresh processes, in brackets what holds them with 94%", or "one process"."""
+    """ "medians of 5 fresh processes, in brackets the 94% confidence interval of the median", or "one process"."""
     if processes == 1:
         return "one process"
     coverage = median_interval([0.0] * processes).coverage
-    return f"medians of {processes} fresh processes, in brackets what holds them with {coverage:.0%}"
+    return f"medians of {processes} fresh processes, in brackets the {coverage:.0%} confidence interval of the median"
 
 
 def median_interval(values: Sequence[float]) -> Interval:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.registry import Bench, Candidate, Workload
+from bench.store import is_good
 from bench.timing import Call, Timer, interleaved, synchronize, timer
 from ddpm.command_line import show_trace
 
@@ -100,7 +101,7 @@ def _fastest_convolution(device: torch.device, threads: int) -> tuple[str, float
         if rate > best:
             best, won = rate, (name, flops, call)
     name, flops, call = won
-    return name, flops, _sampler(call, sets, device, capturable=False)
+    return name, flops, _sampler(call, sets, device)
 
 
 @torch.no_grad()
@@ -148,29 +149,13 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     return peak if events else None
 
 
-def _prepare(candidate: Candidate, arguments: tuple, device: torch.device) -> tuple[Call, dict[str, Any]]:
-    """(call, {"warm_up_s", "error", "tolerance", "parity"})."""
-    began = time.perf_counter()
-    call = candidate.make()
-    call(*arguments)
-    synchronize(device)
-    warm_up = time.perf_counter() - began
-    error = float(candidate.error(call))
-    return call, {
-        "warm_up_s": warm_up,
-        "error": error if math.isfinite(error) else str(error),
-        "tolerance": candidate.tolerance,
-        "parity": error <= candidate.tolerance,
-    }
-
-
 def one_line(error: BaseException) -> str:
     """What went wrong, for a record; the traceback goes to stderr under --debug."""
     show_trace(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool) -> Timer:
+def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool = False) -> Timer:
     """A timer that repeats the sets until a sample lasts SAMPLE_US on the CPU, warmed up."""
     once = timer(call, sets, device, capturable)
     once()
@@ -180,16 +165,23 @@ def _sampler(call: Call, sets: Sequence[tuple], device: torch.device, capturable
     return timer(call, list(sets) * repeats, device) if repeats > 1 else once
 
 
-def _rounds(
-    timers: Mapping[str, Timer], rounds: int, seconds: float, rest_s: float, device: torch.device
-) -> dict[str, dict[str, list[float]]]:
-    """`interleaved` samples; stops when the seconds are over.
+def _prepared(make: Callable[[], Call], arguments: tuple, device: torch.device) -> tuple[Call, dict[str, Any]]:
+    """(the call, {"warm_up_s", "parity"})."""
+    began = time.perf_counter()
+    call = make()
+    call(*arguments)
+    synchronize(device)
+    return call, {"warm_up_s": time.perf_counter() - began, "parity": True}
 
-    On the CPU they are seconds of processor time, so that a busy machine takes longer and not fewer samples.
-    """
-    clock = time.process_time if device.type == "cpu" else time.monotonic
-    began = clock()
-    return interleaved(timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds, rest_s)
+
+def _judged(candidate: Candidate, call: Call) -> dict[str, Any]:
+    """{"error", "tolerance", "parity"}; an error that is not finite is a word, JSON has no NaN."""
+    error = float(candidate.error(call))
+    return {
+        "error": error if math.isfinite(error) else str(error),
+        "tolerance": candidate.tolerance,
+        "parity": error <= candidate.tolerance,
+    }
 
 
 def measure(
@@ -197,61 +189,60 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One record per competitor, the eager reference first. Nothing that goes wrong inside a workload is raised.
 
-    rounds: at most; it ends after `seconds` (see `_rounds`) if three are done. ceiling: FLOP/s of `matrix_ceiling`.
+    rounds: at most; it ends after `seconds` if three are done. They are seconds of processor time on the CPU, so that a
+    busy machine takes longer and not fewer samples. ceiling: FLOP/s of `matrix_ceiling`.
     A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
     """
     head = {"workload": workload.name, "suite": workload.suite}
+    calls: dict[str, Call] = {}
+    found: dict[str, dict[str, Any]] = {}
     try:
         bench = workload.build(device)
-        arguments = bench.sets[0]
-        began = time.perf_counter()
-        bench.reference(*arguments)
-        synchronize(device)
-        prepared = {EAGER: (bench.reference, {"warm_up_s": time.perf_counter() - began, "parity": True})}
+        calls[EAGER], found[EAGER] = _prepared(lambda: bench.reference, bench.sets[0], device)
     except Exception as error:
         return [head | {"candidate": EAGER, "failed": one_line(error)}]
-    broken = []
     for name, candidate in bench.candidates.items():
         try:
-            call, facts = _prepare(candidate, arguments, device)
+            calls[name], found[name] = _prepared(candidate.make, bench.sets[0], device)
+            found[name] |= _judged(candidate, calls[name])
         except Exception as error:
-            broken.append(head | {"candidate": name, "failed": one_line(error)})
-            continue
-        if facts["parity"]:
-            prepared[name] = (call, facts)
-        else:
-            broken.append(head | {"candidate": name} | facts)
+            found[name] = {"failed": one_line(error)}
+    calls = {name: call for name, call in calls.items() if is_good(found[name])}
     try:
-        return _timed(head, bench, prepared, device, rounds, seconds, ceiling) + broken
+        for name, figures in _timed(bench, calls, device, rounds, seconds, ceiling).items():
+            found[name] |= figures
     except Exception as error:
-        return [head | {"candidate": name, "failed": one_line(error)} for name in prepared] + broken
+        reason = one_line(error)
+        found |= {name: {"failed": reason} for name in calls}
+    broken = [name for name in found if name not in calls]
+    return [head | {"candidate": name} | found[name] for name in (*calls, *broken)]
 
 
 def _timed(
-    head: dict[str, Any],
-    bench: Bench,
-    prepared: Mapping[str, tuple[Call, dict[str, Any]]],
-    device: torch.device,
-    rounds: int,
-    seconds: float,
-    ceiling: float,
-) -> list[dict[str, Any]]:
+    bench: Bench, calls: Mapping[str, Call], device: torch.device, rounds: int, seconds: float, ceiling: float
+) -> dict[str, dict[str, Any]]:
+    """What a record says of time and memory, by candidate."""
     half = int(min(max(bench.cost.bytes, 2), COPY_MOST) // 2)
     buffers = [tuple(torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)) for _ in bench.sets]
-    timers = {name: _sampler(call, bench.sets, device, bench.capturable) for name, (call, _) in prepared.items()}
+    timers = {name: _sampler(call, bench.sets, device, bench.capturable) for name, call in calls.items()}
     timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
-    timers[YARDSTICK] = _sampler(yardstick(device), [()], device, capturable=False)
-    memory = {name: peak_memory(lambda call=call: call(*bench.sets[0]), device) for name, (call, _) in prepared.items()}
-    samples = _rounds(timers, rounds, seconds, bench.rest_s, device)
+    timers[YARDSTICK] = _sampler(yardstick(device), [()], device)
+    memory = {name: peak_memory(partial(call, *bench.sets[0]), device) for name, call in calls.items()}
+    clock = time.process_time if device.type == "cpu" else time.monotonic
+    began = clock()
+    samples = interleaved(
+        timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds, bench.rest_s
+    )
     copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
-    return [
-        head
-        | {"candidate": name, **facts}
-        | _figures(bench, samples, name, copy_rate, ceiling)
+    return {
+        name: _figures(bench, samples, name, copy_rate, ceiling)
         | _gate(samples, name, YARDSTICK if name == EAGER or not bench.frozen else EAGER, device)
         | {"peak_memory_bytes": memory[name]}
-        for name, (_, facts) in prepared.items()
-    ]
+        for name in calls
+    }
+
+
+Samples = Mapping[str, Mapping[str, list[float]]]
 
 
 def _paired(first: list[float], second: list[float]) -> float:
@@ -259,9 +250,7 @@ def _paired(first: list[float], second: list[float]) -> float:
     return median(a / b for a, b in zip(first, second, strict=True))
 
 
-def _figures(
-    bench: Bench, samples: Mapping[str, dict[str, list[float]]], name: str, copy_rate: float, ceiling: float
-) -> dict[str, Any]:
+def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceiling: float) -> dict[str, Any]:
     """Times are microseconds per unit (`Bench.calls`), rates per second."""
     kernel, wall = samples[name]["kernel"], samples[name]["wall"]
     seconds = median(kernel) * 1e-6
@@ -277,9 +266,7 @@ def _figures(
     }
 
 
-def _gate(
-    samples: Mapping[str, dict[str, list[float]]], name: str, against: str, device: torch.device
-) -> dict[str, Any]:
+def _gate(samples: Samples, name: str, against: str, device: torch.device) -> dict[str, Any]:
     """What `compare` takes of a process: the median over rounds of time / time of `against`, and the raw samples.
 
     On the CPU it is processor time. On a busy machine wall times of one row spread by 30-60% between processes,

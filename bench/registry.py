@@ -2,6 +2,7 @@
 
 A suite is a module `bench/suites/NAME.py`, or a FILE.py of another project, with `workloads(quick) -> list[Workload]`.
 Names are known before anything is built, so that `--filter` is cheap and a benchmark that disappeared is noticed.
+It may have SEED, what it draws with, and `unavailable() -> {candidate: reason}`, what this installation lacks.
 """
 
 import re
@@ -21,7 +22,7 @@ from bench.timing import Call
 from ddpm.errors import BadInput
 from kernels.backend import Cost
 
-SUITES = {name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export")}
+SUITES = {name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers")}
 # Where SEED is, if not in the suite's own module.
 SEEDS = {"kernels": "bench.kernels"}
 
@@ -88,7 +89,7 @@ def located(suite: str) -> str:
 
 
 @cache
-def _module_of(path: Path) -> ModuleType:
+def _module_in(path: Path) -> ModuleType:
     if not path.is_file():
         raise BadInput(f"--suite: {path}: no such file")
     for folder in (Path.cwd() / "src", Path.cwd()):
@@ -103,20 +104,24 @@ def _module_of(path: Path) -> ModuleType:
     return module
 
 
+def _module(suite: str) -> ModuleType:
+    """A name of SUITES, or the path of a Python file, which imports what lies in the working directory or its src/."""
+    return _module_in(Path(suite).resolve()) if is_file(suite) else import_module(SUITES[suite])
+
+
 def load(suite: str, quick: bool) -> list[Workload]:
     """The workloads of one suite. Raises Unavailable if it, or a package that it needs, is not there.
 
-    suite: a name of SUITES, or the path of a Python file, which imports what lies in the working directory or its src/.
     An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
     """
-    if is_file(suite):
-        return _module_of(Path(suite).resolve()).workloads(quick)
     try:
-        return import_module(SUITES[suite]).workloads(quick)
+        return _module(suite).workloads(quick)
     except ModuleNotFoundError as error:
+        if is_file(suite) or error.name is None:
+            raise
         if error.name == SUITES[suite]:
             raise Unavailable(f"suite {suite}: not built yet") from None
-        if error.name is None or error.name.partition(".")[0] in OURS:
+        if error.name.partition(".")[0] in OURS:
             raise
         raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
 
@@ -126,10 +131,9 @@ def seed_of(suite: str, workloads: Sequence[Workload]) -> int | None:
 
     None for a file that says none, and where there are several.
     """
-    if is_file(suite):
-        return getattr(_module_of(Path(suite).resolve()), "SEED", None)
     names = {workload.suite for workload in workloads} if suite == "all" else {suite}
-    seeds = {getattr(import_module(SEEDS.get(name, SUITES[name])), "SEED", None) for name in names}
+    modules = (import_module(SEEDS[name]) if name in SEEDS else _module(name) for name in names)
+    seeds = {getattr(module, "SEED", None) for module in modules}
     return seeds.pop() if len(seeds) == 1 else None
 
 
@@ -151,7 +155,7 @@ def matching(workloads: Sequence[Workload], expression: re.Pattern[str]) -> list
 
 
 def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dict[str, str]]:
-    """The workloads of a suite (or `all`) whose name matches, and why suites were left out: {suite: reason}.
+    """The workloads of a suite (or `all`) whose name matches, and what is left out: {suite or candidate: reason}.
 
     Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
     regular expression or matches nothing.
@@ -163,6 +167,7 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     for name in SUITES if suite == "all" else [suite]:
         try:
             found += load(name, quick)
+            skipped |= getattr(_module(name), "unavailable", dict)()
         except Unavailable as error:
             if suite != "all":
                 raise BadInput(f"--suite: {error}") from error

@@ -1,265 +1,277 @@
-"""`ddpm-bench report`: the figures in README.md and docs/, generated from stored records between HTML comments.
+"""`ddpm-bench report`: the figures in README.md and docs/*.md, from stored records, wherever their block stands.
 
-<!-- NAME --> ... <!-- /NAME -->        NAME is a key of BLOCKS, which says in which file it stands
+<!-- NAME --> ... <!-- /NAME -->        each on a line of its own; NAME is a key of BLOCKS
 """
 
-import json
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from bench import exports, goals, store
-from bench.exports import MACHINE
-from bench.interval import measured_by
-from bench.ladder import show as ladder
+from bench import store
+from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
-from bench.profile import by_operator
-from bench.show import RUN_HEADINGS, microseconds, run_cells
+from bench.profile import summary
+from bench.show import Table, ladder_notes, ladder_plot, ladder_table, microseconds, run_table
+from bench.suites.networks import N_FEAT
+from ddpm.errors import WorkFailed
 from ddpm.files import read_json, replacing, write_text
 
-README = ROOT / "README.md"
-CI = ROOT / "docs" / "ci.md"
-STATIC = ROOT / "bench" / "results" / "static.json"
-RUN = MACHINE / "run.json"
-PEERS = MACHINE / "peers.json"
-STEP = MACHINE / "step.json"
-LADDER = MACHINE / "ladder.json"
-LADDER_PLOT = ROOT / "docs" / "ladder.png"
+RESULTS = ROOT / "bench" / "results"
+# The machine whose records the documents show; others have a folder of their own beside it.
+MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
+RUN, PEERS, STEP, EXPORT, LADDER = (MACHINE / f"{name}.json" for name in ("run", "peers", "step", "export", "ladder"))
+# {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
+MANIFESTS = MACHINE / "export_manifests.json"
 PROOF = MACHINE / "compare_proof.json"
-SPRITES = ROOT / "docs" / "sprites.json"
-# Two operators at the commit that the record names, by the same count; what changed is told at backend.ITEM_ELEMENTS.
-BEFORE_TUNING = ROOT / "bench" / "results" / "before_tuning.json"
-PROFILE = ROOT / "docs" / "profile" / "profile.json"
-PROFILE_ROWS = 6
+STATIC = RESULTS / "static.json"
+DOCS = ROOT / "docs"
+LADDER_PLOT = DOCS / "ladder.png"
+SPRITES = DOCS / "sprites.json"
+PROFILE = DOCS / "profile" / "profile.json"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
-    "bare fp32",
-    "bare bf16",
-    "q_sample fp32",
-    "q_sample bf16",
-    "q_sample uint8 to bf16",
-    "q_sample fp32 ragged",
-    "q_sample fp32 channels_last",
-    "q_sample_rows uint8 to bf16",
-    "q_sample_rows uint8, flip, noise",
-    "noise_mse bf16",
-    "noise_mse bf16 backward",
-    "noise_mse fp32 channels_last",
-    "solver_step fp32",
-    "solver_step fp32 full",
-    "solver_step bf16",
-    "solver_step fp32 channels_last",
-    "group_norm_relu bf16",
-    "bottleneck bf16",
-    "convolution bf16",
-    "convolution bf16 two sources",
+    "bare fp32", "bare bf16",
+    "q_sample fp32", "q_sample bf16", "q_sample uint8 to bf16", "q_sample fp32 ragged", "q_sample fp32 channels_last",
+    "q_sample_rows uint8 to bf16", "q_sample_rows uint8, flip, noise",
+    "noise_mse bf16", "noise_mse bf16 backward", "noise_mse fp32 channels_last",
+    "solver_step fp32", "solver_step fp32 full", "solver_step bf16", "solver_step fp32 channels_last",
+    "group_norm_relu bf16", "bottleneck bf16", "convolution bf16", "convolution bf16 two sources",
+)  # fmt: skip
+# The README's four rows: what it is, its record, workload and candidate, and the workload of PEERS beside it.
+SUMMARY = (
+    ("1 image, engine `compile`", STEP, "step/fp32/batch1/plain", "compile", "batch1"),
+    ("32 images, engine `fused`", STEP, "step/fp32/batch32/plain", "fused", "batch32"),
+    ("32 images with guidance, engine `compile`", STEP, "step/fp32/batch32/guided", "compile", "guided/batch32"),
+    ("8 images, `sampler.onnx` in ONNX Runtime", EXPORT, "export/sampler/ddpm20/n8", "sampler.onnx", "batch8"),
 )
+THEIRS = ("diffusers", "torch.compile", "onnxruntime", "openvino")  # how the names of others in PEERS begin
 
 
-def _on_arch(path: Path) -> dict[str, dict[str, Any]]:
-    """The records of a file on one architecture, by kernel."""
-    records = json.loads(path.read_text(encoding="utf-8"))["records"]
-    return {record["kernel"]: record for record in records if record["arch"] == KERNEL_ARCH}
+def _stored(path: Path) -> store.Content:
+    """A stored file, all of it measured. Raises WorkFailed if a row failed or lost parity."""
+    content = store.load(path)
+    bad = [store.row_of(record) for record in content["records"] if not store.is_good(record)]
+    if bad:
+        raise WorkFailed(f"{path.name}: no figures for {', '.join(bad)}; needs a run without failures")
+    return content
+
+
+def _on(machine: Mapping[str, Any]) -> str:
+    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def _recipe(content: store.Content) -> str:
+    """The command of a stored run, where it ran and how often."""
+    how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
+    return f"`{content['command']}` on {_on(content['machine'])}{how}"
+
+
+def _markdown(headings: Sequence[str], rows: list[Sequence[str]], names: int) -> str:
+    """The first columns, `names` of them, hold words."""
+    return Table(headings, "l" * names + "r" * (len(headings) - names), rows).markdown()
+
+
+def summary_table() -> str:
+    """The README's first figures: what a step takes, how that compares with eager, and what others bring."""
+    contents = {path: _stored(path) for path in (STEP, EXPORT, PEERS)}
+    rows = []
+    for what, path, workload, candidate, same in SUMMARY:
+        records = [record for record in contents[path]["records"] if record["workload"] == workload]
+        eager, ours = ([r for r in records if r["candidate"] == name] for name in ("eager", candidate))
+        beside = [
+            f"{name} {record['speed_up']:.2f}"
+            for record in contents[PEERS]["records"]
+            for name in THEIRS
+            if record["candidate"].startswith(name) and re.fullmatch(rf"peers/ddpm\d+/{same}", record["workload"])
+        ]
+        times = (median(record["kernel_us"] for record in some) * 1e-3 for some in (eager, ours))
+        ratio = median_interval([record["speed_up"] for record in ours]).text()
+        error = max(record["error"] for record in ours)
+        others = "; ".join(beside) or "not measured"
+        rows.append([what, *(f"{time:.1f}" for time in times), ratio, f"{error:.1e}", others])
+    content = contents[STEP]
+    headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
+    caption = (
+        f"ContextUnet with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
+        f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) of whole "
+        "trajectories. Others run the same network and steps, without guidance, in one process."
+    )
+    return f"{Table(headings, 'lrrrrl', rows).markdown()}\n\n{caption}"
 
 
 def kernel_table() -> str:
     """Instructions per element, spills and what binds, of the main kernels on one architecture."""
-    records, tuning = _on_arch(STATIC), _on_arch(BEFORE_TUNING)
-    lines = [
-        f"| kernel ({KERNEL_ARCH}) | SASS instructions per element | before tuning | x bare | registers | spills "
-        f"| bytes per element | binds on an {KERNEL_CARD} |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for record in map(records.__getitem__, KERNELS):
-        before = tuning.get(record["kernel"])
-        ratio = "" if record.get("ratio") is None else f"{record['ratio']:.2f}"
-        cells = (
+    records = {r["kernel"]: r for r in read_json(STATIC)["records"] if r["arch"] == KERNEL_ARCH}
+    rows = [
+        [
             record["kernel"],
             f"{record['instructions_per_element']:.1f}",
-            "" if before is None else f"{before['instructions_per_element']:.1f}",
-            ratio,
+            "" if record.get("ratio") is None else f"{record['ratio']:.2f}",
             str(record["registers"]),
             str(record["spill_store_bytes"] + record["spill_load_bytes"]),
             f"{record['bytes_per_element']:g}",
             record["cards"][KERNEL_CARD]["binds"],
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ]
+        for record in map(records.__getitem__, KERNELS)
+    ]
+    headings = (f"kernel ({KERNEL_ARCH})", "SASS instructions per element", "x bare", "registers", "spills")
+    return _markdown((*headings, "bytes per element", f"binds on an {KERNEL_CARD}"), rows, 1)
 
 
 def sprites_table() -> str:
     """`ddpm evaluate` of the sprites run."""
-    record = json.loads(SPRITES.read_text())
+    record = read_json(SPRITES)
     recipe = f"{record['n']} samples, {record['solver']}, {record['steps']} steps, guidance {record['guidance']:g}"
-    return "\n".join(
-        (
-            f"| sprites ({recipe}) | samples | real data |",
-            "|---|---|---|",
-            f"| Frechet distance of pixel features | {record['frechet']:.2f} | {record['frechet_real']:.2f} |",
-            f"| read as the class asked for | {record['accuracy']:.1%} | {record['accuracy_real']:.1%} |",
-        )
-    )
+    rows = [
+        ["Frechet distance of pixel features", f"{record['frechet']:.2f}", f"{record['frechet_real']:.2f}"],
+        ["class accuracy (SVM)", f"{record['accuracy']:.1%}", f"{record['accuracy_real']:.1%}"],
+    ]
+    return _markdown((f"sprites ({recipe})", "samples", "real data"), rows, 1)
 
 
-def profile_table() -> str:
-    """`ddpm-bench profile`: the parts of a step, then its operators, in milliseconds and shares."""
-    record = json.loads(PROFILE.read_text())
-    recipe, step, bound, best = record["recipe"], record["latency"]["step_ms"], record["floor"], record["ceilings"]
-    rate = max(best["matmul_gflop_per_s"], best["conv_gflop_per_s"])
-    parts = {part["name"]: part for part in record["parts"]}
-    gaps = parts.pop("gaps")
-    named = ", ".join(f"{name} {part['share']:.1%}" for name, part in parts.items())
-    rows = []
-    for row in by_operator(record["operators"])[:PROFILE_ROWS]:
-        rates = ("" if not row[key] else f"{row[key] / row['ms'] / 1e6:.1f}" for key in ("flops", "bytes"))
-        cells = (row["name"], f"{row['calls']:.0f}", f"{row['ms']:.1f}", f"{row['share']:.1%}", *rates)
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        (
-            f"`{record['command']}`, engine {recipe['engine']}, {record['machine']['threads']} threads of "
-            f"{record['machine']['processor']}: a step takes {step['p50']:.0f} ms (p50; p90 {step['p90']:.0f}, "
-            f"p99 {step['p99']:.0f}). Its {bound['flops'] / 1e9:.2f} GFLOP would take {bound['arithmetic_ms']:.0f} ms "
-            f"at the best rate measured ({rate:.0f} GFLOP/s), its {bound['bytes'] / 1e6:.0f} MB of traffic "
-            f"{bound['traffic_ms']:.0f} ms ({best['copy_gb_per_s']:.1f} GB/s).",
-            "",
-            f"By part: {named}; no operator running: {gaps['share']:.1%}. The profiler made a step "
-            f"{record['profiler']['overhead']:.2f} times as long.",
-            "",
-            "| operator | calls a step | ms | share | GFLOP/s | GB/s |",
-            "|---|---|---|---|---|---|",
-            *rows,
-            f"| (no operator) | | {gaps['ms']:.1f} | {gaps['share']:.1%} | | |",
-        )
-    )
+def profile_block() -> str:
+    """What `ddpm-bench profile` printed."""
+    record = read_json(PROFILE)
+    return f"`{record['command']}`:\n\n```text\n{summary(record)}\n```"
 
 
-def _markdown(headings: tuple[str, ...], rows: list[list[str]], left: int) -> str:
-    marks = "|".join(["---"] * left + ["--:"] * (len(headings) - left))
-    return "\n".join([f"| {' | '.join(headings)} |", f"|{marks}|", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _recipe(content: store.Content) -> str:
-    """The command of a stored run, and where it ran."""
-    machine = content["machine"]
-    return f"`{content['command']}` on {machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-
-
-def bench_table() -> str:
-    """The stored `ddpm-bench run`. Raises ValueError if a row of it did not run or lost parity."""
-    content = store.load(RUN)
-    rows = [run_cells(records) for records in store.rows(content["records"]).values()]
-    for row in rows:
-        if len(row) != len(RUN_HEADINGS):
-            raise ValueError(f"{RUN.name}: {' '.join(row)}; needs a run without failures")
-    return f"{_recipe(content)}:\n\n{_markdown(RUN_HEADINGS, rows, 2)}"
+def run_block(path: Path) -> str:
+    """A stored `ddpm-bench run`."""
+    content = _stored(path)
+    return f"{_recipe(content)}:\n\n{run_table(content)[0].markdown()}"
 
 
 def peers_table() -> str:
-    """The stored `ddpm-bench peers`: time per step, and times eager. Raises ValueError if a row has no parity."""
-    content = store.load(PEERS)
-    bad = [store.row_of(record) for record in content["records"] if not store.is_good(record)]
-    if bad:
-        raise ValueError(f"{PEERS.name}: no figures for {', '.join(bad)}; needs a run without failures")
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    """The stored `ddpm-bench run --suite peers`: time per step, and times eager."""
+    content = _stored(PEERS)
+    cells: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in content["records"]:
-        _, solver, *_, batch = record["workload"].split("/")
-        ratio = "" if record["speed_up"] is None else f" ({record['speed_up']:.2f}x)"
-        cells.setdefault((solver, record["candidate"]), {})[batch] = f"{microseconds(record['kernel_us'])}{ratio}"
+        _, *solver, batch = record["workload"].split("/")
+        cells[" ".join(solver), record["candidate"]][batch].append(record)
     batches = list(dict.fromkeys(batch for row in cells.values() for batch in row))
-    rows = [[*key, *(row.get(batch, "") for batch in batches)] for key, row in cells.items()]
+
+    def cell(records: list[Mapping[str, Any]]) -> str:
+        ratios = [record["speed_up"] for record in records]
+        ratio = "" if None in ratios else f" ({median(ratios):.2f}x)"
+        return f"{microseconds(median(record['kernel_us'] for record in records))}{ratio}"
+
+    rows = [[*key, *(cell(row[batch]) if batch in row else "" for batch in batches)] for key, row in cells.items()]
     headings = ("solver and steps", "a step (times eager)", *(batch.replace("batch", "batch ") for batch in batches))
     notes = "".join(f" {reason}." for reason in content["skipped"].values())
     return f"{_recipe(content)}.{notes}\n\n{_markdown(headings, rows, 2)}"
 
 
-def goals_table() -> str:
-    """The stored runs of suite `step` beside what the step must reach."""
-    content = store.load(STEP)
-    line = f"{_recipe(content)}: {measured_by(content['processes'])}"
-    return "\n".join([_markdown(goals.HEADINGS, goals.goal_cells(content["records"]), 2), "", line])
-
-
-def ladder_table() -> str:
-    """The stored `ddpm-bench ladder`: the table, what each rung adds, and its notes."""
+def ladder_block() -> str:
+    """The stored `ddpm-bench ladder`: the table under what was measured, and its notes."""
     content = store.load(LADDER)
-    rows = [[*row.cells(), content["rungs"][row.name]] for row in ladder.rows_of(content)]
-    table = _markdown((*ladder.HEADINGS, "what it adds"), rows, 1)
-    return "\n".join([f"{ladder.recipe(content)}:", "", table, "", *(f"- {line}" for line in ladder.notes(content))])
+    shown = ladder_table(content)
+    return "\n".join([f"{shown.title}:", "", shown.markdown(), "", *(f"- {line}" for line in ladder_notes(content))])
 
 
 def proof_table() -> str:
     """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
     record = read_json(PROOF)
-    rows = []
-    for (kind, operator), lines in groupby(
-        sorted(record["comparisons"], key=lambda line: (line["kind"], line["operator"] or "")),
-        key=lambda line: (line["kind"], line["operator"]),
-    ):
-        rows.append(_proof_row(kind, operator, list(lines)))
+
+    def kind(line: Mapping[str, Any]) -> tuple[str, str]:
+        return line["kind"], line["operator"] or ""
+
+    rows = [_proof_row(*key, list(lines)) for key, lines in groupby(sorted(record["comparisons"], key=kind), key=kind)]
     headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
-    machine, processes = record["machine"], record["comparisons"][0]["processes"]
-    recipe = f"{machine['processor']}, torch {machine['torch']}, {processes} processes a side"
+    processes = record["comparisons"][0]["processes"]
+    recipe = f"{record['machine']['processor']}, torch {record['machine']['torch']}, {processes} processes a side"
     return f"{recipe}:\n\n{_markdown(headings, rows, 1)}"
 
 
-def _proof_row(kind: str, operator: str | None, lines: list[dict]) -> list[str]:
+def _proof_row(kind: str, operator: str, lines: list[dict]) -> list[str]:
     """changes: the smallest and largest of the planted operator's row, of all operators' rows where nothing is."""
-
-    def is_own(row: dict) -> bool:
-        return (
-            operator is not None and row["row"].startswith(f"kernels/{operator}/") and row["row"].endswith("operator")
-        )
-
-    slower = [(row, is_own(row)) for line in lines for row in line["rows"] if row["status"] == "slower"]
-    unconfirmed = sum(row["status"] == "unconfirmed" for line in lines for row in line["rows"])
-    watched = [row for line in lines for row in line["rows"] if (is_own(row) if operator else True)]
-    changes = [row["ratio"] - 1 for row in watched]
+    rows = [row for line in lines for row in line["rows"]]
+    own = re.compile(rf"kernels/{operator}/.*operator")
+    slower = [bool(own.fullmatch(row["row"])) for row in rows if row["status"] == "slower"]
+    changes = [row["ratio"] - 1 for row in rows if not operator or own.fullmatch(row["row"])]
     return [
         "nothing planted" if kind == "same" else f"10% planted in `{operator}`",
         str(len(lines)),
         str(sum(line["exit"] == 1 for line in lines)),
-        "" if operator is None else str(sum(own for _, own in slower)),
-        str(sum(not own for _, own in slower)),
-        str(unconfirmed),
+        str(sum(slower)) if operator else "",
+        str(len(slower) - sum(slower)),
+        str(sum(row["status"] == "unconfirmed" for row in rows)),
         f"{min(changes):+.1%} to {max(changes):+.1%}",
     ]
 
 
-BLOCKS: dict[str, tuple[Path, Callable[[], str]]] = {
-    "kernels": (README, kernel_table),
-    "sprites": (README, sprites_table),
-    "bench": (README, bench_table),
-    "profile": (README, profile_table),
-    "peers": (README, peers_table),
-    "goals": (README, goals_table),
-    "ladder": (README, ladder_table),
-    "compare": (CI, proof_table),
-    "export-parity": (README, exports.parity_table),
-    "export-speed": (README, exports.speed_table),
+def export_parity_table() -> str:
+    """fp32's distances from the eager run, and what the lower precisions cost."""
+    manifests = read_json(MANIFESTS)
+    rows = [[part["name"], f"{part['error']:.1e}", f"{part['tolerance']:.0e}"] for part in manifests["fp32"]["parity"]]
+    exact = _markdown(("fp32 against eager PyTorch", "max difference / max(1, max value)", "allowed"), rows, 1)
+    lower = {precision: manifest for precision, manifest in manifests.items() if manifest["quality"]}
+    each = [manifest["quality"] for manifest in lower.values()]
+    first, steps = each[0], manifests["fp32"]["table"]["steps"]
+    files = [manifest["files"]["sampler.onnx"] for manifest in (manifests["fp32"], *lower.values())]
+    rows = [
+        ["PSNR against eager", "", *(f"{q['psnr_db']:.1f} dB" for q in each)],
+        [f"PSNR of two samples, {steps} steps", "", *(f"{q['trajectories']['sampler.onnx']:.1f} dB" for q in each)],
+        ["relative L2 of the network's output", "", *(f"{q['relative_l2']:.2g}" for q in each)],
+        ["class accuracy (SVM)", f"{first['accuracy_fp32']:.1%}", *(f"{q['accuracy']:.1%}" for q in each)],
+        ["Frechet distance of pixel features", f"{first['frechet_fp32']:.2f}", *(f"{q['frechet']:.2f}" for q in each)],
+        ["sampler.onnx", *(f"{file['bytes'] / 1e6:.2f} MB" for file in files)],
+        ["to open it", *(f"{file['open_s']:.2g} s" for file in files)],
+    ]
+    recipe = f"{first['samples']} samples, {first['solver']}, {first['steps']} steps, guidance {first['guidance']:g}"
+    return f"{exact}\n\n{_markdown((recipe, 'fp32', *lower), rows, 1)}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "summary": summary_table,
+    "kernels": kernel_table,
+    "sprites": sprites_table,
+    "bench": lambda: run_block(RUN),
+    "profile": profile_block,
+    "peers": peers_table,
+    "ladder": ladder_block,
+    "compare": proof_table,
+    "export-parity": export_parity_table,
+    "export-speed": lambda: run_block(EXPORT),
 }
+MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)
 
 
-def filled(text: str, path: Path = README) -> str:
-    """The text of a file with each of its blocks replaced by what its record says.
+def documents() -> dict[Path, str]:
+    """README.md and docs/*.md as they are."""
+    return {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
 
-    Raises ValueError if a block is not there.
+
+def filled(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """Documents with each block replaced by what its record says.
+
+    Raises WorkFailed for a mark that no block knows, one whose other half is missing, and a block that stands nowhere.
     """
-    for name, (file, make) in BLOCKS.items():
-        if file != path:
-            continue
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        if not pattern.search(text):
-            raise ValueError(f"{path.name}: has no block <!-- {name} --> ... <!-- /{name} -->")
-        text = pattern.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
-    return text
+    missing, result = set(BLOCKS), {}
+    for path, text in texts.items():
+        names = MARK.findall(text)
+        for name in dict.fromkeys(names):
+            block = re.compile(rf"^(<!-- {name} -->\n).*?^(<!-- /{name} -->)$", re.S | re.M)
+            if name not in BLOCKS:
+                raise WorkFailed(f"{path.name}: has the mark {name!r}, needs one of {', '.join(BLOCKS)}")
+            if names.count(name) != 2 * len(block.findall(text)):
+                raise WorkFailed(f"{path.name}: {name!r} needs <!-- {name} --> and <!-- /{name} --> in this order")
+            made = BLOCKS[name]()
+            text = block.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
+            missing.discard(name)
+        result[path] = text
+    if missing:
+        raise WorkFailed(f"README.md and docs/*.md: have no block {', '.join(sorted(missing))}")
+    return result
 
 
-def write() -> None:
-    """Fill the blocks of every file in place, and draw the ladder."""
-    for path in dict.fromkeys(file for file, _ in BLOCKS.values()):
-        write_text(path, filled(path.read_text(encoding="utf-8"), path))
+def report() -> None:
+    """Regenerate the figures in README.md and docs/*.md from the stored records."""
+    for path, text in filled(documents()).items():
+        write_text(path, text)
     with replacing(LADDER_PLOT) as partial:
-        ladder.plot(store.load(LADDER), partial)
+        ladder_plot(store.load(LADDER), partial)

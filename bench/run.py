@@ -1,10 +1,11 @@
 """`ddpm-bench run`: measure the registry and store what was measured."""
 
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import typer
 from bench import packages, store
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
-from bench.registry import is_file, located, seed_of, selected
+from bench.registry import SUITES, Workload, is_file, located, seed_of, selected
 from bench.show import run_table
 from ddpm.command_line import FAILED, debugging
 from ddpm.errors import BadInput, WorkFailed
@@ -24,49 +25,46 @@ from ddpm.progress import Bar
 
 # Without the working directory before PYTHONPATH: it may have a folder bench/ of its own.
 PYTHON = (sys.executable, "-P")
-ROUNDS, QUICK_ROUNDS = 60, 60
+ROUNDS = 60
 # Per workload, whichever ends first; the largest CPU workloads then do three rounds.
 SECONDS, QUICK_SECONDS = 30.0, 2.0
 # glibc's allocator: give nothing back to the system. Other allocators ignore it.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
+def measured(
+    workloads: Sequence[Workload],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    skipped: Mapping[str, str],
+    quiet: bool,
+    **asked: Any,
+) -> store.Content:
+    """The content of a file: these workloads, measured in this process. rounds, seconds: see `measure`.
+
+    Each record of a good row has its share of the convolution rate, the best seen just before and after its workload.
+    """
+    ceiling, records = matrix_ceiling(device), []
+    with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
+        for done, workload in enumerate(workloads, start=1):
+            before = convolution_ceiling(device)
+            found = measure(workload, device, rounds, seconds, ceiling)
+            rate = max(before, convolution_ceiling(device)).flops_per_s
+            for record in filter(store.is_good, found):
+                record |= {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
+            records += [{"process": 0} | record for record in found]
+            bar.update(done, workload.name)
+    return store.content_of(records, describe(device), skipped, **asked, processes=1, product_flops_per_s=ceiling)
+
+
 def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: bool = False) -> store.Content:
     """Measure the selected workloads in this process, on CUDA where there is one."""
     workloads, skipped = selected(suite, quick, pattern)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ceiling = matrix_ceiling(device)
-    most = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    seconds = float("inf") if rounds else (QUICK_SECONDS if quick else SECONDS)
-    records: list[dict[str, Any]] = []
-    with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
-        for done, workload in enumerate(workloads, start=1):
-            records += _beside_convolutions(lambda w=workload: measure(w, device, most, seconds, ceiling), device)
-            bar.update(done, workload.name)
-    return store.content_of(
-        [{"process": 0} | record for record in records],
-        describe(device),
-        skipped,
-        seed=seed_of(suite, workloads),
-        suite=suite,
-        quick=quick,
-        filter=pattern,
-        processes=1,
-        product_flops_per_s=ceiling,
-    )
-
-
-def _beside_convolutions(measured: Callable[[], list[dict[str, Any]]], device: torch.device) -> list[dict[str, Any]]:
-    """Records with their share of the convolution rate, the best seen just before and after them."""
-    before = convolution_ceiling(device)
-    records = measured()
-    rate = max(before, convolution_ceiling(device)).flops_per_s
-    return [
-        record | {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
-        if store.is_good(record)
-        else record
-        for record in records
-    ]
+    seconds = math.inf if rounds else (QUICK_SECONDS if quick else SECONDS)
+    asked = {"seed": seed_of(suite, workloads), "suite": suite, "quick": quick, "filter": pattern}
+    return measured(workloads, device, rounds or ROUNDS, seconds, skipped, quiet, **asked)
 
 
 def environment(root: Path, threads: int = 1, ours: Path | None = None) -> dict[str, str]:
@@ -122,15 +120,25 @@ def merged(contents: list[store.Content]) -> store.Content:
     """One content from several processes' contents."""
     first = contents[0]
     records = [record for content in contents for record in content["records"]]
-    asked = {key: first[key] for key in ("suite", "quick", "filter", "product_flops_per_s")} | {
-        "seed": first.get("seed")
-    }
+    asked = {key: first.get(key) for key in ("seed", "suite", "quick", "filter", "product_flops_per_s")}
     return store.content_of(records, first["machine"], first["skipped"], **asked, processes=len(contents))
+
+
+def refuse_unwritable(**outputs: Path | None) -> None:
+    """Raise BadInput, before anything is measured, if an option's file could not be written; None was not given."""
+    for option, path in outputs.items():
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise BadInput(f"--{option}: {path} cannot be written, needs a file in a folder that exists")
+
+
+def exit_code(content: store.Content) -> int:
+    """Of a command that measured: 1 if anything crashed or lost parity."""
+    return 0 if content["parity"] and not content["failed"] else FAILED
 
 
 def run(
     out: Annotated[Path, typer.Option(metavar="F.json", help="where the records go")],
-    suite: Annotated[str, typer.Option(help="kernels, step, sampling, training, export, all or FILE.py")] = "all",
+    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, all or FILE.py")] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="fewer workloads and rounds")] = False,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads whose name matches")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds per workload, however long they take")] = None,
@@ -139,8 +147,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
 ) -> int:
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
-    if not out.parent.is_dir() or out.is_dir():
-        raise BadInput(f"--out: {out} cannot be written, needs a file in a folder that exists")
+    refuse_unwritable(out=out)
     suite = located(suite)
     if processes == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
@@ -164,6 +171,7 @@ def run(
     for reason in content["skipped"].values():
         print(f"note: {reason}", file=sys.stderr)
     if not quiet:
-        run_table(content)
+        table, wrong = run_table(content)
+        table.show(wrong, "red bold")
         print(f"wrote {out}")
-    return 0 if content["parity"] and not content["failed"] else FAILED
+    return exit_code(content)

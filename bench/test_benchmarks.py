@@ -4,6 +4,8 @@ pytest-benchmark's own options apply (--benchmark-json, --benchmark-histogram, -
 without parity fails and is not timed.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from bench.measure import EAGER
 from bench.registry import SUITES, Bench, Unavailable, Workload, load
+from bench.timing import synchronize
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -21,25 +24,23 @@ def _built(workload: Workload) -> Bench:
     return workload.build(DEVICE)
 
 
-def _competitors(workload: Workload) -> list[str]:
-    """Names of what competes. A workload that cannot be built still gets a test, which fails with the reason."""
-    try:
-        return [EAGER, *_built(workload).candidates]
-    except Exception:
-        return [EAGER]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test per competitor of every workload; a skipped one per suite that is not available."""
-    cases: list[Any] = []
+def _cases() -> Iterator[Any]:
+    """A skipped test for a suite that is not available. What cannot be built has one that fails with the reason."""
     for suite in SUITES:
         try:
             found = load(suite, quick=True)
         except Unavailable as reason:
-            cases.append(pytest.param(None, None, id=suite, marks=pytest.mark.skip(reason=str(reason))))
+            yield pytest.param(None, None, id=suite, marks=pytest.mark.skip(reason=str(reason)))
             continue
-        cases += [pytest.param(w, name, id=f"{w.name} {name}") for w in found for name in _competitors(w)]
-    metafunc.parametrize(("workload", "name"), cases)
+        for workload in found:
+            names = [EAGER]
+            with suppress(Exception):
+                names += _built(workload).candidates
+            yield from (pytest.param(workload, name, id=f"{workload.name} {name}") for name in names)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize(("workload", "name"), list(_cases()))
 
 
 def test_benchmark(benchmark: Any, workload: Workload, name: str) -> None:
@@ -56,7 +57,6 @@ def test_benchmark(benchmark: Any, workload: Workload, name: str) -> None:
     def every_set() -> None:
         for arguments in bench.sets:
             call(*arguments)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(DEVICE)
 
     benchmark(every_set)

@@ -16,46 +16,6 @@ Call = Callable[..., Any]
 WARM_UP = 3
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _prepare(call: Call, sets: Sequence[tuple], device: torch.device) -> Callable[[], float]:
-    """A function that runs the call once per set on the device and returns its microseconds per call."""
-    if device.type != "cuda":
-        return lambda: _wall(call, sets, device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for arguments in sets[:WARM_UP]:
-            call(*arguments)
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = [call(*arguments) for arguments in sets]
-
-    def replay() -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3 / len(kept)
-
-    return replay
-
-
-def _wall(call: Call, sets: Sequence[tuple], device: torch.device) -> float:
-    """Microseconds per call of a loop over the sets, as a user's loop would see them."""
-    synchronize(device)
-    began = time.perf_counter()
-    for arguments in sets:
-        call(*arguments)
-    synchronize(device)
-    return (time.perf_counter() - began) * 1e6 / len(sets)
-
-
 class Time(NamedTuple):
     """Microseconds of one call: on the device alone, as a user's loop sees them, and of this process's processor time.
 
@@ -70,36 +30,67 @@ class Time(NamedTuple):
 Timer = Callable[[], Time]
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _captured(call: Call, sets: Sequence[tuple], device: torch.device) -> Callable[[], Any]:
+    """A replay of one CUDA graph of the call on every set."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for arguments in sets[:WARM_UP]:
+            call(*arguments)
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(*arguments) for arguments in sets]
+
+    def replay() -> list[Any]:
+        graph.replay()
+        return kept  # the graph writes to their memory
+
+    return replay
+
+
+def _between_events(work: Callable[[], Any]) -> float:
+    """Microseconds on the CUDA device from the first launch to the last kernel's end."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
 def timer(call: Call, sets: Sequence[tuple], device: torch.device, capturable: bool = False) -> Timer:
     """A function that runs the call once per set and returns its time.
 
     On CUDA the kernel time comes from graph replays where the call can be captured,
     else from events around the loop, launch gaps included. Capturing warms the call up; otherwise that is the caller's.
     """
-    if device.type == "cuda":
-        replay = _prepare(call, sets, device) if capturable else lambda: _events(call, sets)
-    else:
-        replay = None
+
+    def loop() -> None:
+        for arguments in sets:
+            call(*arguments)
+
+    cuda = device.type == "cuda"
+    work = _captured(call, sets, device) if cuda and capturable else loop
 
     def once() -> Time:
-        kernel = None if replay is None else replay()
-        before = time.process_time()
-        wall = _wall(call, sets, device)
-        processor = (time.process_time() - before) * 1e6 / len(sets)
-        return Time(wall if kernel is None else kernel, wall, processor)
+        kernel = _between_events(work) if cuda else None
+        processor = time.process_time()
+        synchronize(device)
+        began = time.perf_counter()
+        loop()
+        synchronize(device)
+        wall = (time.perf_counter() - began) * 1e6
+        processor = (time.process_time() - processor) * 1e6
+        return Time(*(us / len(sets) for us in (wall if kernel is None else kernel, wall, processor)))
 
     return once
-
-
-def _events(call: Call, sets: Sequence[tuple]) -> float:
-    """Microseconds per call on the CUDA device from the first launch to the last kernel's end."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for arguments in sets:
-        call(*arguments)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / len(sets)
 
 
 def interleaved(

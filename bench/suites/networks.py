@@ -1,24 +1,35 @@
-"""The network that the suites share, with random weights, and what networks cost."""
+"""The network that the suites share, with random weights, how it is sampled and judged, and what networks cost."""
 
 import copy
 import math
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm import ContextUnet
-from ddpm.metrics import ENGINE_TOLERANCE
+from bench.registry import Candidate
+from bench.timing import Call
+from ddpm import ContextUnet, NoiseSchedule, StepTable, Trajectory
+from ddpm.metrics import ENGINE_TOLERANCE, engine_error
 from ddpm.networks import condition_shape, network_times, sample_shape
 from ddpm.networks.protocol import in_type
+from ddpm.noise import PhiloxNoise
+from kernels.backend import Cost
+from kernels.philox import Stream
 
 SEED = 7
 CHANNELS, SIDE, N_FEAT, CLASSES = 3, 16, 64, 5
 TIMESTEPS = 500
+SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)
 # What `metrics.engine_error` may be. On 50 rows of ddpm at batch 1 (these weights, CPU): 4e-7, 1.7e-3 in bfloat16,
 # 1.8e-4 in float16.
 PARITY = {torch.float32: ENGINE_TOLERANCE, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+# The threads of OpenMP (PyTorch) and of other runtimes spin after a call, on the time of what is measured next:
+# libgomp's 300,000 pauses last 17 ms on this kind of processor. ONNX Runtime in int8 at batch 32 took 26.6 ms without a
+# rest, 25.9 alone.
+REST_S = 0.05
 
 
 def network(device: torch.device, side: int = SIDE) -> ContextUnet:
@@ -26,6 +37,42 @@ def network(device: torch.device, side: int = SIDE) -> ContextUnet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return ContextUnet(CHANNELS, N_FEAT, CLASSES, side).eval().to(device)
+
+
+def contexts(batch: int, device: torch.device) -> Tensor:
+    """One-hot float32 [batch, 5], the classes in turn."""
+    return torch.eye(CLASSES, device=device)[torch.arange(batch, device=device) % CLASSES]
+
+
+def initial(model: nn.Module, batch: int, device: torch.device) -> Tensor:
+    """x_T, float32 [batch, *shape of the model's samples]."""
+    return PhiloxNoise(SEED)(torch.arange(batch, device=device), 0, Stream.INITIAL, sample_shape(model))
+
+
+def sampling_call(
+    model: nn.Module,
+    table: StepTable,
+    batch: int,
+    guidance: float = 1.0,
+    engine: str = "eager",
+    dtype: torch.dtype = torch.float32,
+) -> Call:
+    """A function without arguments that runs the table on a shared network; all that can be prepared is."""
+    device = next(model.parameters()).device
+    prepared = Trajectory(model, SCHEDULE, table, engine=engine, dtype=dtype, guided=guidance != 1.0)
+    x = initial(model, batch, device)
+    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=batch, x_T=x)
+
+
+def judged(
+    expected: Callable[[], Tensor], makes: Mapping[str, Callable[[], Call]], dtype: torch.dtype = torch.float32
+) -> dict[str, Candidate]:
+    """Candidates that must draw, up to the rounding of a type, what `expected` draws, which is computed once."""
+    once = cache(expected)
+    return {
+        name: Candidate(make, lambda call: engine_error(call(), once(), dtype), PARITY[dtype])
+        for name, make in makes.items()
+    }
 
 
 def flops_of(model: nn.Module) -> float:
@@ -51,6 +98,9 @@ def step_bytes(model: nn.Module, batch: int, dtype: torch.dtype) -> float:
     return weights + 2 * 4 * batch * math.prod(sample_shape(model))
 
 
-def contexts(batch: int, device: torch.device) -> Tensor:
-    """One-hot float32 [batch, 5], the classes in turn."""
-    return torch.eye(CLASSES, device=device)[torch.arange(batch, device=device) % CLASSES]
+def sampling_cost(
+    model: nn.Module, batch: int, steps: int = 1, guidance: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Cost:
+    """Of so many steps of a network with weights of a type; guidance evaluates it twice."""
+    evaluations = steps * batch * (1 if guidance == 1.0 else 2)
+    return Cost(steps * step_bytes(model, batch, dtype), evaluations * flops_of(model))

@@ -3,7 +3,7 @@
 Parity is of the losses of the first four steps: the later ones depend on the earlier steps' gradients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 
 import torch
@@ -39,15 +39,8 @@ class Step:
         images = torch.randint(0, 256, (IMAGES, CHANNELS, SIDE, SIDE), generator=generator, dtype=torch.uint8)
         labels = torch.eye(CLASSES)[torch.arange(IMAGES) % CLASSES]
         dataset = Dataset("random", images, labels, tuple("abcde"))
-        options = TrainOptions(
-            data="random",
-            n_feat=N_FEAT,
-            epochs=EPOCHS,
-            batch_size=batch,
-            precision=precision,
-            engine=engine,
-            seed=SEED,
-        )
+        how = {"batch_size": batch, "precision": precision, "engine": engine, "seed": SEED}
+        options = TrainOptions(data="random", n_feat=N_FEAT, epochs=EPOCHS, **how)
         network = options.make_network(dataset)
         self.trainer = make_trainer(network, dataset, options.make_schedule(), options, device, World())
 
@@ -61,52 +54,33 @@ class Step:
         return self.trainer.losses[:PARITY_STEPS].double().cpu()
 
 
-Make = Callable[[], Step]
-
-
 class AutotunedStep(Step):
     """The eager loop with its network through torch.compile at its strongest: what a user of PyTorch would write."""
 
-    def __init__(self, batch: int, precision: str, device: torch.device) -> None:
+    def __init__(self, batch: int, precision: str, engine: str, device: torch.device) -> None:
         super().__init__(batch, precision, "eager", device)
-        self.trainer.parallel = torch.compile(self.trainer.parallel, mode=AUTOTUNE, dynamic=False)
+        self.trainer.parallel = torch.compile(self.trainer.parallel, mode=engine, dynamic=False)
 
 
-def _bench(batch: int, makes: Mapping[str, tuple[Make, float]], device: torch.device, calls: int = 1) -> Bench:
-    """makes: candidate -> (how it is made, tolerance). calls: steps that are timed together."""
+def _build(batch: int, names: Sequence[str], calls: int, device: torch.device) -> Bench:
+    """names: "ENGINE PRECISION", of which those that run here. calls: steps that are timed together."""
     expected = cache(lambda: Step(batch, "fp32", "eager", device).first_losses())
 
     def error(call: Step) -> float:
         return float(((call.first_losses() - expected()) / expected()).abs().max())
 
+    candidates = {}
+    for name in names:
+        engine, precision = name.split()
+        kind = AutotunedStep if engine == AUTOTUNE else Step
+        if kind is AutotunedStep or missing(engine, device) is None:
+            make = partial(kind, batch, precision, engine, device)
+            candidates[name] = Candidate(make, error, BF16_TOLERANCE if precision == "bf16" else ENGINE_TOLERANCE)
     reference = Step(batch, "fp32", "eager", device)
     parameters = sum(parameter.numel() for parameter in reference.trainer.network.parameters())
     # Forward, and backward at twice its operations; weights, gradients, two moments and EMA, each read and written.
     cost = Cost(bytes=parameters * 4 * 10, flops=3 * batch * forward_flops())
-    candidates = {name: Candidate(make, error, tolerance) for name, (make, tolerance) in makes.items()}
     return Bench([()] * calls, reference, candidates, cost, images=batch)
-
-
-def _build(batch: int, device: torch.device) -> Bench:
-    makes = {
-        engine: (partial(Step, batch, "fp32", engine, device), ENGINE_TOLERANCE)
-        for engine in ENGINES
-        if engine != "eager" and missing(engine, device) is None
-    }
-    return _bench(batch, makes | {"bf16": (partial(Step, batch, "bf16", "eager", device), BF16_TOLERANCE)}, device)
-
-
-def _build_on_cuda(batch: int, names: Sequence[str], device: torch.device) -> Bench:
-    """names: "ENGINE PRECISION", of which those that run here; the loop stays ahead of the device, as in training."""
-    makes = {}
-    for name in names:
-        engine, precision = name.split()
-        tolerance = BF16_TOLERANCE if precision == "bf16" else ENGINE_TOLERANCE
-        if engine == AUTOTUNE:
-            makes[name] = (partial(AutotunedStep, batch, precision, device), tolerance)
-        elif missing(engine, device) is None:
-            makes[name] = (partial(Step, batch, precision, engine, device), tolerance)
-    return _bench(batch, makes, device, calls=STEPS_AHEAD)
 
 
 def cuda_workloads(batch: int) -> list[Workload]:
@@ -117,14 +91,15 @@ def cuda_workloads(batch: int) -> list[Workload]:
         "autotune-fp32": ("graph fp32", f"{AUTOTUNE} fp32", "compile fp32"),
     }
     return [
-        Workload(f"training/batch{batch}/{kind}", "training", partial(_build_on_cuda, batch, names))
+        Workload(f"training/batch{batch}/{kind}", "training", partial(_build, batch, names, STEPS_AHEAD))
         for kind, names in kinds.items()
     ]
 
 
 def workloads(quick: bool) -> list[Workload]:
     """By batch size."""
+    names = (*(f"{engine} fp32" for engine in ENGINES if engine != "eager"), "eager bf16")
     return [
-        Workload(f"training/batch{batch}", "training", partial(_build, batch))
+        Workload(f"training/batch{batch}", "training", partial(_build, batch, names, 1))
         for batch in (QUICK_BATCHES if quick else BATCHES)
     ]

@@ -217,7 +217,7 @@ def test_the_loop_with_a_compiled_network_loses_as_eager(few_steps, monkeypatch)
         return compiling(module, backend="eager")
 
     monkeypatch.setattr(training.torch, "compile", compile_eagerly)
-    bench = training._build_on_cuda(4, ("max-autotune fp32", "graph fp32"), CPU)
+    bench = training._build(4, ("max-autotune fp32", "graph fp32"), training.STEPS_AHEAD, CPU)
     assert list(bench.candidates) == ["max-autotune fp32"]  # there is no graph on the CPU
     candidate = bench.candidates["max-autotune fp32"]
     call = candidate.make()

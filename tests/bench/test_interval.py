@@ -30,7 +30,7 @@ def test_the_coverage_is_kept_by_a_skewed_law(n):
 def test_text():
     assert median_interval([1.5, 1.0, 2.0, 3.0, 1.2]).text() == "1.50 (1.00 to 3.00)"
     assert median_interval([1.5]).text() == "1.50"
-    assert measured_by(5) == "medians of 5 fresh processes, in brackets what holds them with 94%"
+    assert measured_by(5) == "medians of 5 fresh processes, in brackets the 94% confidence interval of the median"
     assert measured_by(1) == "one process"
 
 

@@ -2,19 +2,20 @@
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bench import store
+from bench import ladder, store
 from bench.cli import main
-from bench.ladder import command, quality
-from bench.ladder.rungs import EAGER, RUNGS, Job, Rung, _in_this_type, workload
-from bench.ladder.show import HEADINGS, notes, plot, rows_of
+from bench.ladder import RUNGS, Job, Rung, workload
 from bench.machine import ROOT
-from bench.measure import measure
-from bench.memory import sampling_memory
+from bench.measure import EAGER, measure
+from bench.run import environment
+from bench.show import LADDER_HEADINGS, ladder_notes, ladder_plot, ladder_rows, ladder_table
 from ddpm import ContextUnet, NoiseSchedule, load_run, make_table, sample
 from ddpm.errors import WorkFailed
 from ddpm.inference import Layout
@@ -54,13 +55,12 @@ def job(run):
 
 @pytest.fixture
 def few_rungs(monkeypatch):
-    """Without the compiled rungs, which take a minute; `bf16` is then the fused engine in bfloat16."""
-    fast = {name: RUNGS[name] for name in (EAGER, *FAST)} | {
-        "bf16": Rung("bfloat16", "fused", torch.bfloat16, _in_this_type)
-    }
+    """Without the compiled rungs, which take a minute; `bf16` is the fused engine in bfloat16, emulated or not."""
+    for module in ("ddpm.inference.form", "bench.ladder"):
+        monkeypatch.setattr(f"{module}.computed_in", lambda dtype, device: dtype)
+    fast = {name: RUNGS[name] for name in (EAGER, *FAST)} | {"bf16": Rung("bfloat16", "fused", torch.bfloat16)}
     fast["graph"] = RUNGS["graph"]
-    for module in ("bench.ladder.command", "bench.ladder.quality", "bench.ladder.rungs"):
-        monkeypatch.setattr(f"{module}.RUNGS", fast)
+    monkeypatch.setattr(ladder, "RUNGS", fast)
     return fast
 
 
@@ -72,14 +72,13 @@ def in_this_process(monkeypatch, run, rungs):
         assert (root, name) == (ROOT, "ladder")
         assert arguments[0] == str(run)
         rung = arguments[arguments.index("--rung") + 1]
-        content = command._timed_here(rung, command._job(run, 3, 2.0, 6)[0], rounds=3)
+        content = ladder._timed_here(rung, ladder._job(run, 3, 2.0, 6)[0], rounds=3)
         for record in content["records"]:
             record["process"] = process
         return content
 
-    monkeypatch.setattr(command, "run_child", child)
-    monkeypatch.setattr(command, "matrix_ceiling", lambda device: 1e9)
-    monkeypatch.setattr(command, "sampling_memory", lambda *_: {"before": 2**20, "peak": 3 * 2**20})
+    monkeypatch.setattr(ladder, "run_child", child)
+    monkeypatch.setattr("bench.run.matrix_ceiling", lambda device: 1e9)
 
 
 def test_every_rung_samples_what_sample_does(job, few_rungs):
@@ -106,20 +105,19 @@ def test_each_rung_adds_one_thing(job):
         "channels_last": Layout(winograd=False),
         "winograd": Layout(),
     }
-    assert {RUNGS[name].trajectory(job.run, job.table, torch.float32, True).engine for name in FAST[1:]} == {"fused"}
-    folded = RUNGS["folded"].trajectory(job.run, job.table, torch.float32, True)
+    assert {job.prepared(RUNGS[name], job.table, torch.float32).engine for name in FAST[1:]} == {"fused"}
+    folded = job.prepared(RUNGS["folded"], job.table, torch.float32)
     assert folded.engine == "eager"
     kinds = {type(module) for module in folded.model.modules()}
     assert torch.nn.BatchNorm2d not in kinds
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in job.run.model.modules())
 
 
-def test_the_type_of_a_rung_is_computed_in_even_where_it_is_emulated(job, monkeypatch):
-    for module in ("ddpm.inference.form", "bench.ladder.rungs"):
-        monkeypatch.setattr(f"{module}.computed_in", lambda dtype, device: torch.float32)
-    rung = RUNGS["bf16"]
-    assert rung.trajectory(job.run, job.table, torch.bfloat16, True).engine == "fused"
-    assert rung.form(job.run.model, torch.bfloat16).last.weight.dtype == torch.bfloat16
+def test_a_type_that_is_emulated_is_left_out(monkeypatch):
+    monkeypatch.setattr(ladder, "computed_in", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(ladder, "missing", lambda *_: None)
+    assert RUNGS["bf16"].missing(CPU) == "a CPU with AVX512-BF16 or AMX"
+    assert RUNGS["compile"].missing(CPU) is None
 
 
 def test_the_timed_rows_are_the_first_of_the_table(job):
@@ -134,9 +132,9 @@ def test_the_timed_rows_are_the_first_of_the_table(job):
 def test_a_solver_or_a_stored_table_is_climbed(run, job, tmp_path, monkeypatch):
     path = tmp_path / "fast.json"
     make_table(job.run.schedule, "dpmpp_2m", 6, clip=1.0).save(path)
-    stored, options = command._job(run, 3, 2.0, solver=str(path))
+    stored, options = ladder._job(run, 3, 2.0, solver=str(path))
     assert (options["solver"], options["steps"]) == ("dpmpp_2m", 6)
-    named, _ = command._job(run, 3, 2.0, 6, "dpmpp_2m")
+    named, _ = ladder._job(run, 3, 2.0, 6, "dpmpp_2m")
     for found in (stored, named):
         assert torch.equal(found.table.coefficients, make_table(job.run.schedule, "dpmpp_2m", 6).coefficients)
         assert found.table.clip == 1.0  # the run's
@@ -146,23 +144,25 @@ def test_a_solver_or_a_stored_table_is_climbed(run, job, tmp_path, monkeypatch):
         asked.append(arguments)
         raise WorkFailed("far enough")
 
-    monkeypatch.setattr(command.quality, "judge", lambda names, *_: {name: {"parity": True} for name in names})
-    monkeypatch.setattr(command, "_timed", timed)
+    monkeypatch.setattr(ladder, "quality", lambda names, *_: {name: {"parity": True} for name in names})
+    monkeypatch.setattr(ladder, "_timed", timed)
     for solver in (["--solver", str(path)], ["--solver", "dpmpp_2m", "--steps", "6"]):
         assert main(["ladder", str(run), "--out", str(tmp_path / "l.json"), "--quiet", *solver]) == 1
         assert asked.pop()[-len(solver) :] == solver  # what processes of their own are asked for
 
 
 def test_the_cost_is_that_of_the_timed_steps(job):
-    guided, plain = job.cost, replace(job, guidance=1.0).cost
+    guided, plain, larger = (
+        workload("shared", each).build(CPU).cost for each in (job, replace(job, guidance=1.0), replace(job, batch=6))
+    )
     assert guided.flops == 2 * plain.flops
-    assert replace(job, batch=6).cost.flops == 2 * guided.flops
+    assert larger.flops == 2 * guided.flops
     weights = 4 * sum(p.numel() for p in job.run.model.parameters())
     assert guided.bytes == 5 * (weights + 8 * 3 * 256)
 
 
 def test_quality_is_measured_against_eager_and_float64(job, few_rungs):
-    found = quality.judge([EAGER, *FAST, "bf16"], job, quiet=True)
+    found = ladder.quality([EAGER, *FAST, "bf16"], job, quiet=True)
     assert found[EAGER]["to_eager"] == 0
     assert found[EAGER]["psnr_db"] is None
     assert 0 < found[EAGER]["to_float64"] < 1e-4
@@ -182,11 +182,11 @@ def test_pictures_that_are_not_finite_have_no_distance_and_no_parity(job, few_ru
         return model
 
     few_rungs["folded"] = Rung("NaN", "eager", torch.bfloat16, network=broken)  # a type without a tolerance
-    found = quality.judge([EAGER, "folded"], job, quiet=True)
+    found = ladder.quality([EAGER, "folded"], job, quiet=True)
     nothing = {"to_eager": None, "to_float64": None, "psnr_db": None, "tolerance": None, "parity": False}
     assert found["folded"] == nothing
-    (_, row) = rows_of({"quality": found, "records": []})
-    assert row.cells() == ["folded", "parity lost (needs finite values)", "", "not finite", "not finite", ""]
+    (_, row) = ladder_rows({"quality": found, "records": []})
+    assert row.cells() == ["folded", "parity lost (needs finite values)", "", "", "not finite", "not finite", ""]
 
 
 def test_one_rung_is_timed_beside_eager_in_its_process(job):
@@ -206,18 +206,18 @@ def test_a_ladder_is_stored_shown_and_drawn(run, few_rungs, monkeypatch, tmp_pat
     content = store.load(out)
     assert content["processes"] == 2
     assert list(content["left_out"]) == ["graph"]
-    rows = rows_of(content)
+    rows = ladder_rows(content)
     assert [row.name for row in rows] == [EAGER, "folded", "channels_last", "bf16"]
     assert all(row.ratio.median > 0 for row in rows[1:])
     assert rows[0].ratio is None
     # Eager was measured by every process of every rung.
     assert sum(record["candidate"] == EAGER for record in content["records"]) == 2 * 3
     captured = capsys.readouterr()
-    assert "note: rung graph is left out, needs a CUDA device, the model is on cpu" in captured.err
-    assert "eager 3 (3 to 3) MiB" in " ".join(captured.out.split())
+    assert "note: graph is left out, needs a CUDA device, the model is on cpu" in captured.err
     assert picture.read_bytes().startswith(b"\x89PNG")
     json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert all(len(row.cells()) == len(HEADINGS) for row in rows)
+    assert all(len(row) == len(LADDER_HEADINGS) for row in ladder_table(content).rows)
+    assert all(row.memory > 0 for row in rows)
 
 
 @pytest.mark.long
@@ -236,17 +236,17 @@ def test_a_rung_without_parity_has_no_ratio_and_the_ladder_fails(run, few_rungs,
     content = store.load(out)
     assert content["parity"] is False
     assert not [record for record in content["records"] if record["candidate"] == "folded"]
-    folded = next(row for row in rows_of(content) if row.name == "folded")
+    folded = next(row for row in ladder_rows(content) if row.name == "folded")
     assert folded.milliseconds is None
     assert "parity lost" in folded.wrong
     assert "parity lost" in capsys.readouterr().out
-    plot(content, tmp_path / "l.png")  # a rung without a time is drawn as such
+    ladder_plot(content, tmp_path / "l.png")  # a rung without a time is drawn as such
 
 
 @pytest.mark.long
 def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypatch, tmp_path):
     in_this_process(monkeypatch, run, few_rungs)
-    whole = command.run_child
+    whole = ladder.run_child
 
     def child(root, process, arguments, name, threads):
         content = whole(root, process, arguments, name, threads)
@@ -261,11 +261,11 @@ def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypa
             ]
         return content
 
-    monkeypatch.setattr(command, "run_child", child)
+    monkeypatch.setattr(ladder, "run_child", child)
     out = tmp_path / "l.json"
     arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "2", "--quiet", "--out", str(out)]
     assert main(arguments) == 1
-    crashed = next(row for row in rows_of(store.load(out)) if row.name == "channels_last")
+    crashed = next(row for row in ladder_rows(store.load(out)) if row.name == "channels_last")
     assert crashed.ratio is None
     assert crashed.wrong == "failed: RuntimeError: planted"
 
@@ -280,7 +280,6 @@ def test_a_crashed_process_leaves_a_rung_without_a_time(run, few_rungs, monkeypa
         (["--rung", "eager"], "--rung: got 'eager'"),
         (["--rung", "graph"], "--rung: graph needs a CUDA device"),
         (["--plot", "no/such/folder.png"], "--plot: no/such/folder.png cannot be written"),
-        (["--data", "x.npy"], "an imported run knows no training data"),
         (["--solver", "x.json"], "--steps: got 6 beside --solver x.json"),
         (["--solver", "euler"], "solver: got 'euler'"),
     ],
@@ -310,38 +309,43 @@ def test_what_is_no_run_of_this_network_is_refused(run, tmp_path, capsys):
 
 
 def test_notes_say_what_the_table_does_not():
-    content = {
-        "bfloat16_in_hardware": False,
-        "evaluation": {
-            "fp32": {"n": 9, "frechet": 1.0, "accuracy": 0.5},
-            "bf16": {"n": 9, "frechet": 2.0, "accuracy": None},
-        },
-        "memory": {
-            "batch": 256,
-            "engines": {"eager": [{"before": 0, "peak": 3 * 2**20}], "fused": [{"before": 0, "peak": 2**20}]},
-        },
-        "left_out": {"graph": "a CUDA device"},
-    }
-    text = "\n".join(notes(content))
-    assert "emulates it" in text
-    assert "9 samples each: fp32: Frechet distance 1.00, 50.0% read as the class asked for; bf16: Frechet" in text
-    assert "samples a batch of 256: eager 3 MiB, fused 1 MiB." in text
-    assert "Rung `graph` is left out: it needs a CUDA device." in text
+    left_out = {"graph": "a CUDA device"}
+    assert ladder_notes({"left_out": left_out}) == ["`graph` is left out: it needs a CUDA device."]
+    assert "emulates it" in ladder_notes({"bfloat16_in_hardware": False, "left_out": left_out})[0]
+
+
+# VmHWM, not ru_maxrss: the latter starts at what the parent held when it forked.
+PEAK = """import sys
+import torch
+from pathlib import Path
+from ddpm import load_run, sample
+
+run = load_run(sys.argv[1])
+context = torch.eye(5)[torch.arange(256) % 5]
+options = run.options(steps=2) | {"engine": sys.argv[2], "guidance": float(sys.argv[3])}
+sample(run.model, run.schedule, 256, context=context, batch_size=256, **options)
+lines = Path("/proc/self/status").read_text().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")))
+"""
+
+
+def peak(run, engine, guidance):
+    """KiB that a fresh process held at most while it sampled 256 images."""
+    line = [sys.executable, "-c", PEAK, str(run), engine, str(guidance)]
+    own = environment(ROOT, torch.get_num_threads())
+    return int(subprocess.run(line, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.long
 @pytest.mark.alone
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_sampling_a_large_batch_holds_less_than_eager_does(tmp_path):
     """The figure of the goals: peak memory at batch 256, in fresh processes, network of 64 features."""
     torch.manual_seed(0)
     run = _write(tmp_path / "run", ContextUnet(3, 64, 5, 16).eval(), ("a", "b", "c", "d", "e"))
-    threads = torch.get_num_threads()
     for guidance in (1.0, 2.0):
         # Processes differ by 5%, upwards, which is what fused saves: 2 to 7%.
-        eager, fused = (
-            min(sampling_memory(run, engine, threads, guidance)["peak"] for _ in range(3))
-            for engine in ("eager", "fused")
-        )
+        eager, fused = (min(peak(run, engine, guidance) for _ in range(3)) for engine in ("eager", "fused"))
         assert fused < 1.02 * eager
 
 
@@ -351,6 +355,5 @@ def test_the_whole_ladder_in_processes_of_its_own(run, tmp_path):
     arguments = ["ladder", str(run), "--batch", "3", "--steps", "6", "--processes", "1", "--rounds", "2"]
     assert main([*arguments, "--out", str(out)]) == 0
     content = store.load(out)
-    assert [row.name for row in rows_of(content)] == [name for name in RUNGS if name not in content["left_out"]]
-    assert all(row.milliseconds is not None for row in rows_of(content))
-    assert content["memory"]["engines"]["eager"][0]["peak"] > 0
+    assert [row.name for row in ladder_rows(content)] == [name for name in RUNGS if name not in content["left_out"]]
+    assert all(row.milliseconds is not None for row in ladder_rows(content))

@@ -1,129 +1,83 @@
-"""`ddpm-bench peers` on a small network: every competitor draws eager's pictures, and a wrong one is noticed."""
+"""Suite `peers` on a small network: every competitor draws eager's pictures, and a wrong one is noticed."""
 
-import types
+import importlib.util
+import sys
 
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
-
-from bench import peers
-from bench.cli import main
-from ddpm import ContextUnet, NoiseSchedule, PointMLP, Trajectory, make_table
-from ddpm.metrics import distance
-from ddpm.runs import make_config, start_run
+from bench.registry import selected
+from bench.run import run_here
+from bench.suites import peers
+from ddpm import ContextUnet
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """n_feat 8, and no compiler."""
+    """n_feat 8, and no compiler. The runtimes, which run the export of the real network, are tested with that."""
     torch.manual_seed(0)
     model = ContextUnet(3, 8, 5, 16).eval()
     monkeypatch.setattr(peers, "network", lambda device: model)
-    engines = peers.competitors
-    monkeypatch.setattr(peers, "competitors", lambda *where: [name for name in engines(*where) if name != "compile"])
+    monkeypatch.setattr(peers, "competitors", lambda *where: ["fused"])
+    monkeypatch.setattr(peers, "RUNTIMES", {})
     return model
-
-
-def write(folder, network, classes=()):
-    schedule = NoiseSchedule.make("linear", 20, 1e-4, 0.35)
-    folder.mkdir()
-    start_run(folder, make_config(network, schedule, "eps", classes=classes), network)
-    return folder
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 def test_every_loop_draws_what_eager_draws(small, solver, guidance):
-    bench = peers._build(None, solver, 5, 2, guidance, CPU)
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    bench = peers._build(solver, 5, 2, guidance, CPU)
     names = {f"diffusers {solver.upper()}Scheduler", f"Fused{solver.upper()}Scheduler", "fused"}
-    assert names < bench.candidates.keys()
-    assert "compile" not in bench.candidates
+    assert set(bench.candidates) == names | {"torch.compile of eager"}
     for name in names:
         candidate = bench.candidates[name]
         assert candidate.error(candidate.make()) <= candidate.tolerance, name
 
 
 def test_a_loop_that_draws_something_else_has_no_parity(small):
-    candidate = peers._build(None, "ddim", 5, 2, 1.0, CPU).candidates["diffusers DDIMScheduler"]
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    candidate = peers._build("ddim", 5, 2, 1.0, CPU).candidates["diffusers DDIMScheduler"]
     call = candidate.make()
     assert candidate.error(lambda: call() * 1.001) > candidate.tolerance
     assert not candidate.error(lambda: call() * torch.nan) <= candidate.tolerance
 
 
-@pytest.mark.parametrize(("classes", "guidance"), [(("a", "b"), 2.0), ((), 1.0)])
-def test_a_run_s_network_and_classes_are_sampled(small, tmp_path, classes, guidance):
-    torch.manual_seed(1)
-    own = ContextUnet(1, 8, len(classes), 16).eval()
-    run = peers._opened(write(tmp_path / "run", own, classes), guidance)
-    bench = peers._build(run, "ddim", 5, 3, guidance, CPU)
-    table = make_table(run.schedule, "ddim", 5)
-    context = torch.eye(2)[[0, 1, 0]] if classes else None
-    expected = Trajectory(own, run.schedule, table, engine="eager", guided=True)(3, context, guidance, peers.SEED)
-    assert distance(bench.reference(), expected) <= 1e-5
-    candidate = bench.candidates["diffusers DDIMScheduler"]
-    assert candidate.error(candidate.make()) <= candidate.tolerance
-
-
-def test_a_run_of_points_and_guidance_without_classes_are_refused(small, tmp_path, capsys):
-    points = write(tmp_path / "points", PointMLP(2, 8))
-    plain = write(tmp_path / "plain", ContextUnet(1, 8, 0, 16))
-    for arguments, words in (
-        ([points], "its samples are [2], needs a run of images"),
-        ([plain, "--guidance"], "class"),
-    ):
-        asked = ["peers", "--run", *map(str, arguments), "--steps", "5", "--out", str(tmp_path / "p.json")]
-        assert main(asked) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert words in line
-    assert not (tmp_path / "p.json").exists()
-
-
 def test_diffusers_draws_its_own_noise_when_it_is_timed(small):
-    candidate = peers._build(None, "ddpm", 5, 2, 1.0, CPU).candidates["diffusers DDPMScheduler"]
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    candidate = peers._build("ddpm", 5, 2, 1.0, CPU).candidates["diffusers DDPMScheduler"]
     call = candidate.make()
     candidate.error(call)
     assert not torch.equal(call(), call())
 
 
-def test_gaussian_diffusion_gets_what_it_asks_for(small, monkeypatch):
-    """A stand-in with the constructor and the two methods that are used of the real one."""
-
-    class GaussianDiffusion(torch.nn.Module):
-        def __init__(
-            self, model, *, image_size, timesteps, sampling_timesteps, objective, beta_schedule, auto_normalize
-        ):
-            super().__init__()
-            assert model.channels == model.out_dim == 3
-            assert (objective, beta_schedule, auto_normalize) == ("pred_noise", "linear", False)
-            self.model, self.timesteps = model, timesteps
-            scale = 1000 / timesteps
-            betas = torch.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=torch.float64)
-            self.alpha_bars = (1 - betas).cumprod(0).float()
-
-        def model_predictions(self, x, t):
-            a = self.alpha_bars[t][:, None, None, None]
-            found = (x - (1 - a).sqrt() * self.model(x, t)) / a.sqrt()
-            return types.SimpleNamespace(pred_x_start=found)
-
-    monkeypatch.setattr(peers, "_gaussian_diffusion", lambda: GaussianDiffusion)
-    candidate = peers._build(None, "ddim", 5, 2, 1.0, CPU).candidates["GaussianDiffusion"]
-    assert candidate.error(None) <= candidate.tolerance
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_runtime_draws_what_eager_draws(runtime, guidance):
+    pytest.importorskip(runtime, reason=f"{runtime} is optional and not installed here")
+    candidate = peers._build("ddpm", 2, 2, guidance, CPU).candidates[runtime]
+    assert candidate.error(candidate.make()) <= candidate.tolerance
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "3", "--out", "here.json"], "error: --steps: got 3, needs a divisor of T = 500"),
-        (["--out", "nowhere/here.json"], "error: --out: nowhere/here.json cannot be written"),
-    ],
-)
-def test_bad_input_is_one_line(small, arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["peers", *arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith(message)
-    assert not list(tmp_path.iterdir())
+def test_who_is_not_installed_is_said_and_left_out(small, monkeypatch):
+    own = importlib.util.find_spec
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name in peers.PACKAGES else own(name))
+    monkeypatch.setattr(peers, "RUNTIMES", {"openvino": lambda: pytest.fail("is not there")})
+    found, left_out = selected("peers", True, "")
+    assert set(left_out) == {"diffusers", "openvino"}
+    assert left_out["openvino"] == "suite peers: openvino is not installed, needs pip install 'fused-ddpm[peers]'"
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # whoever imports it all the same gets an ImportError
+    assert set(found[0].build(CPU).candidates) == {"torch.compile of eager", "fused"}
+
+
+def test_the_suite_is_measured_as_the_others_are(small, monkeypatch):
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    content = run_here("peers", quick=True, pattern="ddpm2/batch1$", rounds=1, quiet=True)
+    assert content["parity"]
+    assert content["failed"] == 0
+    assert content["seed"] == peers.SEED
+    rows = [record["candidate"] for record in content["records"]]
+    assert rows == ["eager", "torch.compile of eager", "diffusers DDPMScheduler", "FusedDDPMScheduler", "fused"]

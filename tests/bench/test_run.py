@@ -131,7 +131,7 @@ def test_the_seed_is_the_one_that_the_workloads_draw_with(small_registry, monkey
     assert store.content_of([], {}, {})["seed"] is None  # a caller that does not say is not believed to know
 
 
-@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training"])
+@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training", "export", "peers"])
 def test_the_seed_of_the_real_suites_is_that_of_their_noise(suite):
     assert seed_of(suite, []) == seed_of("all", [Workload("a", suite, None)]) == networks.SEED == kernels.SEED
 
@@ -159,7 +159,7 @@ def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "nonsense"], "got 'nonsense', needs one of kernels, step, sampling, training, export, all"),
+        (["--suite", "nonsense"], "got 'nonsense', needs one of kernels, step, sampling, training, export, peers, all"),
         (["--suite", "kernels"], "needs the package 'nobody_has_it'"),
         (["--suite", "training"], "not built yet"),
         (["--suite", "step", "--filter", "["], "'[' is no regular expression"),

@@ -1,1 +1,0 @@
-"""`ddpm-bench ladder`: one rung per optimisation, milliseconds per step and quality beside each other."""
