@@ -99,7 +99,7 @@ def summary_table() -> str:
     caption = (
         f"ContextUnet with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
         f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) of whole "
-        "trajectories. Others run the same network and steps, without guidance, in one process."
+        "trajectories. Others run the same network and as many images in a process with eager (suite `peers`)."
     )
     return f"{Table(headings, 'lrrrrl', rows).markdown()}\n\n{caption}"
 

@@ -72,7 +72,7 @@ def test_a_record_without_parity_gives_no_figures(tmp_path, content, monkeypatch
 @pytest.mark.parametrize("name", report.BLOCKS)
 def test_records_that_are_stored_can_still_be_read(name):
     """Of the machine that the documents show; some were written by commands that are gone."""
-    assert "| " in report.BLOCKS[name]()
+    assert len(report.BLOCKS[name]().splitlines()) > 3
 
 
 def test_compare_is_proven():
