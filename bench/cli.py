@@ -11,7 +11,7 @@ from bench.ladder import ladder
 from bench.profile import profile
 from bench.report import report
 from bench.run import run
-from bench.static import static
+from bench.static.command import static
 from ddpm import command_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

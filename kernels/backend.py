@@ -306,7 +306,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
 
 NUM_WARPS = 4  # untuned
 # Elements of one row per thread. Instructions per element of q_sample (bf16) and solver_step (fp32, with noise) for
-# 3x16x16 on sm_90, triton 3.7.1, counted by kernels/static.py; the bare kernels have 31.6 and 31.5:
+# 3x16x16 on sm_90, triton 3.7.1, counted by `ddpm-bench static`; the bare kernels have 31.6 and 31.5:
 #   45.7 and 45.7   before: a row looked up for every 8 or 4 elements, an exchange through shared memory in bf16,
 #                   solver_step not multiplied out, Philox unrolled by Triton
 #   39.2 and 39.8   16 elements (32 and 40 registers)

@@ -36,7 +36,7 @@ STATIC_NAMES = {"q_sample_rows": "q_sample_rows uint8 to {}", "noise_mse_backwar
 def predictions(arch: str, device: str) -> dict[str, dict[str, Any]]:
     """Kernel of the static report -> microseconds per million elements on this device; empty if it is not in there.
 
-    arch: "sm_90"; device: "NVIDIA H200". The values are as in `kernels.static.predict`: issue_us, .., bytes_us, binds.
+    arch: "sm_90"; device: "NVIDIA H200". The values are those of `bench.static.report.predict`.
     """
     found = {}
     for record in read_json(BASELINE)["records"]:

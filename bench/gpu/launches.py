@@ -13,10 +13,10 @@ import torch
 
 from bench.gpu.kernels import LABELS, TYPES
 from bench.kernels import workloads
+from bench.static.cases import CASES
 from bench.timing import synchronize
 from kernels import backend
 from kernels.backend import jit, tl
-from kernels.static import CASES
 
 TINY = 3 * 16 * 16 * 5  # elements: five images
 BEYOND = 8

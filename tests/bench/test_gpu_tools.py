@@ -12,7 +12,7 @@ from bench.gpu import launches, profile, sanitizer, tests
 from bench.gpu.record import FAILED, PASSED, SKIPPED, Record, verdict
 from bench.kernels import image_workloads
 from bench.machine import ROOT
-from kernels.static import CASES
+from bench.static.cases import CASES
 
 CPU = torch.device("cpu")
 PROGRAM = (sys.executable, "-c", "print('launched 3')")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, sass, solver_step
+from bench.static import sass
+from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, solver_step
 from kernels.convolution import launch as launch_convolution
 from kernels.noise_mse import launch as launch_noise_mse
 from kernels.q_sample import launch as launch_q_sample

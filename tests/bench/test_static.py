@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from bench.static import BASELINE, versions
-from kernels import backend, sass, static
+from bench.static import BASELINE, report, sass
+from bench.static.cards import ARCHS, CARDS
+from bench.static.cases import CASES
+from bench.static.command import versions
+from kernels import backend
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-PAIRS = [(name, arch) for arch in static.ARCHS for name in static.CASES]
+PAIRS = [(name, arch) for arch in ARCHS for name in CASES]
 
 
 def bench(*arguments):
@@ -33,7 +36,7 @@ def bench(*arguments):
 def folder(tmp_path_factory):
     """The whole report, run once: records.json and a TTIR and SASS file of each kernel."""
     folder = tmp_path_factory.mktemp("static")
-    archs = [word for arch in static.ARCHS for word in ("--arch", arch)]
+    archs = [word for arch in ARCHS for word in ("--arch", arch)]
     # Another Triton compiles otherwise: then the figures below are checked, but not against the baseline.
     same = json.loads(BASELINE.read_text())["versions"] == versions()
     result = bench(
@@ -65,8 +68,8 @@ def test_nothing_spills(records):
         assert record["spill_store_bytes"] == record["spill_load_bytes"] == record["stack"] == 0, record
 
 
-NETWORK = [name for name, case in static.CASES.items() if case.yardstick is None]
-NOISE = [name for name in static.CASES if name not in NETWORK and not name.startswith("bare")]
+NETWORK = [name for name, case in CASES.items() if case.yardstick is None]
+NOISE = [name for name in CASES if name not in NETWORK and not name.startswith("bare")]
 
 # Every access of a thread, bits -> how many. Of its row it reads scalars: seed, sample index, t, row and step have 64
 # bits, alpha_bar, weight, grad and the table's coefficients 32. Everything else is its elements, in 16 bytes unless:
@@ -90,7 +93,7 @@ NARROW = {
 
 def accesses(name):
     """(loads, stores) that a thread of this case cannot do without: Counters, bits -> accesses."""
-    case, operator, words = static.CASES[name], name.split()[0], name.replace(",", "").split()
+    case, operator, words = CASES[name], name.split()[0], name.replace(",", "").split()
     constants = case.launch().constants
     elements = constants["BLOCK"] * constants["REPEAT"] * constants["RUN"] // 128
     load, store, _ = NARROW.get(name, (128, 128, ""))
@@ -118,11 +121,11 @@ def accesses(name):
     return loads, stores
 
 
-@pytest.mark.parametrize("name", [name for name, case in static.CASES.items() if case.yardstick is not None])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.yardstick is not None])
 @pytest.mark.long
 def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
     loads, stores = accesses(name)
-    for arch in static.ARCHS:
+    for arch in ARCHS:
         record = records[name, arch]
         assert record["vectors"] == (NARROW.get(name, ("", "", ""))[2] not in (CUT, APART))
         assert {int(bits): number for bits, number in record["load_widths"].items()} == +loads, arch
@@ -131,7 +134,7 @@ def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
 
 @pytest.mark.long
 def test_accesses_of_the_networks_operators(records):
-    for arch in static.ARCHS:
+    for arch in ARCHS:
         for name in NETWORK:
             if name.startswith("convolution"):  # its tiles go through cp.async, see below
                 continue
@@ -154,7 +157,7 @@ def test_accesses_of_the_networks_operators(records):
 @pytest.mark.long
 def test_convolutions_multiply_on_tensor_cores_and_load_tiles_in_16_bytes(folder, name, arch):
     """On sm_90 by wgmma where a program has 64 rows, and without a wait for each product."""
-    launch, listing = static.CASES[name].launch(), dumped(folder, name, arch, "sass")
+    launch, listing = CASES[name].launch(), dumped(folder, name, arch, "sass")
     warpgroups = arch == "sm_90" and launch.constants["BLOCK_M"] >= 64
     products = len(re.findall(r"\bHGMMA" if warpgroups else r"\bHMMA", listing))
     assert products > 0
@@ -168,8 +171,8 @@ def test_convolutions_multiply_on_tensor_cores_and_load_tiles_in_16_bytes(folder
 @pytest.mark.parametrize("name", ["q_sample bf16", "solver_step fp32"])
 @pytest.mark.long
 def test_operators_stand_within_1_3_of_the_bare_kernel(records, name):
-    for arch in static.ARCHS:
-        bare = records[static.CASES[name].yardstick, arch]["instructions_per_element"]
+    for arch in ARCHS:
+        bare = records[CASES[name].yardstick, arch]["instructions_per_element"]
         assert records[name, arch]["instructions_per_element"] <= 1.3 * bare
         assert records[name, arch]["ratio"] == pytest.approx(
             records[name, arch]["instructions_per_element"] / bare, abs=1e-3
@@ -208,10 +211,10 @@ def test_images_start_at_64_bit_offsets(folder, name):
 @pytest.mark.parametrize("name", NETWORK)
 @pytest.mark.long
 def test_networks_share_their_elements_out_among_programs(records, name):
-    case = static.CASES[name]
+    case = CASES[name]
     launch = case.launch()
     threads = 32 * launch.options["num_warps"] * math.prod(launch.grid)
-    for arch in static.ARCHS:
+    for arch in ARCHS:
         record = records[name, arch]
         assert record["instructions_per_element"] == round(record["instructions"] * threads / case.elements, 3)
         assert record["ratio"] is None
@@ -219,7 +222,7 @@ def test_networks_share_their_elements_out_among_programs(records, name):
 
 @pytest.mark.long
 def test_products_run_on_tensor_cores_in_16_bit(folder):
-    for arch in static.ARCHS:
+    for arch in ARCHS:
         listing = dumped(folder, "bottleneck bf16", arch, "sass")
         steps = 32 // 16 * 256 // 8 // 4  # k and column tiles of m16n8k16 in a stage, over four warps
         assert len(re.findall(r"HMMA\.16816\.F32\.BF16", listing)) == steps
@@ -248,7 +251,7 @@ def test_cards_are_predicted_from_what_their_units_do(records):
     assert card["special_us"] == near(each["special"] / 16)
     assert card["bytes_us"] == pytest.approx(6 / 4.8, abs=1e-3)
     assert card["binds"] == "bytes"
-    assert {card for record in records.values() for card in record["cards"]} == set(static.CARDS)
+    assert {card for record in records.values() for card in record["cards"]} == set(CARDS)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +266,13 @@ def test_cards_are_predicted_from_what_their_units_do(records):
 )
 def test_the_slowest_unit_binds(per_element, binds):
     record = {"arch": "sm_90", "per_element": per_element, "bytes_per_element": 0.5}
-    assert static.predict(record)["H200"]["binds"] == binds
+    assert report.predict(record)["H200"]["binds"] == binds
 
 
 def test_an_a100_has_half_the_fp32_lanes():
     record = {"per_element": {"fp32": 20}, "bytes_per_element": 1}
-    assert static.predict(record | {"arch": "sm_80"})["A100"]["binds"] == "fma"
-    assert static.predict(record | {"arch": "sm_90"})["H100"]["binds"] == "issue"
+    assert report.predict(record | {"arch": "sm_80"})["A100"]["binds"] == "fma"
+    assert report.predict(record | {"arch": "sm_90"})["H100"]["binds"] == "issue"
 
 
 @pytest.mark.parametrize(
@@ -301,8 +304,8 @@ def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
     slower = copy.deepcopy(list(records.values()))
     for record in slower:
         record["instructions_per_element"] *= 1.04
-    assert static.compare(records.values(), records.values()) == []
-    assert static.compare(slower, records.values()) == []
+    assert report.compare(records.values(), records.values()) == []
+    assert report.compare(slower, records.values()) == []
 
 
 @pytest.mark.parametrize(
@@ -320,7 +323,7 @@ def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
 def test_compare_finds_planted_violations(records, field, change):
     planted = copy.deepcopy(list(records.values()))
     planted[7][field] = change(planted[7][field])
-    (line,) = static.compare(planted, records.values())
+    (line,) = report.compare(planted, records.values())
     assert planted[7]["kernel"] in line
     assert planted[7]["arch"] in line
     assert field in line
@@ -329,9 +332,9 @@ def test_compare_finds_planted_violations(records, field, change):
 @pytest.mark.long
 def test_compare_fails_closed(records):
     everything = list(records.values())
-    (line,) = static.compare(everything[1:], everything)
+    (line,) = report.compare(everything[1:], everything)
     assert "was not compiled" in line
-    (line,) = static.compare(everything, everything[1:])
+    (line,) = report.compare(everything, everything[1:])
     assert "no baseline" in line
 
 

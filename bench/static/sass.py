@@ -4,14 +4,14 @@ The specialisation (types, alignment, which integers become constants) is made b
 binary is the one that a launch with these arguments would run. Tried with triton 3.6.0 and 3.7.1.
 """
 
-import math
 import re
 import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +35,6 @@ CLASSES = {
 }
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-
-
-@dataclass(frozen=True)
-class Sass:
-    """Facts of one binary. Per thread: registers, stack and spills in bytes, instructions; per program: shared bytes.
-
-    instructions: every instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both
-    sides of a branch count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory;
-    *_bits: the widest of them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width
-    in bits. classes: instructions by the unit that executes them, see CLASSES, the rest as "uniform" or "other".
-    """
-
-    registers: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    stack: int
-    shared: int
-    instructions: int
-    global_loads: int
-    global_stores: int
-    load_bits: int
-    store_bits: int
-    load_widths: dict[str, int]
-    store_widths: dict[str, int]
-    classes: dict[str, int]
 
 
 def usable() -> None:
@@ -115,23 +90,13 @@ def machine_code(cubin: bytes) -> bytes:
 
 def disassemble(codes: Sequence[bytes], capability: int) -> list[str]:
     """A listing for each piece of machine code; one nvdisasm for all, its start takes as long as a compilation."""
-    lines = _run("nvdisasm", b"".join(codes), "--binary", f"SM{capability}", "--no-dataflow").splitlines()
-    listings = []
-    end = 0
-    position = 0
-    for code in codes:
-        end += len(code)
-        first = position
-        while position < len(lines) and _address(lines[position]) < end:
-            position += 1
-        listings.append("\n".join(lines[first:position]))
-    return listings
-
-
-def _address(line: str) -> int:
-    """The address of a line of a listing, -1 for one without an instruction."""
-    found = INSTRUCTION.match(line)
-    return int(found[1], 16) if found else -1
+    listings: list[list[str]] = [[] for _ in codes]
+    ends, piece = list(accumulate(map(len, codes))), 0
+    for line in _run("nvdisasm", b"".join(codes), "--binary", f"SM{capability}", "--no-dataflow").splitlines():
+        if found := INSTRUCTION.match(line):
+            piece = bisect_right(ends, int(found[1], 16))
+        listings[piece].append(line)
+    return ["\n".join(lines) for lines in listings]
 
 
 def access_bits(instruction: str) -> int:
@@ -156,48 +121,35 @@ def tally(values: Iterable[str | int]) -> dict[str, int]:
     return {str(value): number for value, number in sorted(Counter(values).items())}
 
 
-def usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) of a cubin's kernel per thread, as the assembler recorded them."""
-    found = RESOURCES.search(_run("cuobjdump", cubin, "--dump-resource-usage"))
-    if found is None:
-        raise RuntimeError("cuobjdump found no resource usage in a cubin")
-    return int(found[1]), int(found[2])
+def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
+    """The facts of a binary that uses `shared` bytes and disassembles to `listing`.
 
-
-def measure(cubin: bytes, shared: int, listing: str) -> Sass:
-    """The facts of a binary that uses `shared` bytes and disassembles to `listing`."""
+    Per thread: registers, stack and spills in bytes, instructions; per program: shared bytes. instructions: every
+    instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both sides of a branch
+    count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory; *_bits: the widest of
+    them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width in bits. classes:
+    instructions by the unit that executes them, see CLASSES, the rest as "uniform" or "other".
+    """
     instructions = count(listing)
     if "EXIT" not in instructions:
         raise RuntimeError("nvdisasm gave a listing without an EXIT")
-    registers, stack = usage(cubin)
-
-    def bits(mnemonic: str) -> list[int]:
-        return [access_bits(name) for name in instructions if name.split(".")[0] == mnemonic]
-
-    return Sass(
-        registers=registers,
-        spill_store_bytes=sum(bits("STL")) // 8,
-        spill_load_bytes=sum(bits("LDL")) // 8,
-        stack=stack,
-        shared=shared,
-        instructions=len(instructions),
-        global_loads=len(bits("LDG")),
-        global_stores=len(bits("STG")),
-        load_bits=max(bits("LDG"), default=0),
-        store_bits=max(bits("STG"), default=0),
-        load_widths=tally(bits("LDG")),
-        store_widths=tally(bits("STG")),
-        classes=tally(map(class_of, instructions)),
-    )
-
-
-def elements_per_thread(launch: Launch, elements: int | None = None) -> float:
-    """Elements that a program of this launch deals with, per thread.
-
-    elements: of the output, for kernels that are not launched over items and have their programs share it.
-    """
-    threads = launch.options["num_warps"] * backend.WARP
-    if elements is not None:
-        return elements / (math.prod(launch.grid) * threads)
-    constants = launch.constants
-    return constants["BLOCK"] * constants["REPEAT"] * constants["RUN"] / threads
+    usage = RESOURCES.search(_run("cuobjdump", cubin, "--dump-resource-usage"))
+    if usage is None:
+        raise RuntimeError("cuobjdump found no resource usage in a cubin")
+    names = ("LDG", "STG", "STL", "LDL")
+    bits = {name: [access_bits(each) for each in instructions if each.split(".")[0] == name] for name in names}
+    return {
+        "registers": int(usage[1]),
+        "spill_store_bytes": sum(bits["STL"]) // 8,
+        "spill_load_bytes": sum(bits["LDL"]) // 8,
+        "stack": int(usage[2]),
+        "shared": shared,
+        "instructions": len(instructions),
+        "global_loads": len(bits["LDG"]),
+        "global_stores": len(bits["STG"]),
+        "load_bits": max(bits["LDG"], default=0),
+        "store_bits": max(bits["STG"], default=0),
+        "load_widths": tally(bits["LDG"]),
+        "store_widths": tally(bits["STG"]),
+        "classes": tally(map(class_of, instructions)),
+    }

@@ -1,7 +1,6 @@
 """`ddpm-bench static`: what the kernels compile to, without a GPU; `--check` fails on anything that got worse."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -12,14 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-BASELINE = Path(__file__).parent / "results" / "static.json"
+from bench.static import BASELINE
+
 WIDTH = 120
-
-
 UNITS = {"issue": "i", "alu": "a", "fma": "f", "special": "s"}
 
 
@@ -90,7 +87,7 @@ def versions() -> dict[str, str]:
 
 def check(records: list[dict[str, Any]], archs: list[str], pattern: re.Pattern[str]) -> list[str]:
     """Violations against the committed baseline, of these architectures and kernels only."""
-    from kernels.static import compare
+    from bench.static.report import compare
 
     baseline = json.loads(BASELINE.read_text())
     if baseline["versions"] != versions():
@@ -111,8 +108,10 @@ def static(
     dump: Annotated[Path | None, typer.Option(metavar="DIR", help="write the TTIR and SASS of each to DIR")] = None,
 ) -> int:
     """Compile every kernel for every architecture, without a GPU, and report what it costs."""
-    from kernels import sass
-    from kernels.static import ARCHS, CASES, report
+    from bench.static import sass
+    from bench.static.cards import ARCHS
+    from bench.static.cases import CASES
+    from bench.static.report import report
 
     sass.usable()
     archs = list(dict.fromkeys(arch or ARCHS))
@@ -131,13 +130,9 @@ def static(
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
 
-    console, errors = Console(), Console(stderr=True)
+    console = Console()
     console.width = max(console.width, WIDTH)
-
-    def progress(measured: Iterable[Any], total: int) -> Iterable[Any]:
-        return track(measured, "compiling", total=total, console=errors, transient=True, disable=not errors.is_terminal)
-
-    records = report(archs, names, dump=dump, jobs=os.cpu_count() or 1, progress=progress)
+    records = report(archs, names, dump)
     show(records, console)
     if json_file is not None:
         text = json.dumps({"versions": versions(), "records": records}, indent=1)

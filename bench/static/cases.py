@@ -1,0 +1,212 @@
+"""The launches that the static report watches: every operator, in the types and memory layouts that it is used with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.static import bare
+from kernels import backend
+
+# The package's functions of these names hide the modules.
+from kernels.backend import Cost, Launch
+from kernels.bottleneck import cost as bottleneck_cost
+from kernels.bottleneck import launch as bottleneck
+from kernels.convolution import cost as convolution_cost
+from kernels.convolution import launch as convolution
+from kernels.group_norm_relu import cost as group_norm_relu_cost
+from kernels.group_norm_relu import launch as group_norm_relu
+from kernels.noise_mse import cost as noise_mse_cost
+from kernels.noise_mse import launch as noise_mse
+from kernels.q_sample import cost as q_sample_cost
+from kernels.q_sample import launch as q_sample
+from kernels.q_sample_rows import cost as q_sample_rows_cost
+from kernels.q_sample_rows import launch as q_sample_rows
+from kernels.solver_step import cost as solver_step_cost
+from kernels.solver_step import launch as solver_step
+
+F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
+LAST = torch.channels_last
+N = 64
+IMAGE, RAGGED = (N, 3, 16, 16), (N, 1, 5, 7)  # 35 elements: no whole number of vectors
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch worth watching: `run` calls an operator's `launch`, `cost` is that operator's, `stored` its type.
+
+    elements: of the output, for kernels that draw no noise and are not launched over items.
+    """
+
+    run: Callable[[], Any]
+    cost: Cost
+    stored: torch.dtype
+    elements: int | None = None
+
+    @property
+    def yardstick(self) -> str | None:
+        """The bare kernel that stores this type; none for a kernel that draws no noise."""
+        if self.elements is not None:
+            return None
+        return "bare fp32" if self.stored == F32 else "bare bf16"
+
+    def launch(self) -> Launch:
+        """The launch, recorded and not executed."""
+        with backend.recording() as launches:
+            self.run()
+        (launch,) = launches
+        return launch
+
+    def elements_per_thread(self) -> float:
+        """Elements that a program deals with, per thread."""
+        launch = self.launch()
+        threads = launch.options["num_warps"] * backend.WARP
+        if self.elements is not None:
+            return self.elements / (prod(launch.grid) * threads)
+        return prod(launch.constants[name] for name in ("BLOCK", "REPEAT", "RUN")) / threads
+
+
+def _images(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format | None = None) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).to(memory_format=layout or torch.contiguous_format)
+
+
+def _features(dtype: torch.dtype, *shape: int) -> Tensor:
+    return _images(dtype, shape, LAST)
+
+
+def _one(dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.zeros((), dtype=dtype)
+
+
+def _rows() -> Tensor:
+    return torch.zeros(N, dtype=torch.int64)
+
+
+def _bare(out: torch.dtype) -> Case:
+    return Case(lambda: bare.launch(torch.zeros(1 << 14, dtype=out), _one(), _one()), bare.cost(out), out)
+
+
+# In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
+def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
+    def run() -> None:
+        q_sample(_images(x0, *where), _rows(), torch.ones(501), _one(), _rows(), out)
+
+    return Case(run, q_sample_cost(x0, out), out)
+
+
+def _q_sample_rows(data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, noise: bool = False) -> Case:
+    def run() -> None:
+        q_sample_rows(_images(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, noise, out)
+
+    return Case(run, q_sample_rows_cost(data, out, noise), out)
+
+
+def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
+    def run() -> None:
+        weight, grad = torch.ones(N) if weighted else None, _one(F32) if backward else None
+        noise_mse(_images(pred, *where), _one(), _rows(), weight, grad)
+
+    return Case(run, noise_mse_cost(pred, backward), pred)
+
+
+def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False) -> Case:
+    """full: guidance, memory of x0 and clip."""
+
+    def run() -> None:
+        image, output = _images(x, *where), _images(m, *where)
+        uncond, previous, clip = (output, image, 1.0) if full else (None, None, None)
+        table = torch.zeros(50, 8)
+        solver_step(image, output, table, _one(), _one(), _rows(), uncond, _one(F32), previous, clip)
+
+    return Case(run, solver_step_cost(x, m, guided=full, memory=full), x)
+
+
+def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
+    """The out head of a network with n_feat 64."""
+
+    def run() -> None:
+        vector = torch.ones(64, dtype=x)
+        group_norm_relu(_features(x, N, 64, side, side), vector, vector, 8, 1e-5)
+
+    return Case(run, group_norm_relu_cost(x), x, N * 64 * side * side)
+
+
+def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
+    """Of a network with n_feat 64 on images of four times this side; each image has its context, all share the time."""
+
+    def run() -> None:
+        vector, scale, shift = (torch.ones(shape, dtype=x) for shape in (128, (N, 128), (1, 128)))
+        image, weight = _features(x, N, 128, side, side), _features(x, 128, 128, side, side)
+        bottleneck(image, weight, vector, vector, vector, scale, shift, 8, 1e-5)
+
+    return Case(run, bottleneck_cost(x, 128, N), x, N * 128 * side * side)
+
+
+def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 0, then: str = "keep") -> Case:
+    """bf16, as in a network with n_feat 64: 3x3 with GELU; over two sources without it; 1x1 where it spreads."""
+    taps, gelu = 1 if then == "spread" else 3, skip == 0 and columns >= 16
+
+    def run() -> None:
+        def source(inputs: int) -> tuple[Tensor, Tensor]:
+            return _features(BF16, n, inputs, side, side), _features(BF16, columns, inputs, taps, taps)
+
+        sources = source(skip) if skip else (None, None)
+        convolution(*source(channels), torch.ones(columns, dtype=BF16), *sources, None, None, None, gelu, then)
+
+    cost = convolution_cost(BF16, channels + skip, columns, taps * taps, then)
+    return Case(run, cost, BF16, n * columns * side * side)
+
+
+# Named "operator variant"; images are 64 of 3x16x16.
+CASES: dict[str, Case] = {
+    "bare fp32": _bare(F32),
+    "bare bf16": _bare(BF16),
+    "q_sample fp32": _q_sample(F32, F32),
+    "q_sample bf16": _q_sample(BF16, BF16),
+    "q_sample uint8 to fp32": _q_sample(U8, F32),
+    "q_sample uint8 to bf16": _q_sample(U8, BF16),
+    "q_sample fp16": _q_sample(F16, F16),
+    "q_sample fp32 28x28": _q_sample(F32, F32, (64, 1, 28, 28)),
+    "q_sample fp32 ragged": _q_sample(F32, F32, RAGGED),
+    "q_sample fp32 channels_last": _q_sample(F32, F32, IMAGE, LAST),
+    "q_sample bf16 channels_last": _q_sample(BF16, BF16, IMAGE, LAST),
+    "q_sample fp32 8 channels_last": _q_sample(F32, F32, (64, 8, 16, 16), LAST),
+    "q_sample_rows uint8 to fp32": _q_sample_rows(U8, F32),
+    "q_sample_rows uint8 to bf16": _q_sample_rows(U8, BF16),
+    "q_sample_rows uint8, flip, noise": _q_sample_rows(U8, F32, flip=True, noise=True),
+    "q_sample_rows uint8 ragged": _q_sample_rows(U8, F32, RAGGED),
+    "noise_mse fp32": _noise_mse(F32),
+    "noise_mse fp32 backward": _noise_mse(F32, backward=True),
+    "noise_mse fp32 weighted": _noise_mse(F32, weighted=True),
+    "noise_mse fp32 weighted backward": _noise_mse(F32, weighted=True, backward=True),
+    "noise_mse bf16": _noise_mse(BF16),
+    "noise_mse bf16 backward": _noise_mse(BF16, backward=True),
+    "noise_mse fp16": _noise_mse(F16),
+    "noise_mse fp16 backward": _noise_mse(F16, backward=True),
+    "noise_mse fp32 ragged": _noise_mse(F32, RAGGED),
+    "noise_mse fp32 channels_last": _noise_mse(F32, IMAGE, LAST),
+    "noise_mse channels_last backward": _noise_mse(F32, IMAGE, LAST, backward=True),
+    "solver_step fp32": _solver_step(F32, F32),
+    "solver_step fp32 full": _solver_step(F32, F32, full=True),
+    "solver_step fp32, m bf16": _solver_step(F32, BF16),
+    "solver_step bf16": _solver_step(BF16, BF16),
+    "solver_step fp16": _solver_step(F16, F16),
+    "solver_step fp32 ragged": _solver_step(F32, F32, RAGGED),
+    "solver_step fp32 channels_last": _solver_step(F32, F32, IMAGE, LAST),
+    "group_norm_relu fp32": _group_norm_relu(F32),
+    "group_norm_relu bf16": _group_norm_relu(BF16),
+    "group_norm_relu bf16 64x64": _group_norm_relu(BF16, 64),
+    "bottleneck fp32": _bottleneck(F32),
+    "bottleneck bf16": _bottleneck(BF16),
+    "bottleneck bf16 28x28": _bottleneck(BF16, 7),
+    "convolution bf16": _convolution(64, 64, 64, 16),
+    "convolution bf16 one image": _convolution(1, 64, 64, 16),
+    "convolution bf16 first": _convolution(64, 3, 64, 16),
+    "convolution bf16 last": _convolution(64, 64, 3, 16),
+    "convolution bf16 pool": _convolution(64, 128, 128, 8, then="pool"),
+    "convolution bf16 two sources": _convolution(64, 64, 64, 16, skip=64),
+    "convolution bf16 spread": _convolution(64, 128, 256, 4, skip=128, then="spread"),
+}
