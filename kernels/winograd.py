@@ -11,7 +11,7 @@ equation 8), evaluated at 0, 1, -1, 1/2, -2 and infinity: A, B and G follow from
 and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
 2020, who compare points). Inference only: no autograd. There is no Triton kernel: for GPUs there is `convolution`.
 
-Does it pay? Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own layout:
+When it is faster: Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own layout:
 
     64 to 64 channels, 16x16      batch 1: 0.07 ms instead of 0.24, batch 32: 1.4 instead of 4.5
     128 to 128, 8x8               batch 1: 0.10 instead of 0.29, batch 32: 1.7 instead of 4.8
@@ -26,7 +26,7 @@ pixel that is no finite number makes its tile, and tiles beside it, NaN.
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,9 @@ from torch import Tensor
 from kernels import backend, native
 from kernels.backend import Cost
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCE = native.source_of("winograd")
 TILE, SIDE = 4, 6
-PANEL = 32  # output channels that winograd.cpp computes at once
+PANEL = 32  # output channels that native/winograd.cpp computes at once
 # Bytes of an image's widest features up to which it goes through all convolutions before the next one does, so that
 # they stay in the second cache (1 MiB): a tenth less time for four convolutions with 64 channels, 16x16, batch 32 (two
 # cores at 2.5 GHz). The limit itself is untuned.
@@ -123,7 +123,7 @@ def missing() -> str | None:
 
 
 def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: Tensor | None, gelu: bool) -> Tensor:
-    """The kernel in winograd.cpp."""
+    """The kernel in native/winograd.cpp."""
     (n, _, h, w), threads = x.shape, torch.get_num_threads()
     widths = [x.shape[1], *map(_columns, weights)]
     out = torch.empty((n, widths[-1], h, w), dtype=x.dtype, memory_format=torch.channels_last)
@@ -148,15 +148,18 @@ def _columns(weight: Tensor) -> int:
     return weight.shape[0] * PANEL
 
 
-def _elsewhere(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: Tensor | None, gelu: bool
-) -> Tensor:
-    return reference(x, weights, biases, plus, gelu).contiguous(memory_format=torch.channels_last)
+def _elsewhere(x: Tensor, *others: Any) -> Tensor:
+    return reference(x, *others).contiguous(memory_format=torch.channels_last)
 
 
-def _on_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: Tensor | None, gelu: bool) -> Tensor:
+def _on_cpu(x: Tensor, *others: Any) -> Tensor:
     run = launch if x.shape[0] and x.dtype == torch.float32 and missing() is None else _elsewhere
-    return run(x, weights, biases, plus, gelu)
+    return run(x, *others)
+
+
+def _fake(x: Tensor, weights: list[Tensor], *others: Any) -> Tensor:
+    shape = (x.shape[0], _columns(weights[-1]), *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # Not `torch.library.custom_op`, whose wrapper takes 60 us a call, as long as a convolution at batch 1.
@@ -166,12 +169,7 @@ _library.impl("winograd", _on_cpu, "CPU")
 _library.impl("winograd", _elsewhere, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fused_ddpm::winograd", lib=_library)
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: Tensor | None, gelu: bool) -> Tensor:
-    shape = (x.shape[0], _columns(weights[-1]), *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
+torch.library.register_fake("fused_ddpm::winograd", _fake, lib=_library)
 operator = torch.ops.fused_ddpm.winograd.default
 
 

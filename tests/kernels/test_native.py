@@ -47,6 +47,16 @@ def test_another_source_is_another_library(folder, tmp_path):
     assert len(list(folder.iterdir())) == 2
 
 
+def test_another_header_is_another_library(folder, tmp_path):
+    header = tmp_path / "number.h"
+    for number in (1, 2):
+        header.write_text(f"constexpr int NUMBER = {number};")
+        path = source(tmp_path, '#include "number.h"\nextern "C" int answer() { return NUMBER; }')
+        assert native.load(path).answer() == number
+        native.load.cache_clear()
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_where_libraries_are_kept(monkeypatch):
     monkeypatch.delenv("FUSED_DDPM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/there")

@@ -1,7 +1,7 @@
 """Kernels in C++ for the CPU: built by the machine's compiler at first use, kept on disk, loaded.
 
-A library is named by what it is made from (source, compiler, instruction set), so it is never stale and may be shared
-by processes. Built by g++ it runs on the threads of the OpenMP runtime that PyTorch has loaded.
+A library is named by what it is made from (source and headers, compiler, instruction set), so it is never stale and may
+be shared by processes. Built by g++ it runs on the threads of the OpenMP runtime that PyTorch has loaded.
 """
 
 import ctypes
@@ -63,15 +63,21 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
+def source_of(operator: str) -> Path:
+    """The C++ source of an operator."""
+    return Path(__file__).with_name(f"{operator}.cpp")
+
+
 @cache
 def load(source: Path) -> ctypes.CDLL:
-    """The library of a C++ source, built if this source, compiler and machine have none yet (a second or two).
+    """The library of a C++ source, built if it, the headers beside it, compiler and machine have none yet (seconds).
 
     Raises: Unavailable if the machine lacks something, or the cache folder cannot be written.
     """
     command = [*compiler(), *LANGUAGE, *instructions()]
     try:
-        made_from = "\n".join((source.read_text(), *command, _run(*compiler(), "--version")))
+        texts = (file.read_text() for file in (source, *sorted(source.parent.glob("*.h"))))
+        made_from = "\n".join((*texts, *command, _run(*compiler(), "--version")))
         library = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         if not library.exists():
             library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
