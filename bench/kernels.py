@@ -5,36 +5,25 @@ parity is checked against the operator's own reference, on the same device, and 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from bench.timing import interleaved, summary, timer
 from ddpm.metrics import elementwise, worst
-from kernels import bottleneck, convolution, group_norm_relu, philox, q_sample, q_sample_rows, solver_step, winograd
-from kernels import noise_mse as noise_mse_function
-from kernels.bottleneck import cost as bottleneck_cost
-from kernels.bottleneck import reference as bottleneck_reference
-from kernels.convolution import cost as convolution_cost
-from kernels.group_norm_relu import cost as group_norm_cost
-from kernels.group_norm_relu import reference as group_norm_reference
+from kernels import philox
+from kernels.backend import Cost
 from kernels.noise_mse import backward_operator
-from kernels.noise_mse import cost as noise_mse_cost
-from kernels.noise_mse import reference as noise_mse_reference
 from kernels.philox import Stream
-from kernels.q_sample import cost as q_sample_cost
-from kernels.q_sample import reference as q_sample_reference
-from kernels.q_sample_rows import cost as rows_cost
-from kernels.q_sample_rows import reference as rows_reference
-from kernels.solver_step import cost as solver_cost
-from kernels.solver_step import reference as solver_reference
-from kernels.winograd import cost as winograd_cost
 from kernels.winograd import missing, transform
 
 TIMESTEPS = 500
@@ -45,34 +34,56 @@ ROW = (3, 16, 16)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CHUNK_ROWS = 4096
 SETS_MOST = 64
+WINOGRAD = "winograd"
+
+
+def operator_file(name: str) -> ModuleType:
+    """`kernels/NAME.py`, which the package's function of this name hides: reference, launch and cost."""
+    return import_module(f"kernels.{name}")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the kernel benchmark: `make(k)` gives the k-th argument set, `error(arguments)` the parity error."""
+    """One row of the kernel benchmark.
+
+    elements: of one call; per_element: its cost for each. make(k): the k-th arguments of fused and eager.
+    exact: (rows, *arguments) -> what the operator's outputs are in these rows, in float64. judged: what is compared
+    with it, default `fused`.
+    """
 
     name: str
     dtype: torch.dtype
     elements: int
-    bytes: float
+    per_element: Cost
     make: Callable[[int], tuple]
     fused: Callable[..., Any]
     eager: Callable[..., Any]
-    error: Callable[[tuple], float]
+    exact: Callable[..., Any]
+    judged: Callable[..., Any] | None = None
+
+    @property
+    def cost(self) -> Cost:
+        """Of one call."""
+        return Cost(self.per_element.bytes * self.elements, self.per_element.flops * self.elements)
+
+    def error(self, arguments: tuple) -> float:
+        """The parity error, in chunks of rows, which depend on nothing but themselves; a scalar is compared whole."""
+        outputs = _tuple((self.judged or self.fused)(*arguments))
+        chunks = _rows(len(outputs[0])) if outputs[0].ndim else [...]
+        return worst(
+            elementwise(output[rows], expected)
+            for rows in chunks
+            for output, expected in zip(outputs, _tuple(self.exact(rows, *arguments)), strict=False)
+        )
 
 
-def _worst(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The largest error of these pairs (actual, expected)."""
-    return worst(elementwise(actual, expected) for actual, expected in pairs)
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _rows(n: int) -> Iterator[slice]:
     """All rows in chunks, so that references of 10^8 elements fit the device."""
     return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
-
-
-def _noise(samples: Tensor, step: int, stream: int) -> Tensor:
-    return philox.normal(SEED, samples, step, stream, ROW, device=samples.device, dtype=torch.float64)
 
 
 def data_set_rows(device: torch.device) -> int:
@@ -129,105 +140,87 @@ CONVOLUTIONS = {
 
 def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """The kernel against the library's convolution and the operators after it; at most so many elements in or out."""
-
     randn = partial(normal, dtype, device)
 
-    def workload(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
+    def row(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
         n = max(1, elements // (max(channels + skipped, columns) * side**2))
         size = 1 if then == "spread" else 3
-        inputs = size**2 * (channels + skipped)
-        options = {"gelu": not skipped and columns > 3, "then": then}
-
-        weight, bias = randn(1, columns, channels, size, size) / inputs**0.5, randn(2, columns)
-        skip_weight = randn(3, columns, skipped, size, size) / inputs**0.5 if skipped else None
+        scale = (size**2 * (channels + skipped)) ** -0.5
+        weight, bias = randn(1, columns, channels, size, size) * scale, randn(2, columns)
+        skip_weight = randn(3, columns, skipped, size, size) * scale if skipped else None
 
         def make(k: int) -> tuple[Tensor, ...]:
             return (randn(k, n, channels, side, side), *([randn(k + 1000, n, skipped, side, side)] if skipped else []))
 
-        def run(x: Tensor, skip: Tensor | None = None, *, kernel: bool, kind: torch.dtype = dtype) -> Tensor:
-            weights = (tensor if tensor is None else tensor.to(kind) for tensor in (weight, bias, skip_weight))
-            of_x, added, of_skip = weights
-            return convolution(x, of_x, added, skip=skip, skip_weight=of_skip, kernel=kernel, **options)
+        def run(x: Tensor, skip: Tensor | None = None, *, kernel: bool) -> Tensor:
+            of_x, added, of_skip = (each if each is None else each.to(x.dtype) for each in (weight, bias, skip_weight))
+            more = {"skip": skip, "skip_weight": of_skip, "gelu": not skipped and columns > 3}
+            return kernels.convolution(x, of_x, added, then=then, kernel=kernel, **more)
 
-        def error(a: tuple[Tensor, ...]) -> float:
-            out = run(*a, kernel=True)
-            exact = partial(run, kernel=False, kind=torch.float64)
-            return _worst((out[r], exact(*(tensor[r].double() for tensor in a))) for r in _rows(n))
+        def exact(rows: slice, *sources: Tensor) -> Tensor:
+            return run(*(source[rows].double() for source in sources), kernel=False)
 
-        count = n * columns * side**2
-        moved = convolution_cost(dtype, channels + skipped, columns, size**2, then).bytes * count
-        return Workload(name, dtype, count, moved, make, partial(run, kernel=True), partial(run, kernel=False), error)
+        cost = operator_file("convolution").cost(dtype, channels + skipped, columns, size**2, then)
+        kernel, library = partial(run, kernel=True), partial(run, kernel=False)
+        return Workload(name, dtype, n * columns * side**2, cost, make, kernel, library, exact)
 
     # On tensor cores its products of float32 would be TF32, which it does not take: it is for 16-bit types there.
     shapes = {} if dtype == torch.float32 and device.type == "cuda" else CONVOLUTIONS
-    return [workload(name, *shape) for name, shape in shapes.items()]
+    return [row(name, *shape) for name, shape in shapes.items()]
 
 
-WINOGRAD = "winograd"
+def _eager_bottleneck(x: Tensor, up_weight: Tensor, up_bias: Tensor, *others: Tensor) -> Tensor:
+    norm_weight, norm_bias, scale, shift = others
+    up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
+    return scale[:, :, None, None] * F.relu(F.group_norm(up, 8, norm_weight, norm_bias)) + shift[:, :, None, None]
+
+
+def _eager_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.conv2d(x, weight, bias, padding=1))
 
 
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """Operators inside the U-Net with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
     where its kernel runs, the convolution most frequent there.
     """
-
     randn = partial(normal, dtype, device)
+    norm, middle = operator_file("group_norm_relu"), operator_file("bottleneck")
 
-    def error(fused: Callable, reference: Callable, a: tuple) -> float:
-        """Rows depend on nothing but themselves, so the reference takes them in chunks."""
-        out = fused(*a)
-        return _worst((out[r], reference(a[0][r].double(), *(v.double() for v in a[1:]))) for r in _rows(len(out)))
+    def row(name: str, cost: Cost, sizes: tuple, weights: list, fused: Callable, eager: Callable, reference: Callable):  # noqa: ANN202
+        def exact(rows: slice, x: Tensor, *others: Tensor) -> Tensor:
+            return reference(x[rows].double(), *(other.double() for other in others))
 
-    def workload(name: str, make: Callable, per_element: float, fused: Callable, reference: Callable, eager: Callable):  # noqa: ANN202
-        count = make(0)[0].numel()
-        return Workload(
-            name, dtype, count, per_element * count, make, fused, eager, lambda a: error(fused, reference, a)
-        )
+        count = math.prod(sizes)
+        return Workload(name, dtype, count, cost, lambda k: (randn(k, *sizes), *weights), fused, eager, exact)
 
-    def eager_bottleneck(x: Tensor, up_weight: Tensor, up_bias: Tensor, *others: Tensor) -> Tensor:
-        norm_weight, norm_bias, scale, shift = others
-        up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
-        return scale[:, :, None, None] * F.relu(F.group_norm(up, 8, norm_weight, norm_bias)) + shift[:, :, None, None]
+    def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(F.group_norm(x, 8, weight, bias))
 
-    def eager_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.gelu(F.conv2d(x, weight, bias, padding=1))
+    def exact_norm(*a: Tensor) -> Tensor:
+        return norm.reference(*a, 8, 1e-5, None, None)
 
-    head, deep = max(1, elements // (64 * 256)), max(1, elements // (128 * 16))
-    vectors = [randn(k, 64) for k in (1, 2)]
+    def exact_bottleneck(*a: Tensor) -> Tensor:
+        return middle.reference(*a, 8, 1e-5)
+
+    head, deep = (max(1, elements // (64 * 256)), 64, 16, 16), (max(1, elements // (128 * 16)), 128, 4, 4)
+    affine = [randn(k, 64) for k in (1, 2)]
     # Gains around one, as in trained networks: they multiply what rounding the pooled vector to the type costs.
     film = [1 + randn(7, 1, 128) / 8, randn(8, 1, 128)]
-    deep_weights = [randn(3, 128, 128, 4, 4), randn(4, 128), 1 + randn(5, 128) / 8, randn(6, 128), *film]
+    weights = [randn(3, 128, 128, 4, 4), randn(4, 128), 1 + randn(5, 128) / 8, randn(6, 128), *film]
+    cost = middle.cost(dtype, 128, deep[0])
     found = [
-        workload(
-            "group_norm_relu",
-            lambda k: (randn(k, head, 64, 16, 16), *vectors),
-            group_norm_cost(dtype).bytes,
-            group_norm_relu,
-            lambda *a: group_norm_reference(*a, 8, 1e-5, None, None),
-            lambda x, weight, bias: F.relu(F.group_norm(x, 8, weight, bias)),
-        ),
-        workload(
-            "bottleneck",
-            lambda k: (randn(k, deep, 128, 4, 4), *deep_weights),
-            bottleneck_cost(dtype, 128, deep).bytes,
-            bottleneck,
-            lambda *a: bottleneck_reference(*a, 8, 1e-5),
-            eager_bottleneck,
-        ),
+        row("group_norm_relu", norm.cost(dtype), head, affine, kernels.group_norm_relu, eager_norm, exact_norm),
+        row("bottleneck", cost, deep, weights, kernels.bottleneck, _eager_bottleneck, exact_bottleneck),
     ]
     if device.type == "cpu" and dtype == torch.float32 and missing() is None:
-        conv_weights = [randn(9, 64, 64, 3, 3) / 24, randn(10, 64)]
-        transformed = transform(conv_weights[0])
-        found.append(
-            workload(
-                WINOGRAD,
-                lambda k: (randn(k, head, 64, 16, 16), *conv_weights),
-                winograd_cost(64, 64, 256, head).bytes,
-                lambda x, _, bias: winograd(x, [transformed], [bias], gelu=True),
-                eager_convolution,
-                eager_convolution,
-            )
-        )
+        weights = [randn(9, 64, 64, 3, 3) / 24, randn(10, 64)]
+        transformed = transform(weights[0])
+
+        def fused(x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
+            return kernels.winograd(x, [transformed], [bias], gelu=True)
+
+        cost = operator_file("winograd").cost(64, 64, 256, head[0])
+        found.append(row(WINOGRAD, cost, head, weights, fused, _eager_convolution, _eager_convolution))
     return found
 
 
@@ -237,133 +230,102 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
     alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=device)
     samples = torch.arange(n, device=device)
     seed, index = torch.tensor(SEED, device=device), torch.tensor(0, device=device)
-    coefficients = [1.1, -0.4, 0.6, 0.4, 0.1, -0.2, 0.3, 250.0]
-    table = torch.tensor([coefficients], device=device)
     one = torch.ones((), device=device)
+    c = [1.1, -0.4, 0.6, 0.4, 0.1, -0.2, 0.3, 250.0]
+    table = torch.tensor([c], device=device)
 
-    def randn(k: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn((n, *ROW), generator=torch.Generator(device).manual_seed(k), device=device).to(kind)
+    def seeded(make: Callable[..., Tensor], k: int, *arguments: Any, **options: Any) -> Tensor:
+        return make(*arguments, generator=torch.Generator(device).manual_seed(k), device=device, **options)
 
-    def times(k: int) -> Tensor:
-        return torch.randint(1, TIMESTEPS + 1, (n,), generator=torch.Generator(device).manual_seed(k), device=device)
+    images = max(n, data_rows)
+    data = seeded(torch.randint, SEED, 0, 256, (images, *ROW), dtype=torch.uint8)
 
-    def diffuse(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def two(k: int) -> tuple[Tensor, Tensor]:
+        return seeded(torch.randn, k, (n, *ROW)).to(dtype), seeded(torch.randn, k + 1000, (n, *ROW)).to(dtype)
+
+    def contract(rows: slice, step: int = 0, stream: int = Stream.TRAINING_NOISE) -> Tensor:
+        return philox.normal(SEED, samples[rows], step, stream, ROW, device=device, dtype=torch.float64)
+
+    def q_sample(k: int) -> tuple:
+        t = seeded(torch.randint, k, 1, TIMESTEPS + 1, (n,))
+        return seeded(torch.randn, k, (n, *ROW)).to(dtype), t, alpha_bars, seed, samples, dtype
+
+    def eager_diffusion(x0: Tensor, t: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(x0)
         ab = alpha_bars[t].to(x0.dtype)[:, None, None, None]
         return ab.sqrt() * x0 + (1 - ab).sqrt() * noise, noise
 
-    def q_error(a: tuple) -> float:
-        x_t, noise = q_sample(*a)
+    def exact_diffusion(rows: slice, x0: Tensor, t: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+        noise = contract(rows)
+        return operator_file("q_sample").reference(x0[rows].double(), t[rows], alpha_bars.double(), noise), noise
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for r in _rows(n):
-                z = _noise(samples[r], 0, Stream.TRAINING_NOISE)
-                yield noise[r], z
-                yield x_t[r], q_sample_reference(a[0][r].double(), a[1][r], alpha_bars.double(), z)
+    def q_sample_rows(rows: Tensor) -> tuple:
+        return kernels.q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype)
 
-        return _worst(pairs())
-
-    generator = torch.Generator(device).manual_seed(SEED)
-    images = max(n, data_rows)
-    data = torch.randint(0, 256, (images, *ROW), generator=generator, dtype=torch.uint8, device=device)
-
-    def rows_eager(rows: Tensor) -> tuple[Tensor, Tensor]:
+    def eager_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.randint(1, TIMESTEPS + 1, (n,), device=device)
-        return diffuse((data[rows].float() / 127.5 - 1).to(dtype), t)
+        return eager_diffusion((data[rows].float() / 127.5 - 1).to(dtype), t)
 
-    def rows_error(a: tuple) -> float:
-        x_t, t, _ = q_sample_rows(data, a[0], alpha_bars, seed, samples, dtype=dtype)
+    def exact_rows(chunk: slice, rows: Tensor) -> tuple[Tensor, ...]:
+        given = (data, rows[chunk], alpha_bars.double(), seed, samples[chunk], False, torch.float64)
+        return operator_file("q_sample_rows").reference(*given)[:2]
 
-        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-            for r in _rows(n):
-                double = alpha_bars.double()
-                x, expected_t, _ = rows_reference(data, a[0][r], double, seed, samples[r], False, torch.float64)
-                yield x_t[r], x
-                yield t[r], expected_t
+    def loss(pred: Tensor, _: Tensor) -> Tensor:
+        return kernels.noise_mse(pred, seed, samples)
 
-        return _worst(pairs())
+    def exact_loss(_: slice, pred: Tensor, *others: Tensor) -> Tensor:
+        """A mean over all rows, by chunks."""
+        mean = operator_file("noise_mse").reference
+        parts = [mean(pred[rows].double(), contract(rows)) * (rows.stop - rows.start) for rows in _rows(n)]
+        return torch.stack(parts).sum() / n
 
-    def loss_error(a: tuple) -> float:
-        parts = [
-            noise_mse_reference(a[0][r].double(), _noise(samples[r], 0, Stream.TRAINING_NOISE)) * (r.stop - r.start)
-            for r in _rows(n)
-        ]
-        return elementwise(noise_mse_function(a[0], seed, samples), torch.stack(parts).sum() / n)
+    def gradient(pred: Tensor, _: Tensor, scale: float = 1.0) -> Tensor:
+        return backward_operator(one * scale, pred, seed, samples, None)
 
-    def gradient_error(a: tuple) -> float:
-        scale = a[0].numel()
-        gradient = backward_operator(one * scale, a[0], seed, samples, None)
-        return _worst(
-            (gradient[r], 2 * (a[0][r].double() - _noise(samples[r], 0, Stream.TRAINING_NOISE))) for r in _rows(n)
-        )
-
-    def mse_backward(pred: Tensor, noise: Tensor) -> Tensor:
+    def eager_gradient(pred: Tensor, noise: Tensor) -> Tensor:
         return (pred - noise) * (2 / pred.numel())
 
-    def step_eager(x: Tensor, m: Tensor) -> Tensor:
-        x0 = coefficients[0] * x + coefficients[1] * m
-        return coefficients[2] * x + coefficients[3] * x0 + coefficients[4] * m + coefficients[6] * torch.randn_like(x)
+    def exact_gradient(rows: slice, pred: Tensor, _: Tensor) -> Tensor:
+        """Times the number of elements, as what is judged."""
+        return 2 * (pred[rows].double() - contract(rows))
 
-    def step_error(a: tuple) -> float:
-        x, m = a
-        new = solver_step(x.clone(), m, table, index, seed, samples)
-        row = [float(value) for value in table[0]]
-        return _worst(
-            (
-                new[r],
-                solver_reference(
-                    x[r].double(), m[r].double(), row, _noise(samples[r], 250, Stream.SAMPLING), None, None
-                )[0],
-            )
-            for r in _rows(n)
-        )
+    def step(x: Tensor, m: Tensor) -> Tensor:
+        return kernels.solver_step(x, m, table, index, seed, samples)
 
-    count = n * 768
+    def eager_step(x: Tensor, m: Tensor) -> Tensor:
+        x0 = c[0] * x + c[1] * m
+        return c[2] * x + c[3] * x0 + c[4] * m + c[6] * torch.randn_like(x)
 
-    def workload(name: str, per_element: float, make: Callable, fused: Callable, eager: Callable, error: Callable):  # noqa: ANN202
-        return Workload(name, dtype, count, per_element * count, make, fused, eager, error)
+    def exact_step(rows: slice, x: Tensor, m: Tensor) -> Tensor:
+        row, z = [float(value) for value in table[0]], contract(rows, 250, Stream.SAMPLING)
+        return operator_file("solver_step").reference(x[rows].double(), m[rows].double(), row, z, None, None)[0]
 
+    def row(name: str, cost: tuple, *others: Any, judged: Callable | None = None) -> Workload:
+        of = operator_file(name.removesuffix("_backward")).cost
+        return Workload(name, dtype, n * 768, of(*cost), *others, judged=judged)
+
+    # The arguments of the operator's cost, what makes arguments, the operator, the eager sequence, what is exact.
     return [
-        workload(
-            "q_sample",
-            q_sample_cost(dtype, dtype).bytes,
-            lambda k: (randn(k), times(k), alpha_bars, seed, samples, dtype),
-            q_sample,
-            lambda x0, t, *_: diffuse(x0, t),
-            q_error,
-        ),
-        workload(
+        row("q_sample", (dtype, dtype), q_sample, kernels.q_sample, eager_diffusion, exact_diffusion),
+        row(
             "q_sample_rows",
-            rows_cost(torch.uint8, dtype).bytes,
-            lambda k: (torch.randperm(images, generator=torch.Generator(device).manual_seed(k), device=device)[:n],),
-            lambda rows: q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype),
-            rows_eager,
-            rows_error,
+            (torch.uint8, dtype),
+            lambda k: (seeded(torch.randperm, k, images)[:n],),
+            q_sample_rows,
+            eager_rows,
+            exact_rows,
         ),
-        workload(
-            "noise_mse",
-            noise_mse_cost(dtype).bytes,
-            lambda k: (randn(k), randn(k + 1000)),
-            lambda pred, _: noise_mse_function(pred, seed, samples),
-            F.mse_loss,
-            loss_error,
-        ),
-        workload(
+        row("noise_mse", (dtype,), two, loss, F.mse_loss, exact_loss),
+        row(
             "noise_mse_backward",
-            noise_mse_cost(dtype, backward=True).bytes,
-            lambda k: (randn(k), randn(k + 1000)),
-            lambda pred, _: backward_operator(one, pred, seed, samples, None),
-            mse_backward,
-            gradient_error,
+            (dtype, True),
+            two,
+            gradient,
+            eager_gradient,
+            exact_gradient,
+            judged=lambda pred, _: gradient(pred, _, pred.numel()),
         ),
-        workload(
-            "solver_step",
-            solver_cost(dtype, dtype).bytes,
-            lambda k: (randn(k), randn(k + 1000)),
-            lambda x, m: solver_step(x, m, table, index, seed, samples),
-            step_eager,
-            step_error,
-        ),
+        row("solver_step", (dtype, dtype), two, step, eager_step, exact_step, judged=lambda x, m: step(x.clone(), m)),
     ]
 
 
@@ -372,55 +334,51 @@ def sets_for(workload: Workload, device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return int(min(SETS_MOST, max(4, 2 * cache // workload.bytes + 1)))
+    return int(min(SETS_MOST, max(4, 2 * cache // workload.cost.bytes + 1)))
 
 
 @full_precision()
 def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
     """One record: parity first; without it there is no ratio. TF32 is off meanwhile."""
     sets = [workload.make(k) for k in range(sets_for(workload, device))]
-    error = workload.error(sets[0])
+    error, moved = workload.error(sets[0]), workload.cost.bytes
     parity = error <= TOLERANCE[workload.dtype]
     record = {
         "kernel": workload.name,
         "dtype": str(workload.dtype).removeprefix("torch."),
         "tf32": False,
         "elements": workload.elements,
-        "bytes": workload.bytes,
+        "bytes": moved,
         "error": error,
         "tolerance": TOLERANCE[workload.dtype],
         "parity": parity,
     }
     if not parity:
         return record
-    half = max(1, int(workload.bytes // 2))
-    buffers = [
-        (torch.empty(half, dtype=torch.uint8, device=device), torch.empty(half, dtype=torch.uint8, device=device))
-        for _ in sets
-    ]
+    empty = partial(torch.empty, max(1, int(moved // 2)), dtype=torch.uint8, device=device)
     candidates = {
         "fused": (workload.fused, sets),
         "eager": (workload.eager, sets),
-        "copy": (lambda to, source: to.copy_(source), buffers),
+        "copy": (lambda to, source: to.copy_(source), [(empty(), empty()) for _ in sets]),
     }
     timers = {name: timer(call, rotated, device, capturable=True) for name, (call, rotated) in candidates.items()}
     for warm_up in timers.values():
         warm_up()
     samples = interleaved(timers, rounds)
-    record |= {
-        "kernel_us": summary(samples["fused"]["kernel"]),
-        "wall_us": summary(samples["fused"]["wall"]),
-        "eager_us": summary(samples["eager"]["kernel"]),
-        "eager_wall_us": summary(samples["eager"]["wall"]),
-        "copy_us": summary(samples["copy"]["kernel"]),
+    columns = {
+        "kernel_us": ("fused", "kernel"),
+        "wall_us": ("fused", "wall"),
+        "eager_us": ("eager", "kernel"),
+        "eager_wall_us": ("eager", "wall"),
+        "copy_us": ("copy", "kernel"),
     }
+    record |= {column: summary(samples[name][kind]) for column, (name, kind) in columns.items()}
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     time = record["kernel_us"]["median"]
-    record |= {
+    return record | {
         # Small tensors stay in the cache however many sets rotate; the copy beside them does too.
-        "cold": workload.bytes * len(sets) > 2 * cache,
-        "gb_per_s": workload.bytes / time / 1e3,
+        "cold": moved * len(sets) > 2 * cache,
+        "gb_per_s": moved / time / 1e3,
         "share_of_copy": record["copy_us"]["median"] / time,
         "ratio_to_eager": record["eager_us"]["median"] / time,
     }
-    return record

@@ -3,30 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.kernels import operator_file
 from bench.static import bare
-from kernels import backend
-
-# The package's functions of these names hide the modules.
-from kernels.backend import Cost, Launch
-from kernels.bottleneck import cost as bottleneck_cost
-from kernels.bottleneck import launch as bottleneck
-from kernels.convolution import cost as convolution_cost
-from kernels.convolution import launch as convolution
-from kernels.group_norm_relu import cost as group_norm_relu_cost
-from kernels.group_norm_relu import launch as group_norm_relu
-from kernels.noise_mse import cost as noise_mse_cost
-from kernels.noise_mse import launch as noise_mse
-from kernels.q_sample import cost as q_sample_cost
-from kernels.q_sample import launch as q_sample
-from kernels.q_sample_rows import cost as q_sample_rows_cost
-from kernels.q_sample_rows import launch as q_sample_rows
-from kernels.solver_step import cost as solver_step_cost
-from kernels.solver_step import launch as solver_step
+from kernels.backend import WARP, Cost, Launch, recording
 
 F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 LAST = torch.channels_last
@@ -36,15 +21,25 @@ IMAGE, RAGGED = (N, 3, 16, 16), (N, 1, 5, 7)  # 35 elements: no whole number of 
 
 @dataclass(frozen=True)
 class Case:
-    """A launch worth watching: `run` calls an operator's `launch`, `cost` is that operator's, `stored` its type.
+    """A launch worth watching: the operator's file, what makes the arguments of its `launch`, those of its `cost`.
 
     elements: of the output, for kernels that draw no noise and are not launched over items.
     """
 
-    run: Callable[[], Any]
-    cost: Cost
+    operator: ModuleType
+    arguments: Callable[[], tuple]
+    costs: tuple
     stored: torch.dtype
     elements: int | None = None
+
+    def run(self) -> None:
+        """Call it."""
+        self.operator.launch(*self.arguments())
+
+    @property
+    def cost(self) -> Cost:
+        """Of an element."""
+        return self.operator.cost(*self.costs)
 
     @property
     def yardstick(self) -> str | None:
@@ -55,7 +50,7 @@ class Case:
 
     def launch(self) -> Launch:
         """The launch, recorded and not executed."""
-        with backend.recording() as launches:
+        with recording() as launches:
             self.run()
         (launch,) = launches
         return launch
@@ -63,7 +58,7 @@ class Case:
     def elements_per_thread(self) -> float:
         """Elements that a program deals with, per thread."""
         launch = self.launch()
-        threads = launch.options["num_warps"] * backend.WARP
+        threads = launch.options["num_warps"] * WARP
         if self.elements is not None:
             return self.elements / (prod(launch.grid) * threads)
         return prod(launch.constants[name] for name in ("BLOCK", "REPEAT", "RUN")) / threads
@@ -85,79 +80,81 @@ def _rows() -> Tensor:
     return torch.zeros(N, dtype=torch.int64)
 
 
+def _operator(name: str, *case: Any) -> Case:
+    return Case(operator_file(name), *case)
+
+
 def _bare(out: torch.dtype) -> Case:
-    return Case(lambda: bare.launch(torch.zeros(1 << 14, dtype=out), _one(), _one()), bare.cost(out), out)
+    return Case(bare, lambda: (torch.zeros(1 << 14, dtype=out), _one(), _one()), (out,), out)
 
 
 # In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
 def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
-    def run() -> None:
-        q_sample(_images(x0, *where), _rows(), torch.ones(501), _one(), _rows(), out)
+    def arguments() -> tuple:
+        return _images(x0, *where), _rows(), torch.ones(501), _one(), _rows(), out
 
-    return Case(run, q_sample_cost(x0, out), out)
+    return _operator("q_sample", arguments, (x0, out), out)
 
 
 def _q_sample_rows(data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, noise: bool = False) -> Case:
-    def run() -> None:
-        q_sample_rows(_images(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, noise, out)
+    def arguments() -> tuple:
+        return _images(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, noise, out
 
-    return Case(run, q_sample_rows_cost(data, out, noise), out)
+    return _operator("q_sample_rows", arguments, (data, out, noise), out)
 
 
 def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
-    def run() -> None:
+    def arguments() -> tuple:
         weight, grad = torch.ones(N) if weighted else None, _one(F32) if backward else None
-        noise_mse(_images(pred, *where), _one(), _rows(), weight, grad)
+        return _images(pred, *where), _one(), _rows(), weight, grad
 
-    return Case(run, noise_mse_cost(pred, backward), pred)
+    return _operator("noise_mse", arguments, (pred, backward), pred)
 
 
 def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False) -> Case:
     """full: guidance, memory of x0 and clip."""
 
-    def run() -> None:
+    def arguments() -> tuple:
         image, output = _images(x, *where), _images(m, *where)
         uncond, previous, clip = (output, image, 1.0) if full else (None, None, None)
-        table = torch.zeros(50, 8)
-        solver_step(image, output, table, _one(), _one(), _rows(), uncond, _one(F32), previous, clip)
+        return image, output, torch.zeros(50, 8), _one(), _one(), _rows(), uncond, _one(F32), previous, clip
 
-    return Case(run, solver_step_cost(x, m, guided=full, memory=full), x)
+    return _operator("solver_step", arguments, (x, m, full, full), x)
 
 
 def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
     """The out head of a network with n_feat 64."""
 
-    def run() -> None:
-        vector = torch.ones(64, dtype=x)
-        group_norm_relu(_features(x, N, 64, side, side), vector, vector, 8, 1e-5)
+    def arguments() -> tuple:
+        return _features(x, N, 64, side, side), torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5
 
-    return Case(run, group_norm_relu_cost(x), x, N * 64 * side * side)
+    return _operator("group_norm_relu", arguments, (x,), x, N * 64 * side * side)
 
 
 def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
     """Of a network with n_feat 64 on images of four times this side; each image has its context, all share the time."""
 
-    def run() -> None:
+    def arguments() -> tuple:
         vector, scale, shift = (torch.ones(shape, dtype=x) for shape in (128, (N, 128), (1, 128)))
         image, weight = _features(x, N, 128, side, side), _features(x, 128, 128, side, side)
-        bottleneck(image, weight, vector, vector, vector, scale, shift, 8, 1e-5)
+        return image, weight, vector, vector, vector, scale, shift, 8, 1e-5
 
-    return Case(run, bottleneck_cost(x, 128, N), x, N * 128 * side * side)
+    return _operator("bottleneck", arguments, (x, 128, N), x, N * 128 * side * side)
 
 
 def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 0, then: str = "keep") -> Case:
     """bf16, as in a network with n_feat 64: 3x3 with GELU; over two sources without it; 1x1 where it spreads."""
-    taps, gelu = 1 if then == "spread" else 3, skip == 0 and columns >= 16
+    size, gelu = 1 if then == "spread" else 3, skip == 0 and columns >= 16
 
-    def run() -> None:
-        def source(inputs: int) -> tuple[Tensor, Tensor]:
-            return _features(BF16, n, inputs, side, side), _features(BF16, columns, inputs, taps, taps)
+    def source(inputs: int) -> tuple[Tensor, Tensor]:
+        return _features(BF16, n, inputs, side, side), _features(BF16, columns, inputs, size, size)
 
-        sources = source(skip) if skip else (None, None)
-        convolution(*source(channels), torch.ones(columns, dtype=BF16), *sources, None, None, None, gelu, then)
+    def arguments() -> tuple:
+        second, bias = source(skip) if skip else (None, None), torch.ones(columns, dtype=BF16)
+        return *source(channels), bias, *second, None, None, None, gelu, then
 
-    cost = convolution_cost(BF16, channels + skip, columns, taps * taps, then)
-    return Case(run, cost, BF16, n * columns * side * side)
+    costs = (BF16, channels + skip, columns, size * size, then)
+    return _operator("convolution", arguments, costs, BF16, n * columns * side * side)
 
 
 # Named "operator variant"; images are 64 of 3x16x16.

@@ -12,26 +12,10 @@ import torch
 
 from bench import kernels
 from bench.registry import Bench, Candidate, Workload
-from kernels.backend import Cost
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = (10**5, 10**6)
 QUICK_SIZES = (10**5,)
-
-
-def _flops(name: str, dtype: torch.dtype, elements: int) -> float:
-    """Floating-point operations of one call, from its cost; 0 where it is not listed here: not counted."""
-    costs = {
-        "q_sample": lambda: kernels.q_sample_cost(dtype, dtype),
-        "q_sample_rows": lambda: kernels.rows_cost(torch.uint8, dtype),
-        "noise_mse": lambda: kernels.noise_mse_cost(dtype),
-        "noise_mse_backward": lambda: kernels.noise_mse_cost(dtype, backward=True),
-        "solver_step": lambda: kernels.solver_cost(dtype, dtype),
-        "group_norm_relu": lambda: kernels.group_norm_cost(dtype),
-        "bottleneck": lambda: kernels.bottleneck_cost(dtype, 128, 1),
-        kernels.WINOGRAD: lambda: kernels.winograd_cost(64, 64, 256, 1),
-    }
-    return costs[name]().flops * elements if name in costs else 0.0
 
 
 def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -> Bench:
@@ -39,8 +23,7 @@ def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -
     sets = [found.make(k) for k in range(kernels.sets_for(found, device))]
     # bench.kernels judges the operator itself, which is what `make` returns.
     operator = Candidate(lambda: found.fused, lambda _: found.error(sets[0]), kernels.TOLERANCE[dtype])
-    cost = Cost(bytes=found.bytes, flops=_flops(name, dtype, found.elements))
-    return Bench(sets, found.eager, {"operator": operator}, cost, frozen=True, capturable=True)
+    return Bench(sets, found.eager, {"operator": operator}, found.cost, frozen=True, capturable=True)
 
 
 def workloads(quick: bool) -> list[Workload]:

@@ -12,7 +12,7 @@ from bench.gpu import command, process
 from bench.gpu import kernels as part
 from bench.gpu.kernels import beside_static, predictions, run_kernels, table
 from bench.gpu.record import FAILED, PASSED, SKIPPED, Record, verdict
-from bench.kernels import Workload, measure, workloads
+from bench.kernels import Workload, measure, operator_file, workloads
 
 CPU = torch.device("cpu")
 NOISE = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
@@ -80,7 +80,12 @@ def test_a_kernel_that_crashes_leaves_the_others(elementwise, tmp_path, monkeypa
 
 def test_a_kernel_without_parity_gets_no_ratio(tmp_path):
     good = workloads(800, torch.float32, CPU)[0]
-    bad = Workload(**{**vars(good), "error": lambda arguments: 1.0})
+
+    class Bad(Workload):
+        def error(self, arguments):
+            return 1.0
+
+    bad = Bad(**vars(good))
     measured = measure(bad, CPU, rounds=1)
     assert not measured["parity"]
     record = Record.start(tmp_path, "kernels", 1, CPU)
@@ -94,7 +99,7 @@ def test_a_kernel_without_parity_gets_no_ratio(tmp_path):
 @pytest.mark.parametrize("name", sorted(NETWORK))
 def test_a_network_operator_with_another_eps_loses_parity(name, monkeypatch):
     operator = getattr(kernels, name)
-    monkeypatch.setattr(f"bench.kernels.{name}", lambda *arguments: operator(*arguments, eps=0.1))
+    monkeypatch.setattr(kernels, name, lambda *arguments: operator(*arguments, eps=0.1))
     workload = next(w for w in workloads(800, torch.float32, CPU) if w.name == name)
     assert workload.error(workload.make(0)) > 1e-3
     monkeypatch.undo()
@@ -110,17 +115,19 @@ def test_a_wrong_kernel_loses_parity(name, monkeypatch):
     assert workload.error(arguments) < 2e-5
     monkeypatch.setattr("bench.kernels.SEED", 8)
     if name == "q_sample_rows":
-        monkeypatch.setattr("bench.kernels.rows_reference", lambda *a: (torch.zeros(1), torch.zeros(1), None))
+        monkeypatch.setattr(operator_file(name), "reference", lambda *a: (torch.zeros(1), torch.zeros(1), None))
     assert workload.error(arguments) > 1e-3
 
 
 def test_a_nan_in_any_chunk_loses_parity(monkeypatch):
+    own = kernels.q_sample
+
     def broken(*arguments):
-        x_t, noise = kernels.q_sample(*arguments)
+        x_t, noise = own(*arguments)
         x_t[0, 0, 0, 0] = torch.nan
         return x_t, noise
 
-    monkeypatch.setattr("bench.kernels.q_sample", broken)
+    monkeypatch.setattr(kernels, "q_sample", broken)
     monkeypatch.setattr("bench.kernels.CHUNK_ROWS", 1)
     workload = next(w for w in workloads(3 * 768, torch.float32, CPU) if w.name == "q_sample")
     record = measure(workload, CPU, rounds=1)
