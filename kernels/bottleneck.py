@@ -8,7 +8,7 @@
 (Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) Its `to_vec`, `up0`
 and first gate. Inference only: no autograd.
 
-Does it pay? Modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA graph),
+When it is faster: Modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA graph),
 not measured, on a U-Net with n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written per
 image, 512 KiB of weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool, GELU,
 transposed convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the step's:
@@ -24,16 +24,18 @@ n = 1024 each of 512 programs reads 64 KiB of weights and 64 KiB of x, because e
 A launch of its own for the pooling would save half of that, 6 us, but costs 2 us at every batch: left out.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import Cost, jit, tl
-from kernels.group_norm_relu import check_images, check_vectors, power_of_two
+from kernels.backend import Cost, jit, power_of_two, tl
+from kernels.convolution import film_of
+from kernels.group_norm_relu import check_images, check_vectors
 from kernels.group_norm_relu import launch as group_norm_launch
 from kernels.group_norm_relu import reference as group_norm_reference
-from kernels.q_sample import FLOATS
 
 ROWS = 16  # images per program: the least that tl.dot takes
 # Bytes of one weight row of a group: beyond them the accumulators of 16 images leave the registers and the staged
@@ -51,7 +53,7 @@ def pooled(x: Tensor) -> Tensor:
 def product(x: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor:
     """u of the equations in the memory layout of x: one matrix product, on the weights as they lie if they share it."""
     n, channels, height, width = x.shape
-    if backend.layout_of(x)[1]:
+    if backend.is_channels_last(x):
         matrix = up_weight.permute(0, 2, 3, 1).reshape(channels, -1)
         up = torch.addmm(up_bias.to(x.dtype).repeat(height * width), pooled(x), matrix)
         return backend.like(up.reshape(n, height, width, channels).permute(0, 3, 1, 2), x)
@@ -96,16 +98,6 @@ def columns_of(
 
 
 @jit
-def film_of(film, row, live, channel, exists, C: tl.constexpr, SHARED: tl.constexpr):
-    """film[row, channel], or film[0, channel] for all rows."""
-    if SHARED:
-        values = tl.load(film + channel, mask=exists, other=0)[None, :]
-    else:
-        values = tl.load(film + row[:, None] * C + channel[None, :], mask=live[:, None] & exists[None, :], other=0)
-    return values.to(tl.float32)
-
-
-@jit
 def bottleneck_kernel(
     x,
     up_weight,
@@ -126,7 +118,6 @@ def bottleneck_kernel(
     POOLED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WEIGHT_CHANNELS_LAST: tl.constexpr,
-    SCALED: tl.constexpr,
     SHARED_SCALE: tl.constexpr,
     SHARED_SHIFT: tl.constexpr,
 ):
@@ -166,7 +157,7 @@ def bottleneck_kernel(
     gain = tl.load(norm_weight + channel, mask=exists, other=0).to(tl.float32)[None, :]
     y = apart * gain + tl.load(norm_bias + channel, mask=exists, other=0).to(tl.float32)[None, :]
     y = tl.maximum(y, 0.0)
-    if SCALED:
+    if film_scale is not None:
         y *= film_of(film_scale, row, live, channel, exists, C, SHARED_SCALE)
     y += film_of(film_shift, row, live, channel, exists, C, SHARED_SHIFT)
     tl.store(out + image + columns[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & exists[None, :])
@@ -190,7 +181,7 @@ def launch(
     if film_scale is not None and film_scale.ndim == 3:
         tensors = (x, up_weight, up_bias, norm_weight, norm_bias)
         copies = [launch(*tensors, scale, film_shift, groups, eps) for scale in film_scale.unbind()]
-        return torch.cat(copies).contiguous(memory_format=_layout(x))
+        return torch.cat(copies).contiguous(memory_format=backend.memory_format(x))
     n, channels, *sides = x.shape
     area, group = sides[0] * sides[1], channels // groups
     up_bias, norm_weight, norm_bias = up_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous()
@@ -199,20 +190,12 @@ def launch(
     if block_n * x.element_size() > WIDEST:
         up = product(x, up_weight, up_bias)
         return group_norm_launch(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
-    _, channels_last = backend.layout_of(x)
-    _, weight_channels_last = backend.layout_of(up_weight)
     out = torch.empty_like(x)
+    tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, out)
     backend.launch(
         bottleneck_kernel,
         (-(-n // ROWS), groups),
-        x,
-        up_weight,
-        up_bias,
-        norm_weight,
-        norm_bias,
-        film_scale,
-        film_shift,
-        out,
+        *tensors,
         n,
         eps,
         C=channels,
@@ -222,9 +205,8 @@ def launch(
         BLOCK_K=min(max(STAGE // (block_n * x.element_size()), 16), 32),
         BLOCK_N=block_n,
         POOLED=min(area, POOLED),
-        CHANNELS_LAST=channels_last,
-        WEIGHT_CHANNELS_LAST=weight_channels_last,
-        SCALED=film_scale is not None,
+        CHANNELS_LAST=backend.is_channels_last(x),
+        WEIGHT_CHANNELS_LAST=backend.is_channels_last(up_weight),
         SHARED_SCALE=film_scale is not None and film_scale.shape[0] == 1,
         SHARED_SHIFT=film_shift.shape[0] == 1,
         num_warps=4 if block_n <= 256 else 8,
@@ -232,47 +214,24 @@ def launch(
     return out
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if backend.layout_of(x)[1] else torch.contiguous_format
-
-
-def _on_cpu(x: Tensor, *tensors: Tensor | None, groups: int, eps: float) -> Tensor:
+def _on_cpu(x: Tensor, *others: Any) -> Tensor:
+    *tensors, groups, eps = others
     compute = backend.computed_in(x.dtype)
     y = reference(*(None if tensor is None else tensor.to(compute) for tensor in (x, *tensors)), groups, eps)
-    return y.to(x.dtype).contiguous(memory_format=_layout(x))
+    return y.to(x.dtype).contiguous(memory_format=backend.memory_format(x))
 
 
-@torch.library.custom_op("fused_ddpm::bottleneck", mutates_args=())
-def operator(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    film_scale: Tensor | None,
-    film_shift: Tensor,
-    groups: int,
-    eps: float,
-) -> Tensor:
-    """The registered operator. Checks sizes again, which tracing leaves out."""
-    _check_rows(x, film_scale, film_shift)
-    run = launch if backend.runs_triton(x) else _on_cpu
-    tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
-    return run(*tensors, groups=groups, eps=eps)
-
-
-@operator.register_fake
-def _(x: Tensor, *others: object) -> Tensor:
+def _fake(x: Tensor, *others: Any) -> Tensor:
     film_scale = others[4]
     if film_scale is None or film_scale.ndim == 2:
         return torch.empty_like(x)
     shape = (film_scale.shape[0] * x.shape[0], *x.shape[1:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=backend.memory_format(x))
 
 
-def _check_rows(x: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> None:
+def _check_rows(x: Tensor, *others: Any) -> None:
     """Raise ValueError unless FiLM has rows for x. Asked while tracing, it would fix the number of images."""
-    n, channels = x.shape[:2]
+    (n, channels), (film_scale, film_shift) = x.shape[:2], others[4:6]
     for name, film in (("film_scale", film_scale), ("film_shift", film_shift)):
         if film is None:
             continue
@@ -282,22 +241,7 @@ def _check_rows(x: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> Non
             raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating {needs}")
 
 
-def _check(x: Tensor, up_weight: Tensor, film_scale: Tensor | None, film_shift: Tensor) -> None:
-    _, channels, height, width = x.shape
-    shape = (channels, channels, height, width)
-    if up_weight.shape != shape or up_weight.dtype != x.dtype:
-        raise ValueError(
-            f"up_weight: got {up_weight.dtype} {list(up_weight.shape)}, needs {x.dtype} {list(shape)} to go with x"
-        )
-    if not (up_weight.is_contiguous() or up_weight.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"up_weight: has strides {up_weight.stride()}, needs a channels_last or contiguous tensor")
-    for name, film in (("film_scale", film_scale), ("film_shift", film_shift)):
-        if film is None:
-            continue
-        if film.dtype not in FLOATS:
-            raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating tensor")
-        if film.is_cuda and film.dtype == torch.float64:
-            raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+operator = backend.register("bottleneck", launch, _on_cpu, _fake, _check_rows)
 
 
 def bottleneck(
@@ -330,15 +274,23 @@ def bottleneck(
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     check_images(x, groups, eps)
-    check_vectors(x.shape[1], up_bias=up_bias, norm_weight=norm_weight, norm_bias=norm_bias)
-    _check(x, up_weight, film_scale, film_shift)
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
-    backend.same_device(x, up_weight=up_weight, film_scale=film_scale, film_shift=film_shift, **vectors)
+    check_vectors(x.shape[1], **vectors)
+    shape = (x.shape[1], *x.shape[1:])
+    if up_weight.shape != shape or up_weight.dtype != x.dtype:
+        raise ValueError(
+            f"up_weight: got {up_weight.dtype} {list(up_weight.shape)}, needs {x.dtype} {list(shape)} to go with x"
+        )
+    backend.check_layout("up_weight", up_weight)
+    films = {"film_scale": film_scale, "film_shift": film_shift}
+    for name, film in films.items():
+        if film is not None:
+            backend.check_floats(name, film, True, "a floating tensor")
+    backend.same_device(x, up_weight=up_weight, **films, **vectors)
+    arguments = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
     if not torch.compiler.is_compiling():
-        _check_rows(x, film_scale, film_shift)
-    run = operator if backend.is_opaque(x) else _on_cpu
-    tensors = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift)
-    return run(*tensors, groups=groups, eps=eps)
+        _check_rows(*arguments)
+    return (operator if backend.is_opaque(x) else _on_cpu)(*arguments)
 
 
 def cost(x: torch.dtype, channels: int, batch: int) -> Cost:

@@ -8,20 +8,20 @@ The second source is a skip connection: the sum is the convolution of the concat
 guidance x has twice its images, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit
 GEMM: Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
 
-Does it pay? A step of the inference form is about 90 launches with the library's convolutions, 30 with these. Modelled
+When it is faster: A step of the inference form is about 90 launches with the library's convolutions, 30 with these. Modelled
 for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against 60-90. At
 large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is the
 default.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import Cost, jit, tl
-from kernels.group_norm_relu import power_of_two
-from kernels.q_sample import FLOATS
+from kernels.backend import FLOATS, Cost, jit, power_of_two, tl
 
 LAST = torch.channels_last
 KEEP, POOL, SPREAD = "keep", "pool", "spread"
@@ -112,6 +112,16 @@ def add_product(
 
 
 @jit
+def film_of(film, row, live, channel, exists, C: tl.constexpr, SHARED: tl.constexpr):
+    """film[row, channel], or film[0, channel] for all rows."""
+    if SHARED:
+        values = tl.load(film + channel, mask=exists, other=0)[None, :]
+    else:
+        values = tl.load(film + row[:, None] * C + channel[None, :], mask=live[:, None] & exists[None, :], other=0)
+    return values.to(tl.float32)
+
+
+@jit
 def largest(a, b):
     """The larger one; NaN if either is, as in the library's pooling."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -141,14 +151,9 @@ def convolution_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    BIASED: tl.constexpr,
-    SKIPPED: tl.constexpr,
     GELU: tl.constexpr,
-    SCALED: tl.constexpr,
     SHARED_SCALE: tl.constexpr,
-    SHIFTED: tl.constexpr,
     SHARED_SHIFT: tl.constexpr,
-    ONTO: tl.constexpr,
     THEN: tl.constexpr,
 ):
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,26 +162,19 @@ def convolution_kernel(
     image, py, px = pixels_of(m, H, W, THEN == "pool")
     v = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     v = add_product(v, x, weight, image, py, px, live, column, exists, H, W, C, TAPS, BLOCK_K, STAGES)
-    if SKIPPED:
+    if skip is not None:
         other = image % skip_images
         v = add_product(v, skip, skip_weight, other, py, px, live, column, exists, H, W, SKIP_C, TAPS, BLOCK_K, STAGES)
-    if BIASED:
+    if bias is not None:
         v += tl.load(bias + column, mask=exists, other=0).to(tl.float32)[None, :]
     if GELU:
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     mask = live[:, None] & exists[None, :]
-    film = image[:, None] * N + column[None, :]
-    if SCALED:
-        if SHARED_SCALE:
-            v *= tl.load(film_scale + column, mask=exists, other=0).to(tl.float32)[None, :]
-        else:
-            v *= tl.load(film_scale + film, mask=mask, other=0).to(tl.float32)
-    if SHIFTED:
-        if SHARED_SHIFT:
-            v += tl.load(film_shift + column, mask=exists, other=0).to(tl.float32)[None, :]
-        else:
-            v += tl.load(film_shift + film, mask=mask, other=0).to(tl.float32)
-    if ONTO:
+    if film_scale is not None:
+        v *= film_of(film_scale, image, live, column, exists, N, SHARED_SCALE)
+    if film_shift is not None:
+        v += film_of(film_shift, image, live, column, exists, N, SHARED_SHIFT)
+    if onto is not None:
         pixel = (image * H + py) * W + px
         v += tl.load(onto + pixel[:, None] * N + column[None, :], mask=mask, other=0).to(tl.float32)
     if THEN == "pool":
@@ -217,30 +215,22 @@ def launch(
     then: str,
 ) -> Tensor:
     """One launch; images and weights are read in channels_last."""
-    x, weight = x.contiguous(memory_format=LAST), weight.contiguous(memory_format=LAST)
-    skip, skip_weight, onto = (
-        None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in (skip, skip_weight, onto)
-    )
+    images = (x, weight, skip, skip_weight, onto)
+    images = (None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in images)
+    x, weight, skip, skip_weight, onto = images
     bias, film_scale, film_shift = map(backend.vector, (bias, film_scale, film_shift))
     n, channels, height, width = x.shape
     columns, rows = weight.shape[0], n * height * width
     widest = max(channels, columns, 0 if skip is None else skip.shape[1])
     if rows * widest >= ELEMENTS_LIMIT:
         raise ValueError(f"x: got {list(x.shape)} for {columns} outputs, needs fewer than 2^31 elements in one call")
-    out = _empty(x, weight, then)
+    out = _fake(x, weight, then)
     block_m, block_n = tile(rows, columns)
+    tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, out)
     backend.launch(
         convolution_kernel,
         (-(-rows // block_m), -(-columns // block_n)),
-        x,
-        weight,
-        bias,
-        skip,
-        skip_weight,
-        film_scale,
-        film_shift,
-        onto,
-        out,
+        *tensors,
         rows,
         1 if skip is None else skip.shape[0],
         H=height,
@@ -253,23 +243,17 @@ def launch(
         BLOCK_N=block_n,
         BLOCK_K=min(max(power_of_two(channels), LEAST_ROWS), MOST_CHANNELS),
         STAGES=STAGES,
-        BIASED=bias is not None,
-        SKIPPED=skip is not None,
         GELU=gelu,
-        SCALED=film_scale is not None,
         SHARED_SCALE=film_scale is not None and film_scale.shape[0] == 1,
-        SHIFTED=film_shift is not None,
         SHARED_SHIFT=film_shift is not None and film_shift.shape[0] == 1,
-        ONTO=onto is not None,
         THEN=then,
         num_warps=min(max(block_m * block_n // WARP_ELEMENTS, 4), 8),
     )
     return out
 
 
-def _empty(x: Tensor, weight: Tensor, then: str) -> Tensor:
-    n, _, height, width = x.shape
-    columns = weight.shape[0]
+def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    (n, _, height, width), columns, then = x.shape, weight.shape[0], others[-1]
     shape = (n, columns, height, width)
     if then == POOL:
         shape = (n, columns, height // 2, width // 2)
@@ -278,30 +262,8 @@ def _empty(x: Tensor, weight: Tensor, then: str) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
 
 
-@torch.library.custom_op("fused_ddpm::convolution", mutates_args=())
-def operator(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
-    film_scale: Tensor | None,
-    film_shift: Tensor | None,
-    onto: Tensor | None,
-    gelu: bool,
-    then: str,
-) -> Tensor:
-    """The registered operator. Checks sizes again, which tracing leaves out."""
-    tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto)
-    _check_sizes(*tensors)
-    if backend.runs_triton(x):
-        return launch(*tensors, gelu, then)
-    return reference(*tensors, gelu, then).contiguous(memory_format=LAST)
-
-
-@operator.register_fake
-def _(x: Tensor, weight: Tensor, *others: object) -> Tensor:
-    return _empty(x, weight, others[-1])
+def _on_cpu(*arguments: Any) -> Tensor:
+    return reference(*arguments).contiguous(memory_format=LAST)
 
 
 def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
@@ -315,17 +277,9 @@ def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, side
         )
 
 
-def _check_sizes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
-    film_scale: Tensor | None,
-    film_shift: Tensor | None,
-    onto: Tensor | None,
-) -> None:
+def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
     """Raise ValueError unless everything goes together. Asked while tracing, it would fix the number of images."""
+    bias, skip, skip_weight, film_scale, film_shift, onto = others[:6]
     n, _, height, width = x.shape
     columns = weight.shape[0]
     if skip is not None and (skip_weight.shape[::2] != weight.shape[::2] or not skip.shape[0] or n % skip.shape[0]):
@@ -342,6 +296,9 @@ def _check_sizes(
             raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs {x.dtype} {needs}")
     if onto is not None and (onto.shape != (n, columns, height, width) or onto.dtype != x.dtype):
         raise ValueError(f"onto: got {onto.dtype} {list(onto.shape)}, needs {x.dtype} {[n, columns, height, width]}")
+
+
+operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes)
 
 
 def convolution(
@@ -385,9 +342,9 @@ def convolution(
         raise ValueError("skip and skip_weight: got one of them, needs both or none")
     if skip is not None:
         _check_source("skip", skip, skip_weight, x.dtype, x.shape[2:])
-    tensors = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto)
+    arguments = (x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then)
     if not torch.compiler.is_compiling():
-        _check_sizes(*tensors)
+        _check_sizes(*arguments)
     if then not in (KEEP, POOL, SPREAD):
         raise ValueError(f"then: got {then!r}, needs {KEEP}, {POOL} or {SPREAD}")
     if then == POOL and (x.shape[2] % 2 or x.shape[3] % 2):
@@ -397,8 +354,8 @@ def convolution(
     others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
     backend.same_device(x, weight=weight, bias=bias, onto=onto, **others)
     if kernel and backend.is_opaque(x):
-        return operator(*tensors, gelu, then)
-    y = reference(*tensors, gelu, then)
+        return operator(*arguments)
+    y = reference(*arguments)
     if torch.compiler.is_compiling():  # who traces lays tensors out
         return y
     return y.contiguous(memory_format=LAST) if x.is_contiguous(memory_format=LAST) else y

@@ -5,7 +5,7 @@
 
 (Wu & He: Group Normalization, 2018, equations 1-3 and 6.) Inference only: no autograd.
 
-Does it pay? Modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not measured, on
+When it is faster: Modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not measured, on
 the out head [n, 64, 16, 16] in bf16, 64 KiB per image read and written. The eager sequence is moments, affine and ReLU:
 three launches, five passes. PyTorch's CUDA GroupNorm works on contiguous images (pytorch issue 111824), so a
 channels_last network copies there and back as well: five launches, nine passes. Times in us, in brackets of the step's:
@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backend
-from kernels.backend import Cost, jit, tl
-from kernels.q_sample import FLOATS
+from kernels.backend import Cost, jit, power_of_two, tl
 
 IMAGE_LIMIT = 1 << 31  # offsets within an image are 32 bit, those of images 64 bit
 # Elements that a program holds in registers, at 16 a thread up to 8 warps: a group below this is read once. Untuned.
@@ -97,8 +96,6 @@ def group_norm_relu_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    SCALED: tl.constexpr,
-    SHIFTED: tl.constexpr,
 ):
     image, first = (tl.program_id(0) // (C // GROUP)).to(tl.int64), tl.program_id(0) % (C // GROUP) * GROUP
     start = image * (C * AREA) + first * (1 if CHANNELS_LAST else AREA)
@@ -124,25 +121,20 @@ def group_norm_relu_kernel(
     gain = tl.load(weight + first + channel, mask=exists, other=0).to(tl.float32)
     gain = (gain * tl.rsqrt(squares / (GROUP * AREA) + eps))[None, :]
     offset = tl.load(bias + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
-    if SCALED:
+    if scale is not None:
         by = tl.load(scale + image * scale_stride + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
-    if SHIFTED:
+    if shift is not None:
         plus = tl.load(shift + image * shift_stride + first + channel, mask=exists, other=0).to(tl.float32)[None, :]
     for i in range(TILES):
         offsets, mask = tile_of(i, C, AREA, GROUP, BLOCK_P, BLOCK_C, CHANNELS_LAST)
         if TILES > 1:
             value = tl.load(x + start + offsets, mask=mask, other=0).to(tl.float32)
         y = tl.maximum((value - mean) * gain + offset, 0.0)
-        if SCALED:
+        if scale is not None:
             y = by * y
-        if SHIFTED:
+        if shift is not None:
             y += plus
         tl.store(out + start + offsets, y.to(out.dtype.element_ty), mask=mask)
-
-
-def power_of_two(least: int) -> int:
-    """The smallest power of two that is no less."""
-    return 1 << (least - 1).bit_length()
 
 
 def launch(
@@ -156,7 +148,6 @@ def launch(
 ) -> Tensor:
     """One pass over x, two where a group exceeds a tile; scale and shift as in the reference, for `bottleneck`."""
     out = torch.empty_like(x)
-    _, channels_last = backend.layout_of(x)
     n, channels, height, width = x.shape
     area, group = height * width, channels // groups
     block_c = power_of_two(group)
@@ -179,9 +170,7 @@ def launch(
         TILES=-(-area // block_p),
         BLOCK_P=block_p,
         BLOCK_C=block_c,
-        CHANNELS_LAST=channels_last,
-        SCALED=scale is not None,
-        SHIFTED=shift is not None,
+        CHANNELS_LAST=backend.is_channels_last(x),
         num_warps=min(max(block_p * block_c // (THREAD_ELEMENTS * backend.WARP), 1), 8),
     )
     return out
@@ -193,27 +182,19 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     return backend.like(y.to(x.dtype), x)
 
 
-@torch.library.custom_op("fused_ddpm::group_norm_relu", mutates_args=())
-def operator(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """The registered operator."""
-    return (launch if backend.runs_triton(x) else _on_cpu)(x, weight, bias, groups, eps)
+def _launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return launch(x, weight, bias, groups, eps)
 
 
-@operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return torch.empty_like(x)
+operator = backend.register("group_norm_relu", _launch, _on_cpu, lambda x, *others: torch.empty_like(x))
 
 
 def check_images(x: Tensor, groups: int, eps: float) -> None:
     """Raise TypeError or ValueError unless x is [n, C, H, W] in a layout that kernels read, and groups divide C."""
-    if x.ndim != 4 or x.dtype not in FLOATS:
-        raise TypeError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, H, W]")
-    if x.is_cuda and x.dtype == torch.float64:
-        raise TypeError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+    backend.check_floats("x", x, x.ndim == 4, "a floating tensor [n, C, H, W]")
     if 0 in x.shape[1:] or x.shape[1] * x.shape[2] * x.shape[3] >= IMAGE_LIMIT:
         raise ValueError(f"x: got {list(x.shape)}, needs 1 to 2^31 - 1 elements per image")
-    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"x: has strides {x.stride()}, needs a channels_last or contiguous tensor")
+    backend.check_layout("x", x)
     if groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups: got {groups}, needs a divisor of x's {x.shape[1]} channels")
     if not eps > 0:
@@ -221,12 +202,9 @@ def check_images(x: Tensor, groups: int, eps: float) -> None:
 
 
 def check_vectors(channels: int, **vectors: Tensor) -> None:
-    """Raise ValueError unless each is a floating tensor [channels]."""
+    """Raise TypeError unless each is a floating tensor [channels]."""
     for name, vector in vectors.items():
-        if vector.shape != (channels,) or vector.dtype not in FLOATS:
-            raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs a floating tensor [{channels}]")
-        if vector.is_cuda and vector.dtype == torch.float64:
-            raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+        backend.check_floats(name, vector, vector.shape == (channels,), f"a floating tensor [{channels}]")
 
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, eps: float = 1e-5) -> Tensor:

@@ -61,6 +61,12 @@ def check_seed(seed: int | Tensor) -> None:
         raise ValueError(f"seed: got {seed}, needs 0 <= seed < 2^63")
 
 
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as operators take it: an int64 scalar on the device. Raises as `check_seed` and `backend.scalar` do."""
+    check_seed(seed)
+    return backend.scalar("seed", seed, torch.int64, device)
+
+
 def is_integer(value: object) -> bool:
     """An integer proper: no bool, no float that happens to be whole."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -81,8 +87,8 @@ def check_counter(step: int | Tensor, stream: int, n: int = 1) -> None:
         raise ValueError(f"stream: got {stream}, needs 0 <= stream < 256")
 
 
-def check_samples(samples: Tensor) -> None:
-    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56).
+def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
+    """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56), one per row `of` an argument.
 
     Their values are read where `backend.reads_values` says so.
     """
@@ -92,37 +98,22 @@ def check_samples(samples: Tensor) -> None:
         low, high = int(samples.min()), int(samples.max())
         if low < 0 or high >= SAMPLE_LIMIT:
             raise ValueError(f"samples: got indices {low}..{high}, needs 0 <= index < 2^56")
+    if n is not None and samples.shape != (n,):
+        raise ValueError(f"samples: got {list(samples.shape)}, needs [{n}], one index per row of {of}")
 
 
 def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndarray:
-    """The first `numel` words of one sample: uint32 array [numel]. Plain NumPy, the readable definition.
+    """The first `numel` words of one sample: uint32 array [numel].
 
     Raises ValueError for a seed, sample, step or stream outside its range.
     """
-    check_seed(seed)
-    check_counter(step, stream)
     if not 0 <= sample < SAMPLE_LIMIT:
         raise ValueError(f"sample: got {sample}, needs 0 <= sample < 2^56")
-    block = np.arange((numel + 3) // 4, dtype=np.uint64)
-    rest = (step, sample & MASK, stream | (sample >> 32) << 8)
-    counter = [block, *(np.full_like(block, value) for value in rest)]
-    key = [np.uint64(seed & MASK), np.uint64(seed >> 32)]
-    mask, half = np.uint64(MASK), np.uint64(32)
-    for _ in range(ROUNDS):
-        product0 = counter[0] * np.uint64(MULTIPLIERS[0])
-        product1 = counter[2] * np.uint64(MULTIPLIERS[1])
-        counter = [
-            (product1 >> half) ^ counter[1] ^ key[0],
-            product1 & mask,
-            (product0 >> half) ^ counter[3] ^ key[1],
-            product0 & mask,
-        ]
-        key = [(word + np.uint64(weyl)) & mask for word, weyl in zip(key, WEYL, strict=True)]
-    return np.stack(counter, axis=1).reshape(-1)[:numel].astype(np.uint32)
+    return word_tensor(seed, torch.tensor([sample], device="cpu"), step, stream, numel)[0].numpy().astype(np.uint32)
 
 
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
-    """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
+    """The words of many samples: int64 tensor [n, numel] of values in [0, 2^32).
 
     samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
     of n, for each sample its own.
@@ -193,6 +184,11 @@ def normal(
     samples = torch.as_tensor(samples).to(device)
     values = box_muller(word_tensor(seed, samples, step, stream, numel + numel % 2))
     return values[:, :numel].reshape(samples.shape[0], *shape).to(dtype)
+
+
+def normal_like(x: Tensor, seed: int | Tensor, samples: Tensor, stream: int, dtype: torch.dtype) -> Tensor:
+    """Those of step 0 in the shape [n, ...] and on the device of x."""
+    return normal(seed, samples, 0, stream, tuple(x.shape[1:]), device=x.device, dtype=dtype)
 
 
 def first_word(seed: int | Tensor, samples: Tensor, stream: int) -> Tensor:
@@ -323,7 +319,7 @@ def tl_item_normals(
     RUN: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """Normals [B, RUN] of the j-th vectors of the items at `spot` (see backend.Items), in the order of their memory."""
+    """Normals [B, RUN] of the j-th vectors of the items at `spot` (see items.Items), in the order of their memory."""
     if LAYOUT == "interleaved":
         # Each vector takes of all channels: every j draws them again, and the compiler keeps one of the equal draws.
         drawn = ()

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels import backend, philox
-from kernels.backend import Cost, Items, jit, tl
+from kernels.backend import FLOATS, Cost, jit, tl
+from kernels.items import COUNTS, Items, access, launch_items, place
 from kernels.philox import Stream, tl_item_normals
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def pixels_to_unit(x0: Tensor) -> Tensor:
@@ -26,7 +25,7 @@ def reference(x0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor) -> Tenso
     return alpha_bar.sqrt() * pixels_to_unit(x0) + (1 - alpha_bar).sqrt() * noise
 
 
-@jit(do_not_specialize=backend.COUNTS)
+@jit(do_not_specialize=COUNTS)
 def q_sample_kernel(
     x0,
     t,
@@ -50,7 +49,7 @@ def q_sample_kernel(
     LAYOUT: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
     live, row, shape = spot[0], spot[1], (numel, HW, C)
     alpha_bar = tl.load(alpha_bars + tl.load(t + row, mask=live, other=0), mask=live, other=1.0)
     sample = tl.load(samples + row, mask=live, other=0)
@@ -58,11 +57,11 @@ def q_sample_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     clean = ()
     for j in tl.static_range(REPEAT):
-        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         clean = clean + (tl.load(x0 + offsets, mask=mask),)
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
     for j in tl.static_range(REPEAT):
-        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         z = tl_item_normals(key, zero, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         x = clean[j].to(tl.float32)
         if PIXELS:
@@ -76,45 +75,40 @@ def launch(
     x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """One pass: reads x0 once, writes x_t and noise once, in the memory layout of x0."""
-    original = x0
-    x0, channels_last = backend.layout_of(x0)
+    clean = backend.packed(x0)
     t, alpha_bars, samples = map(backend.vector, (t, alpha_bars, samples))
-    x_t, noise = torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
-    shape = backend.geometry(x0, channels_last)
-    items = Items.of(x0.shape[0], shape, backend.vector_run(x_t))
-    backend.launch_items(
+    x_t, noise = torch.empty_like(clean, dtype=dtype), torch.empty_like(clean, dtype=dtype)
+    tensors = (clean, t, alpha_bars, seed, samples, x_t, noise)
+    launch_items(
         q_sample_kernel,
-        items,
-        (x0, t, alpha_bars, seed, samples, x_t, noise),
-        shape,
+        Items.of(clean, x_t),
+        *tensors,
         STREAM=int(Stream.TRAINING_NOISE),
         PIXELS=x0.dtype == torch.uint8,
     )
-    return backend.like(x_t, original), backend.like(noise, original)
+    return backend.like(x_t, x0), backend.like(noise, x0)
 
 
-@torch.library.custom_op("fused_ddpm::q_sample", mutates_args=())
-def operator(
+def _on_cpu(
     x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The registered operator: seed is an int64 scalar tensor."""
-    last = alpha_bars.shape[0] - 1
-    if backend.reads_values(t) and t.numel() and not (int(t.min()) >= 1 and int(t.max()) <= last):
-        raise ValueError(f"t: got {int(t.min())}..{int(t.max())}, needs 1..{last}")
-    if backend.runs_triton(x0):
-        return launch(x0, t, alpha_bars, seed, samples, dtype)
     compute = torch.float64 if torch.float64 in (x0.dtype, dtype) else torch.float32
-    shape = tuple(x0.shape[1:])
-    noise = philox.normal(seed, samples, 0, Stream.TRAINING_NOISE, shape, device=x0.device, dtype=compute)
+    noise = philox.normal_like(x0, seed, samples, Stream.TRAINING_NOISE, compute)
     x_t = reference(x0, t, alpha_bars, noise)
     return backend.like(x_t.to(dtype), x0), backend.like(noise.to(dtype), x0)
 
 
-@operator.register_fake
-def _(
-    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x0, dtype=dtype), torch.empty_like(x0, dtype=dtype)
+def _check_values(x0: Tensor, t: Tensor, alpha_bars: Tensor, *others: object) -> None:
+    last = alpha_bars.shape[0] - 1
+    if backend.reads_values(t) and t.numel() and not (int(t.min()) >= 1 and int(t.max()) <= last):
+        raise ValueError(f"t: got {int(t.min())}..{int(t.max())}, needs 1..{last}")
+
+
+def _fake(x0: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x0, dtype=others[-1]), torch.empty_like(x0, dtype=others[-1])
+
+
+operator = backend.register("q_sample", launch, _on_cpu, _fake, _check_values)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -134,22 +128,13 @@ def _backward(ctx, grad_x_t: Tensor, grad_noise: Tensor | None):
 operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def check(x0: Tensor, t: Tensor, alpha_bars: Tensor, samples: Tensor) -> None:
-    """Raise TypeError or ValueError for arguments that `q_sample` cannot take; the operator checks t's values."""
-    n = x0.shape[0] if x0.ndim else -1
-    if n < 0 or x0.dtype not in (*FLOATS, torch.uint8):
-        raise TypeError(f"x0: got {x0.dtype} {list(x0.shape)}, needs a floating or uint8 tensor [n, ...]")
-    if x0.is_cuda and x0.dtype == torch.float64:
-        raise TypeError("x0: got float64 on CUDA, needs float32, float16, bfloat16 or uint8 there")
-    if t.dtype != torch.int64 or t.shape != (n,):
-        raise TypeError(f"t: got {t.dtype} {list(t.shape)}, needs int64 [{n}]")
+def check_diffusion(x0: Tensor, alpha_bars: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError for alpha_bars on the device of x0 and a type of x_t that kernels cannot take."""
     types = (torch.float32,) if x0.is_cuda else (torch.float32, torch.float64)
     if alpha_bars.ndim != 1 or alpha_bars.dtype not in types:
         raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
-    philox.check_samples(samples)
-    if samples.shape != (n,):
-        raise ValueError(f"samples: got {list(samples.shape)}, needs [{n}], one index per row of x0")
-    backend.same_device(x0, t=t, alpha_bars=alpha_bars, samples=samples)
+    if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
+        raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
 
 
 def q_sample(
@@ -173,12 +158,16 @@ def q_sample(
     Returns: (x_t, noise), both [n, ...] of `dtype`. Differentiable in x0.
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
-    check(x0, t, alpha_bars, samples)
-    philox.check_seed(seed)
     dtype = torch.float32 if dtype is None else dtype
-    if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
-        raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
-    seed = backend.scalar("seed", seed, torch.int64, x0.device)
+    types = (*FLOATS, torch.uint8)
+    backend.check_floats("x0", x0, x0.ndim > 0, "a floating or uint8 tensor [n, ...]", types)
+    n = x0.shape[0]
+    if t.dtype != torch.int64 or t.shape != (n,):
+        raise TypeError(f"t: got {t.dtype} {list(t.shape)}, needs int64 [{n}]")
+    check_diffusion(x0, alpha_bars, dtype)
+    philox.check_samples(samples, n, "x0")
+    backend.same_device(x0, t=t, alpha_bars=alpha_bars, samples=samples)
+    seed = philox.seed_tensor(seed, x0.device)
     x_t, noise = operator(x0, t, alpha_bars, seed, samples, dtype)
     return x_t, noise.detach()
 

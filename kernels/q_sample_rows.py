@@ -7,13 +7,16 @@
 (Ho, Jain, Abbeel 2020, algorithm 1, lines 2 to 4.) No DataLoader, no host work per step.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels import backend, philox
-from kernels.backend import Cost, Items, jit, tl
+from kernels.backend import FLOATS, Cost, jit, tl
+from kernels.items import COUNTS, Items, access, launch_items, place, within
 from kernels.philox import Stream, tl_item_normals, tl_words
-from kernels.q_sample import FLOATS, pixels_to_unit
+from kernels.q_sample import check_diffusion, pixels_to_unit
 from kernels.q_sample import reference as diffuse
 
 
@@ -27,13 +30,12 @@ def reference(
         x0 = torch.where(mirrored, x0.flip(-1), x0)
     t = philox.training_timesteps(seed, samples, alpha_bars.shape[0] - 1)
     compute = torch.promote_types(dtype, torch.float32)
-    shape = tuple(x0.shape[1:])
-    noise = philox.normal(seed, samples, 0, Stream.TRAINING_NOISE, shape, device=x0.device, dtype=compute)
+    noise = philox.normal_like(x0, seed, samples, Stream.TRAINING_NOISE, compute)
     x_t = diffuse(pixels_to_unit(x0), t, alpha_bars, noise)
     return x_t.to(dtype), t, noise.to(dtype)
 
 
-@jit(do_not_specialize=backend.COUNTS)
+@jit(do_not_specialize=COUNTS)
 def q_sample_rows_kernel(
     data,
     rows,
@@ -64,7 +66,7 @@ def q_sample_rows_kernel(
     FLIP: tl.constexpr,
     KEEP_NOISE: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
     live, row, first = spot[0], spot[1], spot[2]
     shape = (numel, HW, C)
     key, zero = tl.load(seed), tl.full((), 0, tl.int32)
@@ -81,7 +83,7 @@ def q_sample_rows_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     clean = ()
     for j in tl.static_range(REPEAT):
-        inside, mask = backend.within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        inside, mask = within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         if FLIP:
             column = inside // C % side
             inside = tl.where(mirrored[:, None], inside + (side - 1 - 2 * column) * C, inside)
@@ -89,7 +91,7 @@ def q_sample_rows_kernel(
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
     tl.store(t + row, step, mask=live & (first == 0))
     for j in tl.static_range(REPEAT):
-        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         z = tl_item_normals(key, zero, sample, NOISE_STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         x = clean[j].to(tl.float32)
         if PIXELS:
@@ -111,22 +113,15 @@ def launch(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: each row read once, x_t and t (and noise) written once, in the memory layout of the data."""
-    data, channels_last = backend.layout_of(data)
+    data = backend.packed(data)
+    x_t, t, noise = _empty(data, rows, flip, keep_noise, dtype)
     rows, alpha_bars, samples = map(backend.vector, (rows, alpha_bars, samples))
-    n = rows.shape[0]
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x_t = torch.empty((n, *data.shape[1:]), dtype=dtype, device=data.device, memory_format=layout)
-    noise = torch.empty_like(x_t) if keep_noise else x_t.new_empty(0)
-    t = torch.empty(n, dtype=torch.int64, device=data.device)
-    shape = backend.geometry(data, channels_last)
-    items = Items.of(n, shape, backend.vector_run(x_t))
-    backend.launch_items(
+    tensors = (data, rows, alpha_bars, seed, samples, x_t, t, noise)
+    launch_items(
         q_sample_rows_kernel,
-        items,
-        (data, rows, alpha_bars, seed, samples, x_t, t, noise),
-        shape,
-        alpha_bars.shape[0] - 1,
-        data.shape[-1],
+        Items.of(data, x_t, n=rows.shape[0]),
+        *tensors,
+        more=(alpha_bars.shape[0] - 1, data.shape[-1]),
         NOISE_STREAM=int(Stream.TRAINING_NOISE),
         TIMESTEP_STREAM=int(Stream.TIMESTEP),
         FLIP_STREAM=int(Stream.AUGMENTATION),
@@ -137,45 +132,28 @@ def launch(
     return x_t, t, noise
 
 
-@torch.library.custom_op("fused_ddpm::q_sample_rows", mutates_args=())
-def operator(
-    data: Tensor,
-    rows: Tensor,
-    alpha_bars: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    flip: bool,
-    keep_noise: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered operator: seed is an int64 scalar tensor; noise is empty unless kept."""
-    last = data.shape[0] - 1
-    if backend.reads_values(rows) and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) <= last):
-        raise ValueError(f"rows: got {int(rows.min())}..{int(rows.max())}, needs 0..{last}")
-    if backend.runs_triton(data):
-        return launch(data, rows, alpha_bars, seed, samples, flip, keep_noise, dtype)
-    x_t, t, noise = reference(data, rows, alpha_bars, seed, samples, flip, dtype)
-    layout = torch.channels_last if backend.layout_of(data)[1] else torch.contiguous_format
-    x_t, noise = (tensor.contiguous(memory_format=layout) for tensor in (x_t, noise))
+def _empty(data: Tensor, rows: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, t, noise), the last without elements unless it is kept. options: the last two are keep_noise and dtype."""
+    keep_noise, dtype = options[-2:]
+    shape, layout = (rows.shape[0], *data.shape[1:]), backend.memory_format(data)
+    x_t = torch.empty(shape, dtype=dtype, device=data.device, memory_format=layout)
+    return x_t, rows.new_empty(rows.shape), torch.empty_like(x_t) if keep_noise else x_t.new_empty(0)
+
+
+def _on_cpu(data: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, keep_noise, dtype = others
+    x_t, t, noise = reference(data, *others, dtype)
+    x_t, noise = (tensor.contiguous(memory_format=backend.memory_format(data)) for tensor in (x_t, noise))
     return x_t, t, noise if keep_noise else noise.new_empty(0)
 
 
-@operator.register_fake
-def _(
-    data: Tensor,
-    rows: Tensor,
-    alpha_bars: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    flip: bool,
-    keep_noise: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    layout = torch.channels_last if backend.layout_of(data)[1] else torch.contiguous_format
-    shape = (rows.shape[0], *data.shape[1:])
-    x_t = torch.empty(shape, dtype=dtype, device=data.device, memory_format=layout)
-    noise = torch.empty_like(x_t) if keep_noise else x_t.new_empty(0)
-    return x_t, rows.new_empty(rows.shape), noise
+def _check_values(data: Tensor, rows: Tensor, *others: object) -> None:
+    last = data.shape[0] - 1
+    if backend.reads_values(rows) and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) <= last):
+        raise ValueError(f"rows: got {int(rows.min())}..{int(rows.max())}, needs 0..{last}")
+
+
+operator = backend.register("q_sample_rows", launch, _on_cpu, _empty, _check_values)
 
 
 def q_sample_rows(
@@ -201,23 +179,14 @@ def q_sample_rows(
     Returns: (x_t [n, ...], t int64 [n], noise [n, ...] or None); `noise_mse` needs no noise.
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
-    if data.ndim < 2 or data.dtype not in (*FLOATS, torch.uint8) or (data.is_cuda and data.dtype == torch.float64):
-        raise TypeError(f"data: got {data.dtype} {list(data.shape)}, needs uint8 or float32 [N, ...]")
-    if backend.layout_of(data)[0] is not data:
-        raise ValueError(f"data: has strides {data.stride()}, needs a contiguous or channels_last tensor")
+    backend.check_floats("data", data, data.ndim > 1, "uint8 or float32 [N, ...]", (*FLOATS, torch.uint8))
+    backend.check_layout("data", data)
     if rows.dtype != torch.int64 or rows.ndim != 1:
         raise TypeError(f"rows: got {rows.dtype} {list(rows.shape)}, needs int64 [n]")
-    types = (torch.float32,) if data.is_cuda else (torch.float32, torch.float64)
-    if alpha_bars.ndim != 1 or alpha_bars.dtype not in types:
-        raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
-    if dtype not in FLOATS or (data.is_cuda and dtype == torch.float64):
-        raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
-    philox.check_seed(seed)
-    philox.check_samples(samples)
-    if samples.shape != rows.shape:
-        raise ValueError(f"samples: got {list(samples.shape)}, needs [{rows.shape[0]}], one index per row")
+    check_diffusion(data, alpha_bars, dtype)
+    philox.check_samples(samples, rows.shape[0], "rows")
     backend.same_device(data, rows=rows, alpha_bars=alpha_bars, samples=samples)
-    seed = backend.scalar("seed", seed, torch.int64, data.device)
+    seed = philox.seed_tensor(seed, data.device)
     x_t, t, noise = operator(data, rows, alpha_bars, seed, samples, flip, keep_noise, dtype)
     return x_t, t, noise if keep_noise else None
 

@@ -8,14 +8,15 @@ with z from stream 1 at step t. A table row is (c0, .., c6, t); see ddpm/solvers
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import backend, philox
-from kernels.backend import Cost, Items, jit, tl
+from kernels.backend import FLOATS, Cost, jit, tl
+from kernels.items import COUNTS, Items, access, launch_items, place
 from kernels.philox import Stream, tl_item_normals
-from kernels.q_sample import FLOATS
 
 COLUMNS = 8
 
@@ -45,7 +46,7 @@ def reference(
     return x_new, x0
 
 
-@jit(do_not_specialize=backend.COUNTS)
+@jit(do_not_specialize=COUNTS)
 def solver_step_kernel(
     x,
     m,
@@ -70,18 +71,16 @@ def solver_step_kernel(
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
     LAYOUT: tl.constexpr,
-    GUIDED: tl.constexpr,
     GUIDED_BY_ROW: tl.constexpr,
-    MEMORY: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
-    spot = backend.place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
+    spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
     live, row, shape = spot[0], spot[1], (numel, HW, C)
     entry = tl.load(index)
     c = table + entry * 8
     c0, c1, c2, c3, c4 = tl.load(c), tl.load(c + 1), tl.load(c + 2), tl.load(c + 3), tl.load(c + 4)
     c5, c6 = tl.load(c + 5), tl.load(c + 6)
-    if GUIDED:
+    if m_uncond is not None:
         # No stride of 0 or 1 at run time: with it, 3% more instructions (fp32, sm_80 to sm_100).
         w = tl.load(guidance + entry) if GUIDED_BY_ROW else tl.load(guidance)
     # Unclipped, the equation is linear in x and m: multiplied out, it takes three instructions less per element.
@@ -89,10 +88,10 @@ def solver_step_kernel(
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     states, cleans = (), ()
     for j in tl.static_range(REPEAT):
-        offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+        offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
         old = tl.load(x + offsets, mask=mask).to(tl.float32)
         output = tl.load(m + offsets, mask=mask).to(tl.float32)
-        if GUIDED:
+        if m_uncond is not None:
             uncond = tl.load(m_uncond + offsets, mask=mask).to(tl.float32)
             output = uncond + w * (output - uncond)
         x0 = c0 * old + c1 * output
@@ -101,24 +100,24 @@ def solver_step_kernel(
             new = c2 * old + c3 * x0 + c4 * output
         else:
             new = of_x * old + of_m * output
-        if MEMORY:
+        if x0_prev is not None:
             new += c5 * tl.load(x0_prev + offsets, mask=mask).to(tl.float32)
         states, cleans = states + (new,), cleans + (x0,)
-    if MEMORY:
+    if x0_prev is not None:
         for j in tl.static_range(REPEAT):
-            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+            offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x0_prev + offsets, cleans[j].to(x0_prev.dtype.element_ty), mask=mask)
     # A branch that all programs take alike: solvers without noise pay no Philox.
     if c6 != 0.0:
         key, step = tl.load(seed), tl.load(c + 7).to(tl.int32)
         sample = tl.load(samples + row, mask=live, other=0)
         for j in tl.static_range(REPEAT):
-            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+            offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
             new = states[j] + c6 * tl_item_normals(key, step, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x + offsets, new.to(x.dtype.element_ty), mask=mask)
     else:
         for j in tl.static_range(REPEAT):
-            offsets, mask = backend.access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+            offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
             tl.store(x + offsets, states[j].to(x.dtype.element_ty), mask=mask)
 
 
@@ -135,46 +134,22 @@ def launch(
     clip: float | None,
 ) -> None:
     """One pass over x and what goes with it, in x's memory layout (others are brought to it)."""
-    _, channels_last = backend.layout_of(x)
     m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
-    samples = backend.vector(samples)
-    shape = backend.geometry(x, channels_last)
-    items = Items.of(x.shape[0], shape, backend.vector_run(x, x0_prev))
-    backend.launch_items(
+    tensors = (x, m, m_uncond, x0_prev, table, index, seed, backend.vector(samples), guidance)
+    launch_items(
         solver_step_kernel,
-        items,
-        (x, m, m_uncond, x0_prev, table, index, seed, samples, guidance),
-        shape,
-        0.0 if clip is None else clip,
+        Items.of(x, x, x0_prev),
+        *tensors,
+        more=(0.0 if clip is None else clip,),
         STREAM=int(Stream.SAMPLING),
-        GUIDED=m_uncond is not None,
         GUIDED_BY_ROW=guidance is not None and guidance.ndim == 1,
-        MEMORY=x0_prev is not None,
         CLIPPED=clip is not None,
     )
 
 
-@torch.library.custom_op("fused_ddpm::solver_step", mutates_args=("x", "x0_prev"))
-def operator(
-    x: Tensor,
-    m: Tensor,
-    table: Tensor,
-    index: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    m_uncond: Tensor | None,
-    guidance: Tensor | None,
-    x0_prev: Tensor | None,
-    clip: float | None,
-) -> None:
-    """The registered operator: index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S]."""
-    if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
-        raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
-    if backend.runs_triton(x):
-        launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
-        return
-    entry = int(index)
-    compute = torch.promote_types(x.dtype, torch.float32)
+def _on_cpu(x: Tensor, m: Tensor, table: Tensor, index: Tensor, seed: Tensor, samples: Tensor, *others: Any) -> None:
+    m_uncond, guidance, x0_prev, clip = others
+    entry, compute = int(index), backend.computed_in(x.dtype)
     row = table[entry].to(compute)
     z = None
     if row[6] != 0:  # as in the kernel: a step of 32 3x16x16 images takes 1.4 ms with noise, 0.2 without (EPYC)
@@ -191,26 +166,29 @@ def operator(
         x0_prev.copy_(x0)
 
 
-@operator.register_fake
-def _(*arguments: object) -> None:
+def _check_values(x: Tensor, m: Tensor, table: Tensor, index: Tensor, *others: object) -> None:
+    if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
+        raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
+
+
+def _fake(*arguments: object) -> None:
     return None
+
+
+# index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S].
+operator = backend.register("solver_step", launch, _on_cpu, _fake, _check_values, mutates=("x", "x0_prev"))
 
 
 def _check(
     x: Tensor, m: Tensor, table: Tensor, samples: Tensor, m_uncond: Tensor | None, x0_prev: Tensor | None
 ) -> None:
-    if x.ndim < 2 or x.dtype not in FLOATS:
-        raise TypeError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, ...]")
-    if x.is_cuda and x.dtype == torch.float64:
-        raise TypeError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+    backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
     for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
         if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
             raise ValueError(
                 f"{name}: got {other.dtype} {list(other.shape)}, needs a floating tensor of x's shape {list(x.shape)}"
             )
-    channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if not (x.is_contiguous() or channels_last):
-        raise ValueError(f"x: has strides {x.stride()}, needs a contiguous or channels_last tensor to write into")
+    backend.check_layout("x", x)
     if x0_prev is not None and x0_prev.stride() != x.stride():
         raise ValueError(f"x0_prev: has strides {x0_prev.stride()}, needs those of x {x.stride()}")
     if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype not in (torch.float32, torch.float64):
@@ -221,9 +199,7 @@ def _check(
         raise TypeError(f"table: got {table.dtype} on CUDA, needs float32 there")
     if not table.is_contiguous():
         raise ValueError(f"table: has strides {table.stride()}, needs a contiguous tensor")
-    philox.check_samples(samples)
-    if samples.shape != (x.shape[0],):
-        raise ValueError(f"samples: got {list(samples.shape)}, needs [{x.shape[0]}], one index per row of x")
+    philox.check_samples(samples, x.shape[0], "x")
     backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
 
 
@@ -270,7 +246,7 @@ def solver_step(
     Returns: x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     _check(x, m, table, samples, m_uncond, x0_prev)
-    philox.check_seed(seed)
+    seed = philox.seed_tensor(seed, x.device)
     if isinstance(index, Tensor):
         if index.dtype != torch.int64 or index.numel() != 1:
             raise TypeError(f"index: got a {index.dtype} tensor of {index.numel()} elements, needs one int64")
@@ -281,7 +257,6 @@ def solver_step(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
     index = backend.scalar("index", index, torch.int64, x.device)
-    seed = backend.scalar("seed", seed, torch.int64, x.device)
     weight = None if m_uncond is None else _weights(guidance, table)
     operator(x, m, table, index, seed, samples, m_uncond, weight, x0_prev, clip)
     return x

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from kernels import backend, philox
-from kernels.backend import Cost, jit, tl
+from kernels.backend import WARP, Cost, jit, tl
+from kernels.items import ITEM_ELEMENTS, NUM_WARPS, vector_run
 from kernels.philox import Stream, tl_normals
 
 
@@ -34,19 +35,10 @@ def bare_kernel(
 
 def launch(out: Tensor, seed: Tensor, sample: Tensor) -> None:
     """Fill `out`, one sample of whole programs (no masks); seed and sample: int64 scalars."""
-    run, block = backend.vector_run(out), backend.NUM_WARPS * backend.WARP
-    backend.launch(
-        bare_kernel,
-        (out.numel() // (block * backend.ITEM_ELEMENTS),),
-        out,
-        seed,
-        sample,
-        STREAM=int(Stream.TRAINING_NOISE),
-        BLOCK=block,
-        REPEAT=backend.ITEM_ELEMENTS // run,
-        RUN=run,
-        num_warps=backend.NUM_WARPS,
-    )
+    run, block = vector_run(out), NUM_WARPS * WARP
+    grid, constants = (out.numel() // (block * ITEM_ELEMENTS),), {"BLOCK": block, "RUN": run, "num_warps": NUM_WARPS}
+    stream, repeat = int(Stream.TRAINING_NOISE), ITEM_ELEMENTS // run
+    backend.launch(bare_kernel, grid, out, seed, sample, STREAM=stream, REPEAT=repeat, **constants)
 
 
 def cost(out: torch.dtype) -> Cost:

@@ -75,7 +75,7 @@ NOISE = [name for name in CASES if name not in NETWORK and not name.startswith("
 # bits, alpha_bar, weight, grad and the table's coefficients 32. Everything else is its elements, in 16 bytes unless:
 CUT = "rows start at any element, so each is accessed by itself"
 APART = "neighbours in a channel lie 8 elements apart"
-PIXELS = "as many pixels as a 16-byte store takes, see backend.vector_run"
+PIXELS = "as many pixels as a 16-byte store takes, see items.vector_run"
 BACKWARDS = "mirrored pixels run backwards"
 NARROW = {
     "q_sample uint8 to fp32": (32, 128, PIXELS),

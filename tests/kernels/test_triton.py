@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from bench.kernels import TOLERANCE
 from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, solver_step
 from kernels.backend import jit, launch, tl
+from kernels.items import division
 from kernels.noise_mse import backward_operator
 
 SEED = 2**62 + 12345
@@ -197,7 +198,7 @@ def test_the_gradient_of_x0_is_sqrt_alpha_bar(triton_device):
 @pytest.mark.parametrize("n", [1, 3, 100, 2**31 - 2**17])
 @pytest.mark.parametrize("per_row", [1, 2, 3, 5, 7, 48, 192, 255, 257, 49152, 2**20 + 1, 2**29 - 3])
 def test_rows_are_found_by_an_exact_division(n, per_row):
-    magic, shift = backend.division(per_row)
+    magic, shift = division(per_row)
     assert magic < 2**32
     numbers = {0, 1, per_row - 1, per_row, per_row + 1, n - 1, n // 2, n // per_row * per_row, 2**31 - 2**17}
     for q in numbers:
