@@ -267,7 +267,8 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
         return eager_diffusion((data[rows].float() / 127.5 - 1).to(dtype), t)
 
     def exact_rows(chunk: slice, rows: Tensor) -> tuple[Tensor, ...]:
-        given = (data, rows[chunk], alpha_bars.double(), seed, samples[chunk], False, torch.float64)
+        chosen = torch.tensor(SEED, device=device)
+        given = (data, rows[chunk], alpha_bars.double(), chosen, samples[chunk], False, torch.float64)
         return operator_file("q_sample_rows").reference(*given)[:2]
 
     def loss(pred: Tensor, _: Tensor) -> Tensor:

@@ -8,10 +8,11 @@
 (Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) Its `to_vec`, `up0`
 and first gate. Inference only: no autograd.
 
-When it is faster: Modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA graph),
-not measured, on a U-Net with n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written per
-image, 512 KiB of weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool, GELU,
-transposed convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the step's:
+When it is faster, modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA
+graph), not measured, on a U-Net with n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written
+per image, 512 KiB of weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool,
+GELU, transposed convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the
+step's:
 
     n                    1        16        64      1024
     step             60-90     60-90     60-90   800-950

@@ -8,10 +8,10 @@ The second source is a skip connection: the sum is the convolution of the concat
 guidance x has twice its images, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit
 GEMM: Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
 
-When it is faster: A step of the inference form is about 90 launches with the library's convolutions, 30 with these. Modelled
-for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against 60-90. At
-large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is the
-default.
+When it is faster: a step of the inference form is about 90 launches with the library's convolutions, 30 with these.
+Modelled for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against
+60-90. At large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is
+the default.
 """
 
 from typing import Any

@@ -5,10 +5,11 @@
 
 (Wu & He: Group Normalization, 2018, equations 1-3 and 6.) Inference only: no autograd.
 
-When it is faster: Modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not measured, on
-the out head [n, 64, 16, 16] in bf16, 64 KiB per image read and written. The eager sequence is moments, affine and ReLU:
-three launches, five passes. PyTorch's CUDA GroupNorm works on contiguous images (pytorch issue 111824), so a
-channels_last network copies there and back as well: five launches, nine passes. Times in us, in brackets of the step's:
+When it is faster, modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not
+measured, on the out head [n, 64, 16, 16] in bf16, 64 KiB per image read and written. The eager sequence is moments,
+affine and ReLU: three launches, five passes. PyTorch's CUDA GroupNorm works on contiguous images (pytorch issue
+111824), so a channels_last network copies there and back as well: five launches, nine passes. Times in us, in brackets
+of the step's:
 
     n                    1        16        64      1024
     step             60-90     60-90     60-90   800-950

@@ -11,7 +11,8 @@ equation 8), evaluated at 0, 1, -1, 1/2, -2 and infinity: A, B and G follow from
 and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
 2020, who compare points). Inference only: no autograd. There is no Triton kernel: for GPUs there is `convolution`.
 
-When it is faster: Two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own layout:
+When it is faster: two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own
+layout:
 
     64 to 64 channels, 16x16      batch 1: 0.07 ms instead of 0.24, batch 32: 1.4 instead of 4.5
     128 to 128, 8x8               batch 1: 0.10 instead of 0.29, batch 32: 1.7 instead of 4.8
