@@ -27,7 +27,7 @@ from bench.show import ladder_notes, ladder_plot, ladder_table
 from bench.suites.networks import PARITY, judged, sampling_cost
 from bench.timing import Call
 from ddpm import load_run
-from ddpm.commands.drawing import ALL, Solver, class_count, contexts_of, is_table_file, table_of
+from ddpm.commands.sampling_options import ALL, Solver, class_count, contexts_of, is_table_file, table_of
 from ddpm.engines import missing
 from ddpm.engines.engine import FormOf
 from ddpm.errors import BadInput, WorkFailed

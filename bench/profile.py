@@ -11,7 +11,7 @@ import typer
 
 from bench import machine, store
 from ddpm import runs
-from ddpm.commands.drawing import EngineName, Solver, Steps, contexts_of, table_of
+from ddpm.commands.sampling_options import EngineName, Solver, Steps, contexts_of, table_of
 from ddpm.distributed import pick_device
 from ddpm.engines import choose
 from ddpm.errors import BadInput

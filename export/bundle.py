@@ -33,7 +33,7 @@ DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = "denoiser.onnx", "sampler.onnx", "st
 
 @dataclass(frozen=True)
 class Request:
-    """What `ddpm-export onnx` was asked for. options, table: as `ddpm.commands.drawing.table_of` returns them.
+    """What `ddpm-export onnx` was asked for. options, table: as `ddpm.commands.sampling_options.table_of` returns them.
 
     stored: whether the table came from a file rather than from the options.
     """

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.drawing import (
+from ddpm.commands.sampling_options import (
     Clip,
     Eta,
     Solver,

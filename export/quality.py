@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from ddpm import evaluation, fitting
+from ddpm import evaluation, training
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import psnr, relative_l2
@@ -84,8 +84,8 @@ def dataset_of(run: Run, data: str | None, labels: str | None) -> tuple[Dataset 
     if not isinstance(run.config.get("training"), dict):
         return None, "an imported run knows no training data"
     try:
-        return fitting.training_data(run, data, labels), None
-    except fitting.OtherData:
+        return training.training_data(run, data, labels), None
+    except training.OtherData:
         raise
     except BadInput as error:
         if data or labels:

@@ -14,8 +14,7 @@ from bench.suites.networks import CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import missing
-from ddpm.training import ENGINES, TrainOptions
-from ddpm.training_engines import make_trainer
+from ddpm.training import ENGINES, TrainOptions, make_trainer
 from kernels.backend import Cost
 
 IMAGES = 512
@@ -59,7 +58,8 @@ class AutotunedStep(Step):
 
     def __init__(self, batch: int, precision: str, engine: str, device: torch.device) -> None:
         super().__init__(batch, precision, "eager", device)
-        self.trainer.parallel = torch.compile(self.trainer.parallel, mode=engine, dynamic=False)
+        objective = self.trainer.objective
+        objective.network = torch.compile(objective.network, mode=engine, dynamic=False)
 
 
 def _build(batch: int, names: Sequence[str], calls: int, device: torch.device) -> Bench:

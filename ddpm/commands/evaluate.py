@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ddpm import evaluation, fitting, runs
-from ddpm.commands.drawing import (
+from ddpm import evaluation, runs
+from ddpm.commands.sampling_options import (
     ALL,
     EngineName,
     Solver,
@@ -23,6 +23,7 @@ from ddpm.commands.drawing import (
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.files import write_json
+from ddpm.training import training_data
 
 
 def evaluate(
@@ -45,7 +46,7 @@ def evaluate(
     opened.model.to(pick_device(device))
     if n < 2:
         raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
-    dataset = fitting.training_data(opened, data, labels)
+    dataset = training_data(opened, data, labels)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
     conditional = bool(class_count(opened))
     images, _ = draw(

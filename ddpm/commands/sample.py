@@ -8,7 +8,7 @@ import torch
 import typer
 
 from ddpm import pictures, runs
-from ddpm.commands.drawing import (
+from ddpm.commands.sampling_options import (
     ALL,
     Clip,
     EngineName,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm import fitting, pictures, runs
+from ddpm import pictures, runs, training
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.networks import NETWORKS
@@ -65,21 +65,21 @@ def train(
     if not save_every > 0:
         raise BadInput(f"--save-every: got {save_every}, needs seconds > 0")
     if resume and (out / runs.CONFIG).exists():
-        options = fitting.resumed_options(out, _explicit(context, names))
+        options = training.resumed_options(out, _explicit(context, names))
     else:
         options = TrainOptions(**{name: context.params[name] for name in names})
     target = pick_device(device)
     with world(target) as ranks:
         try:
-            trainer, finished = fitting.train(
+            trainer, finished = training.train(
                 options, out, device=target, world=ranks, resume=resume, overwrite=overwrite, save_every=save_every
             )
-        except fitting.Interrupted as stopped:
+        except training.Interrupted as stopped:
             if ranks.is_main:
                 print(f"{stopped}, saved; go on with: ddpm train --out {out} --resume")
             raise typer.Exit(stopped.exit_code) from None
         if ranks.is_main:
-            table = fitting.loss_table(trainer)
+            table = training.loss_table(trainer)
             pictures.save_loss_plot(out / runs.LOSS_PNG, [row[0] for row in table], [row[2] for row in table])
             verb = "finished before" if finished else "trained"
             print(f"{verb}: {out} ({trainer.total} steps, loss of the last epoch {table[-1][2]:.4f})")

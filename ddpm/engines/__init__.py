@@ -23,8 +23,8 @@ __all__ = [
     "choose",
     "competitors",
     "engine",
+    "log_if_emulated",
     "missing",
-    "say_if_emulated",
 ]
 
 logger = logging.getLogger("ddpm")
@@ -74,11 +74,11 @@ def choose(
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
     if dtype == torch.bfloat16:
-        say_if_emulated(device, name)
+        log_if_emulated(device, name)
     return ENGINES[name]
 
 
-def say_if_emulated(device: torch.device, name: str = "eager") -> None:
+def log_if_emulated(device: torch.device, name: str = "eager") -> None:
     """Log it where bfloat16 works and does not pay, and what an engine does about it."""
     if computed_in(torch.bfloat16, device) != torch.bfloat16:
         instead = "slower than float32" if name == "eager" else f"engine {name} computes in float32, which is faster"

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ddpm import fitting, runs
+from ddpm import runs, training
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import locked, replacing, write_text
@@ -46,10 +46,10 @@ def options(source) -> TrainOptions:
 
 @pytest.fixture
 def train(options):
-    """train(folder, resume=True, ...): fitting.train of the small run."""
+    """train(folder, resume=True, ...): training.train of the small run."""
 
     def call(folder: Path, **more) -> None:
-        fitting.train(options, folder, device=torch.device("cpu"), world=World(), **more)
+        training.train(options, folder, device=torch.device("cpu"), world=World(), **more)
 
     return call
 
@@ -75,10 +75,10 @@ def made(options, tmp_path_factory) -> Path:
     torch.set_num_threads(1)  # as every test here
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kernels.backend.INTERPRETED", False)
-        fitting.train(options, folder / "undisturbed", **here)
+        training.train(options, folder / "undisturbed", **here)
         after_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(fitting.Interrupted):
-            fitting.train(options, folder / "interrupted", **here)
+        with pytest.raises(training.Interrupted):
+            training.train(options, folder / "interrupted", **here)
     torch.set_num_threads(threads)
     return folder
 
@@ -121,7 +121,7 @@ def step_of(folder: Path) -> int:
 def test_interrupted_at_any_step_and_resumed_is_as_undisturbed(tmp_path, train, undisturbed, stop_at, k, number):
     folder = tmp_path / "run"
     stop_at(k, lambda: signal.raise_signal(number))
-    with pytest.raises(fitting.Interrupted, match=f"{number.name} at step {k}") as caught:
+    with pytest.raises(training.Interrupted, match=f"{number.name} at step {k}") as caught:
         train(folder)
     assert caught.value.exit_code == 128 + number
     assert step_of(folder) == k
@@ -133,7 +133,7 @@ def test_interrupted_in_every_step_and_resumed_is_as_undisturbed(tmp_path, train
     folder = tmp_path / "run"
     for k in range(1, STEPS):
         stop_at(k, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(fitting.Interrupted):
+        with pytest.raises(training.Interrupted):
             train(folder, resume=True)
     train(folder, resume=True)
     assert_same_run(folder, undisturbed)
@@ -164,7 +164,7 @@ def test_a_kill_between_the_two_files_is_healed_by_resume(tmp_path, train, undis
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "write_model", killed)
+        patch.setattr("ddpm.training.state.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             train(folder)
     assert step_of(folder) == STEPS
@@ -178,7 +178,7 @@ def test_a_kill_between_the_two_files_midway_leaves_the_older_model_whole(interr
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "write_model", killed)
+        patch.setattr("ddpm.training.state.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             train(interrupted, resume=True, save_every=1e-9)
     assert step_of(interrupted) == 5
@@ -436,7 +436,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(tmp_path, spawn, ddpm, op
         Trainer(long.make_network(data), data, long.make_schedule(), long, torch.device("cpu"), World())
         for _ in range(2)
     )
-    fitting.resume_from(folder, resumed)
+    training.resume_from(folder, resumed)
     for trainer in (whole, resumed):
         while trainer.index < stopped + 2:
             trainer.step()

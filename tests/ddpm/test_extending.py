@@ -20,8 +20,7 @@ from ddpm.engines import ENGINES, EagerEngine, engine
 from ddpm.metrics import distance
 from ddpm.networks import NETWORKS, network
 from ddpm.solvers import SOLVERS, solver, to_eps, to_x0
-from ddpm.training import TrainOptions
-from ddpm.training_engines import CompileTrainer, make_trainer
+from ddpm.training import CompileTrainer, TrainOptions, make_trainer
 
 CPU = torch.device("cpu")
 SHAPE, CONDITION, T = (1, 4, 8), (3, 2), 12

@@ -10,9 +10,9 @@ from torch import nn
 
 from ddpm.data import Dataset
 from ddpm.errors import BadInput
-from ddpm.fitting import loss_table
-from ddpm.training import TrainOptions, min_snr_weights, per_sample_loss, target_of
+from ddpm.training import TrainOptions, loss_table, min_snr_weights, per_sample_loss, target_of
 from kernels import philox
+from kernels.q_sample import pixels_to_unit
 
 RNG = np.random.default_rng(3)
 
@@ -76,8 +76,8 @@ def test_losses_match_their_formulas_per_sample(kind):
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_training_loss_matches_numpy(make_trainer, tiny_data, prediction, loss, min_snr):
     trainer = make_trainer(network=Echo(), prediction=prediction, loss=loss, min_snr=min_snr, seed=9, batch_size=6)
-    samples, x0, context = trainer.batch(3)
-    value = trainer.loss(samples, x0, context).item()
+    *data, samples = trainer.inputs(3)
+    value = trainer.objective(*data, samples).item()
 
     rows = np.argsort(first_words(9, range(24), 5), kind="stable")[18:24]
     assert samples.tolist() == list(range(18, 24))
@@ -124,13 +124,13 @@ def test_ema_follows_its_recursion_over_weights_and_statistics(make_trainer, dec
 def test_samples_map_to_the_epochs_order_across_batch_ends(make_trainer, tiny_data):
     trainer = make_trainer(batch_size=7, epochs=3, seed=11)
     orders = [np.argsort(first_words(11, range(24 * k, 24 * (k + 1)), 5), kind="stable") for k in range(3)]
-    rows = trainer.items(torch.arange(72))
-    assert np.array_equal(rows, np.concatenate(orders))
+    expected = np.concatenate(orders)
     assert [sorted(order.tolist()) for order in orders] == [list(range(24))] * 3
     for index in range(10):
-        samples, x0, _ = trainer.batch(index)
+        values, _, rows, samples = trainer.inputs(index)
         assert samples.tolist() == list(range(7 * index, 7 * index + 7))
-        assert torch.equal(x0, tiny_data.values[rows[samples]])
+        assert np.array_equal(rows, expected[samples])
+        assert torch.equal(values[rows], tiny_data.values[expected[samples]])
 
 
 def test_total_covers_every_epoch_exactly(make_trainer):
@@ -160,19 +160,21 @@ def test_network_is_asked_at_t_over_T(make_trainer):  # noqa: N802
 @pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.25, 0.21, 0.29), (1.0, 1, 1)])
 def test_context_dropout_has_its_share(make_trainer, tiny_data, probability, low, high):
     trainer = make_trainer(batch_size=2000, context_dropout=probability)
-    samples, _, context = trainer.batch(0)
+    _, labels, rows, samples = trainer.inputs(0)
+    context = trainer.objective.context(labels, rows, samples)
     dropped = (context == 0).all(dim=1)
     assert low <= dropped.float().mean() <= high
-    kept = tiny_data.labels[trainer.items(samples)]
+    kept = tiny_data.labels[rows]
     assert torch.equal(context[~dropped], kept[~dropped])
     assert np.array_equal(dropped, first_words(5, samples, 4) < np.uint64(math.floor(probability * 2**32)))
 
 
 def test_flip_mirrors_the_images_that_stream_6_says(make_trainer, tiny_data):
     trainer = make_trainer(batch_size=24, flip=True)
-    samples, x0, _ = trainer.batch(0)
+    values, _, rows, samples = trainer.inputs(0)
+    x0 = trainer.objective.clean(values, rows, samples)
     mirrored = torch.from_numpy(first_words(5, samples, 6) >= 2**31)
-    plain = tiny_data.values[trainer.items(samples)]
+    plain = pixels_to_unit(tiny_data.values[rows])
     assert 0 < mirrored.sum() < 24
     assert torch.equal(x0[~mirrored], plain[~mirrored])
     assert torch.equal(x0[mirrored], plain[mirrored].flip(-1))
@@ -181,7 +183,7 @@ def test_flip_mirrors_the_images_that_stream_6_says(make_trainer, tiny_data):
 def test_data_without_labels_train_without_context(make_trainer, tiny_data):
     data = Dataset("plain", tiny_data.values, None, ())
     trainer = make_trainer(data)
-    assert trainer.batch(0)[2] is None
+    assert trainer.objective.context(*trainer.inputs(0)[1:]) is None
     assert trainer.network.n_cfeat == 0
     trainer.step()
     assert trainer.losses[0].isfinite()

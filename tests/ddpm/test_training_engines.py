@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import engines, fitting, runs, training_engines
+from ddpm import engines, runs, training
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput
-from ddpm.training import Ema, Trainer, TrainOptions
-from ddpm.training_engines import CompileTrainer, GraphTrainer, make_trainer
+from ddpm.training import CompileTrainer, Ema, GraphTrainer, Trainer, TrainOptions, make_trainer
 from kernels import philox, q_sample
 from kernels.q_sample import pixels_to_unit
 
@@ -66,31 +65,41 @@ def as_in_a_file(trainer: Trainer) -> dict[str, torch.Tensor]:
 # --- the same numbers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resident", [True, False])
+def rows_of(dataset: Dataset, samples: torch.Tensor) -> torch.Tensor:
+    """The rows of training samples, by the contract: item j of epoch k is sample k N + j."""
+    orders = {k: philox.epoch_order(DEFAULTS["seed"], k, len(dataset)) for k in (samples // len(dataset)).tolist()}
+    return torch.stack([orders[g // len(dataset)][g % len(dataset)] for g in samples.tolist()])
+
+
+@pytest.mark.parametrize(("engine", "resident"), [("eager", True), ("compile", True), ("compile", False)])
 @pytest.mark.parametrize("flip", [False, True])
-def test_batches_have_the_bits_of_the_eager_path(make, tiny_data, monkeypatch, flip, resident):
-    monkeypatch.setattr(training_engines, "has_room", lambda size, device: resident)
-    eager, other = (make(tiny_data, e, flip=flip, batch_size=7, context_dropout=0.5) for e in ("eager", "compile"))
-    objective = other.parallel
-    assert other.resident == resident
+def test_batches_have_the_bits_of_the_contract(make, tiny_data, monkeypatch, flip, engine, resident):
+    monkeypatch.setattr("ddpm.training.engines.has_room", lambda size, device: resident)
+    trainer = make(tiny_data, engine, flip=flip, batch_size=7, context_dropout=0.5)
+    objective = trainer.objective
+    assert trainer.resident == resident
     for index in range(8):  # over the ends of epochs
-        samples, x0, context = eager.batch(index)
+        values, labels, rows, samples = trainer.inputs(index)
+        assert torch.equal(samples, torch.arange(7 * index, 7 * index + 7))
+        expected = rows_of(tiny_data, samples)
+        x0 = tiny_data.values[expected]
+        if flip:
+            mirrored = philox.flipped(5, samples)
+            x0[mirrored] = x0[mirrored].flip(-1)
         t = philox.training_timesteps(5, samples, 20)
-        x_t, noise = q_sample(x0, t, eager.alpha_bars, 5, samples)
-        values, labels, rows, own_samples = other.inputs(index)
-        own = objective.diffused(values, rows, own_samples)
-        assert torch.equal(own_samples, samples)
-        for a, b in zip(own, (x_t, t, noise), strict=True):
+        x_t, noise = q_sample(x0, t, objective.alpha_bars, 5, samples)
+        for a, b in zip(objective.diffused(values, rows, samples), (x_t, t, noise), strict=True):
             assert torch.equal(a, b)
         assert torch.equal(objective.clean(values, rows, samples), pixels_to_unit(x0))
+        context = torch.where(philox.condition_dropped(5, samples, 0.5)[:, None], 0.0, tiny_data.labels[expected])
         assert torch.equal(objective.context(labels, rows, samples), context)
 
 
 @pytest.mark.parametrize("batch_size", [7, 24, 100])
-def test_rows_are_those_of_the_eager_path(make, tiny_data, batch_size):
+def test_rows_are_those_of_the_contract(make, tiny_data, batch_size):
     trainer = make(tiny_data, "compile", batch_size=batch_size)
     for index in range(5):
-        assert torch.equal(trainer.rows(index), trainer.items(torch.arange(*trainer.span(index))))
+        assert torch.equal(trainer.rows(index), rows_of(tiny_data, torch.arange(*trainer.span(index))))
 
 
 def test_the_average_by_a_tensor_is_the_average_by_a_number(tiny_data):
@@ -116,7 +125,7 @@ def test_twenty_compiled_steps_lose_as_eager_without_recompiling(make, tiny_data
 
 
 @pytest.mark.parametrize(
-    ("prediction", "loss", "min_snr", "regenerates"),
+    ("prediction", "loss", "min_snr", "redraws"),
     [
         ("eps", "mse", 0.0, True),  # what CUDA does: the target is drawn again
         pytest.param("eps", "mse", 2.0, True, marks=pytest.mark.long),
@@ -125,10 +134,10 @@ def test_twenty_compiled_steps_lose_as_eager_without_recompiling(make, tiny_data
         ("x0", "mse", 0.0, False),
     ],
 )
-def test_every_loss_is_that_of_eager(make, points, prediction, loss, min_snr, regenerates):
+def test_every_loss_is_that_of_eager(make, points, prediction, loss, min_snr, redraws):
     options = {"prediction": prediction, "loss": loss, "min_snr": min_snr}
     expected, trainer = run(make(points, "eager", **options), 6), make(points, "compile", **options)
-    trainer.parallel.regenerates = regenerates
+    trainer.objective.redraws = redraws
     assert (run(trainer, 6) - expected).abs().max() <= 1e-5
 
 
@@ -286,7 +295,7 @@ def test_emulated_bf16_is_said(make, points, monkeypatch, caplog, hardware):
 
 
 def test_compiling_and_data_left_on_the_host_are_said(make, points, monkeypatch, caplog):
-    monkeypatch.setattr(training_engines, "has_room", lambda size, device: False)
+    monkeypatch.setattr("ddpm.training.engines.has_room", lambda size, device: False)
     with caplog.at_level(logging.INFO, "ddpm"):
         run(make(points, "compile"), 2)
     assert "stay on the host" in caplog.text
@@ -317,7 +326,7 @@ def test_a_run_goes_on_with_another_engine_and_keeps_its_own_in_config(ddpm, mak
     assert config["training"]["engine"] == "eager"
     del config["training"]["engine"]  # as runs from before there were engines
     (folder / runs.CONFIG).write_text(json.dumps(config))
-    assert fitting.resumed_options(folder, {}).engine == "eager"
+    assert training.resumed_options(folder, {}).engine == "eager"
 
 
 # --- torchrun ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,38 @@
+"""Training: noise prediction (or v, or x0) with a moving average, reproducible bit for bit.
+
+options     what a run is asked for
+objective   the loss of a batch, the one text that every engine executes
+engines     how steps are executed: eager, compile, graph
+state       tensors, checkpoints and resuming
+loop        steps until done, signals, saving
+"""
+
+from ddpm.training.engines import TRAINERS, CompileTrainer, GraphTrainer, Trainer, make_trainer
+from ddpm.training.loop import Interrupted, train
+from ddpm.training.objective import Objective, min_snr_weights, per_sample_loss, target_of
+from ddpm.training.options import ENGINES, LOSSES, PRECISIONS, TrainOptions
+from ddpm.training.state import Ema, OtherData, loss_table, resume_from, resumed_options, training_data
+
+__all__ = [
+    "ENGINES",
+    "LOSSES",
+    "PRECISIONS",
+    "TRAINERS",
+    "CompileTrainer",
+    "Ema",
+    "GraphTrainer",
+    "Interrupted",
+    "Objective",
+    "OtherData",
+    "TrainOptions",
+    "Trainer",
+    "loss_table",
+    "make_trainer",
+    "min_snr_weights",
+    "per_sample_loss",
+    "resume_from",
+    "resumed_options",
+    "target_of",
+    "train",
+    "training_data",
+]

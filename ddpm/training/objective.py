@@ -1,0 +1,103 @@
+"""The training objective: what every engine of training executes, written once.
+
+t, eps  from the noise contract, by the sample's global index
+x_t     = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps
+loss    = mean over samples of weight(t) * distance(network(x_t, t, c), target(x0, eps, t))
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.networks import network_times, without_condition
+from ddpm.networks.protocol import in_type
+from ddpm.schedule import NoiseSchedule
+from ddpm.training.options import TrainOptions
+from kernels import backend, noise_mse, philox
+from kernels.q_sample import pixels_to_unit
+from kernels.q_sample_rows import q_sample_rows
+
+
+def target_of(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """What the network shall output; alpha_bar broadcasts against x0. v is Salimans & Ho 2022, section 4."""
+    if prediction == "eps":
+        return noise
+    return x0 if prediction == "x0" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+
+def min_snr_weights(alpha_bars: Tensor, prediction: str, gamma: float) -> Tensor:
+    """Loss weight of every t, float64 [T+1] (Hang et al. 2023, section 3.4): min(SNR, gamma) over 1, SNR or SNR + 1."""
+    snr = alpha_bars / (1 - alpha_bars).clamp(min=torch.finfo(torch.float64).tiny)
+    divisor = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]
+    return snr.clamp(max=gamma) / divisor
+
+
+def per_sample_loss(kind: str, output: Tensor, target: Tensor) -> Tensor:
+    """mse, l1 or huber (delta 1), averaged over each sample: [n]."""
+    function = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[kind]
+    return function(output, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """[n] -> [n, 1, ...] with as many dimensions as `like`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+class Objective(nn.Module):
+    """The training loss of rows of a data set, a scalar with gradient.
+
+    Args: the network, on the device; its schedule; the run's options.
+    redraw: whether noise prediction under mse draws its target again from the noise contract where a kernel does it,
+        which is faster than storing it (its reference on the CPU is not: 6 ms for forward and backward, batch 100 of
+        3x16x16).
+    """
+
+    def __init__(
+        self, network: nn.Module, schedule: NoiseSchedule, options: TrainOptions, device: torch.device, redraw: bool
+    ) -> None:
+        super().__init__()
+        self.network, self.options = network, options
+        self.alpha_bars = schedule.alpha_bars.to(device, torch.float32)
+        self.weights = None
+        if options.min_snr:
+            weights = min_snr_weights(schedule.alpha_bars, options.prediction, options.min_snr)
+            self.weights = weights.to(device, torch.float32)
+        self.seed = torch.tensor(options.seed, device=device)
+        is_noise_mse = options.prediction == "eps" and options.loss == "mse"
+        self.redraws = redraw and is_noise_mse and backend.runs_triton(self.alpha_bars)
+
+    def diffused(self, values: Tensor, rows: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x_t [n, ...], t int64 [n], noise like x_t or None where the loss draws it again)."""
+        keep_noise, flip = not self.redraws, self.options.flip
+        return q_sample_rows(values, rows, self.alpha_bars, self.seed, samples, flip=flip, keep_noise=keep_noise)
+
+    def clean(self, values: Tensor, rows: Tensor, samples: Tensor) -> Tensor:
+        """x0 float32 [n, ...], mirrored as `diffused` does."""
+        x0 = values[rows]
+        if self.options.flip:
+            x0 = torch.where(broadcast(philox.flipped(self.seed, samples), x0), x0.flip(-1), x0)
+        return pixels_to_unit(x0)
+
+    def context(self, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor | None:
+        """Labels [n, ...] of the rows, "no condition" where they are dropped."""
+        if labels is None:
+            return None
+        dropped = philox.condition_dropped(self.seed, samples, self.options.context_dropout)
+        return without_condition(self.network, labels[rows], dropped)
+
+    def forward(self, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:
+        """values [N, ...], labels [N, K] or None; of them rows int64 [n] as samples int64 [n] -> the loss, a scalar."""
+        options = self.options
+        x_t, t, noise = self.diffused(values, rows, samples)
+        context = self.context(labels, rows, samples)
+        times = in_type(network_times(self.network, t, self.alpha_bars.shape[0] - 1))
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            output = self.network(x_t, times, context)
+        output = output.float()
+        weight = None if self.weights is None else self.weights[t]
+        if self.redraws:
+            return noise_mse(output, self.seed, samples, weight)
+        x0 = None if options.prediction == "eps" else self.clean(values, rows, samples)
+        target = target_of(options.prediction, x0, noise, broadcast(self.alpha_bars[t], x_t))
+        per_sample = per_sample_loss(options.loss, output, target)
+        return per_sample.mean() if weight is None else (per_sample * weight).mean()
