@@ -73,18 +73,17 @@ def load_data(
     if image_size is not None and image_size < 1:
         raise BadInput(f"--image-size: got {image_size}, needs a side of at least 1 pixel")
     path = Path(source)
+    if labels is not None and (source in ("digits", "swiss-roll") or path.is_dir()):
+        raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
     if source == "digits":
-        _no_labels(source, labels)
         images, one_hot, names = _digits(image_size or DIGITS_SIDE)
     elif source == "swiss-roll":
-        _no_labels(source, labels)
         if image_size is not None:
             raise BadInput("--image-size: swiss-roll has points, not images")
         if classes is not None:
             raise BadInput(f"--classes: got {len(classes)} names, needs 0 for {source}")
         return Dataset(source, _swiss_roll(), None, ())
     elif path.is_dir():
-        _no_labels(source, labels)
         images, one_hot, names = _image_folder(path, image_size)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
@@ -133,11 +132,6 @@ def read_npy(path: Path) -> np.ndarray:
 def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
     """Integers [N] in 0..count-1 -> float32 [N, count]."""
     return np.eye(count, dtype=np.float32)[classes]
-
-
-def _no_labels(source: str, labels: str | None) -> None:
-    if labels is not None:
-        raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
 
 
 def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

@@ -5,7 +5,7 @@ makes no sense: another shape, or a value that is not finite on either side.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -17,51 +17,42 @@ ENGINE_TOLERANCE, SPLIT_TOLERANCE, CALL_TOLERANCE = 1e-4, 1e-5, 1e-5
 PEAK = 2.0  # of images in [-1, 1]
 
 
-def _pair(actual: Values, expected: Values) -> tuple[Tensor, Tensor] | None:
-    """Both as float64, on the device that they share or else the CPU; None where they cannot be compared."""
+def _compared(
+    actual: Values, expected: Values, measure: Callable[[Tensor, Tensor], Tensor | float], otherwise: float = math.inf
+) -> float:
+    """The measure of both in float64, on the device that they share or else the CPU; `otherwise` where it has none."""
     if tuple(actual.shape) != tuple(expected.shape):
-        return None
+        return otherwise
     first, second = (torch.as_tensor(value).detach() for value in (actual, expected))
     device = first.device if first.device == second.device else "cpu"
     first, second = (value.to(device, torch.float64) for value in (first, second))
-    return (first, second) if bool(first.isfinite().all() and second.isfinite().all()) else None
+    if not bool(first.isfinite().all() and second.isfinite().all()):
+        return otherwise
+    return float(measure(first, second)) if first.numel() else 0.0
 
 
 def distance(actual: Values, expected: Values) -> float:
     """max|difference| / max(1, max|expected|), the design's parity."""
-    pair = _pair(actual, expected)
-    if pair is None:
-        return math.inf
-    first, second = pair
-    return float((first - second).abs().max() / second.abs().max().clamp(min=1)) if first.numel() else 0.0
+    return _compared(actual, expected, lambda a, b: (a - b).abs().max() / b.abs().max().clamp(min=1))
 
 
 def elementwise(actual: Values, expected: Values) -> float:
     """max(|difference| / max(1, |expected|)), of operators, whose elements do not influence each other."""
-    pair = _pair(actual, expected)
-    if pair is None:
-        return math.inf
-    first, second = pair
-    return float(((first - second).abs() / second.abs().clamp(min=1)).max()) if first.numel() else 0.0
+    return _compared(actual, expected, lambda a, b: ((a - b).abs() / b.abs().clamp(min=1)).max())
 
 
 def relative_l2(actual: Values, expected: Values) -> float:
     """|difference| / |expected|; of equal zeros 0."""
-    pair = _pair(actual, expected)
-    if pair is None:
-        return math.inf
-    difference, norm = float((pair[0] - pair[1]).norm()), float(pair[1].norm())
-    return difference / norm if norm else (0.0 if difference == 0 else math.inf)
+    return _compared(actual, expected, lambda a, b: 0.0 if torch.equal(a, b) else (a - b).norm() / b.norm())
 
 
 def psnr(actual: Values, expected: Values) -> float:
     """Peak signal to noise in dB of images clamped to [-1, 1]: infinite where they are equal, -infinite for NaN."""
-    pair = _pair(actual, expected)
-    if pair is None:
-        return -math.inf
-    first, second = (value.clamp(-1, 1) for value in pair)
-    error = float((first - second).square().mean())
-    return 10 * math.log10(PEAK**2 / error) if error > 0 else math.inf
+
+    def decibels(a: Tensor, b: Tensor) -> Tensor:
+        return 10 * torch.log10(PEAK**2 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
+
+    return _compared(actual, expected, decibels, otherwise=-math.inf)
 
 
 def worst(errors: Iterable[float]) -> float:

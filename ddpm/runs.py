@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import BadInput
 from ddpm.files import digest_of, json_text, read_json, read_tensors, replacing_all, tensor_bytes
-from ddpm.networks import build_network, condition_shape, fit_state_dict, name_of
+from ddpm.networks import build_network, condition_shape, fit_state_dict, name_of, one_hot_conditions
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import SOLVERS, carried_over, given, make_table, options_of
 
@@ -141,7 +141,7 @@ class Run:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
         size = math.prod(shape)
         if text in names:
-            return torch.eye(size)[names.index(text)].reshape(shape)
+            return one_hot_conditions(self.model, torch.tensor([names.index(text)]))[0]
         known = f"a class ({', '.join(names)})" if names else f"a class in 0..{size - 1}"
         try:
             numbers = [float(part) for part in text.split(",")]
@@ -150,7 +150,7 @@ class Run:
         if len(shape) == 1 and (text.isdecimal() or (len(numbers) == 1 and size > 1)):
             if not text.isdecimal() or len(text) > 9 or int(text) >= size:
                 raise BadInput(f"--context: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
-            return torch.eye(size)[int(text)]
+            return one_hot_conditions(self.model, torch.tensor([int(text)]))[0]
         vector = torch.tensor(numbers)
         if len(numbers) != size or not vector.isfinite().all():
             raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {size} finite ones")

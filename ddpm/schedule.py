@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.philox import is_integer
+from ddpm.errors import check_choice, check_integer
 
 GIVEN = "given"
 KINDS = ("linear", "quad", "sigmoid", "constant", "cosine", "context_unet")
@@ -90,10 +90,8 @@ class NoiseSchedule:
             return cls.from_alpha_bars(alpha_bars)
         if alpha_bars is not None:
             raise ValueError(f"alpha_bars: got them for schedule {kind!r}, needs kind {GIVEN!r}")
-        if kind not in KINDS:
-            raise ValueError(f"schedule: got {kind!r}, needs one of {', '.join(KINDS)}")
-        if not is_integer(timesteps) or timesteps < 1:
-            raise ValueError(f"timesteps: got {timesteps!r}, needs an integer >= 1")
+        check_choice("schedule", kind, KINDS)
+        check_integer("timesteps", timesteps)
         timesteps = int(timesteps)
         if kind == "cosine":
             if beta_start is not None or beta_end is not None:

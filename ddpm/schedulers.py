@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm.errors import check_choice, check_integer
 from ddpm.noise import Ahead, PhiloxNoise
 from ddpm.solvers import ddim, ddpm
 from ddpm.table import StepTable
@@ -49,14 +50,15 @@ PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Resident:
-    """What steps of one batch size read on its device: rows [S, 8], row numbers, global sample indices [n]."""
+    """What the steps of one batch read on its device: rows [S, 8], row numbers, global sample indices [n]."""
 
     key: tuple[Any, ...]
     rows: Tensor
     indices: tuple[Tensor, ...]
     samples: Tensor
+    noise: Ahead | None = None  # of the present seed, on the CPU
 
 
 class _Fused:
@@ -67,11 +69,9 @@ class _Fused:
         config = self.config
         if config.thresholding:
             raise ValueError("thresholding: got True, needs False (a quantile per image is no row of a table)")
-        if config.prediction_type not in PREDICTIONS:
-            raise ValueError(f"prediction_type: got {config.prediction_type!r}, needs one of {', '.join(PREDICTIONS)}")
-        variance = config.get("variance_type", "fixed_small")
-        if isinstance(self, DDPMScheduler) and variance not in VARIANCES:
-            raise ValueError(f"variance_type: got {variance!r}, needs one of {', '.join(VARIANCES)}")
+        check_choice("prediction_type", config.prediction_type, PREDICTIONS)
+        if isinstance(self, DDPMScheduler):
+            check_choice("variance_type", config.get("variance_type", "fixed_small"), VARIANCES)
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr: got True, needs prediction_type v_prediction or sample with it")
         # add_noise of diffusers moves alphas_cumprod to its argument's device; these stay.
@@ -82,8 +82,7 @@ class _Fused:
         """Forget tables and noise: the timesteps are new."""
         if seed is not None:
             philox.check_seed(seed)
-        if not philox.is_integer(first_sample) or first_sample < 0:
-            raise ValueError(f"first_sample: got {first_sample!r}, needs an integer >= 0")
+        check_integer("first_sample", first_sample, 0)
         self._asked_seed, self._first_sample = seed, first_sample
         self._seed: Tensor | None = None
         self._last = -1
@@ -91,7 +90,6 @@ class _Fused:
         self._positions = {t: i for i, t in enumerate(self._grid)}
         self._tables: dict[float, StepTable] = {}
         self._resident: _Resident | None = None
-        self._drawn: tuple[tuple[Any, ...], Ahead] | None = None
 
     def _index(self, timestep: int | Tensor) -> int:
         """The row of a timestep. A view of `timesteps`, as loops over it give, is located without reading the device.
@@ -133,17 +131,9 @@ class _Fused:
             else:
                 source = "cpu" if generator is None else generator.device
                 seed = torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=source).to(device)
-            self._seed, self._drawn = seed, None
+            self._seed, self._resident.noise = seed, None
         self._last = index
         return self._seed
-
-    def _noise(self, index: int, seed: Tensor, here: _Resident, table: StepTable, sample: Tensor) -> Tensor:
-        """The noise of a row on the CPU, drawn for several rows at once."""
-        key = sample.shape, sample.dtype, here.key
-        if self._drawn is None or self._drawn[0] != key:
-            noise = PhiloxNoise(seed, torch.promote_types(sample.dtype, torch.float32))
-            self._drawn = key, Ahead(noise, here.samples, table, tuple(sample.shape[1:]))
-        return self._drawn[1](index)
 
     def _step(
         self, m: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None, eta: float
@@ -157,9 +147,10 @@ class _Fused:
             generator = generator[0]
         index, table = self._index(timestep), self._table(eta)
         n, device = sample.shape[0], sample.device
-        if self._resident is None or self._resident.key != (n, device, eta):
+        key = sample.shape, sample.dtype, device, eta
+        if self._resident is None or self._resident.key != key:
             self._resident = _Resident(
-                (n, device, eta),
+                key,
                 table.rows(device) if sample.is_cuda else table.coefficients,
                 torch.arange(len(table), device=device).split(1),
                 torch.arange(self._first_sample, self._first_sample + n, device=device),
@@ -172,7 +163,11 @@ class _Fused:
             solver_step(x_new, m, here.rows, here.indices[index], seed, here.samples, x0_prev=x0, clip=table.clip)
             return x_new, x0
         kind = torch.promote_types(sample.dtype, torch.float32)
-        z = self._noise(index, seed, here, table, sample) if noisy else None
+        z = None
+        if noisy:
+            if here.noise is None:
+                here.noise = Ahead(PhiloxNoise(seed, kind), here.samples, table, tuple(sample.shape[1:]))
+            z = here.noise(index)
         row = here.rows[index].tolist()
         x_new, x0 = reference(sample.to(kind), m.to(kind), row[:7], z, None, table.clip)
         return x_new.to(sample.dtype), x0.to(sample.dtype)
@@ -213,8 +208,8 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         (without one, from PyTorch's default generator). first_sample: global index of the batch's first row. A
         scheduler runs one trajectory at a time: two that take turns would share their noise.
         """
-        if timesteps is None and not (philox.is_integer(num_inference_steps) and num_inference_steps >= 1):
-            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, needs an integer >= 1")
+        if timesteps is None:
+            check_integer("num_inference_steps", num_inference_steps)
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._begin(seed, first_sample)
 
@@ -267,8 +262,7 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         first_sample: int = 0,
     ) -> None:
         """As `FusedDDPMScheduler.set_timesteps`; the seed matters where eta > 0."""
-        if not (philox.is_integer(num_inference_steps) and num_inference_steps >= 1):
-            raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, needs an integer >= 1")
+        check_integer("num_inference_steps", num_inference_steps)
         super().set_timesteps(num_inference_steps, device)
         self._begin(seed, first_sample)
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from ddpm.errors import check_choice
 from ddpm.registry import register as register_under
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import COLUMNS, PREDICTIONS, StepTable
@@ -45,8 +46,7 @@ def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
 
 def options_of(name: str) -> tuple[str, ...]:
     """What a solver takes beside steps, prediction, clip and spacing. Raises ValueError for an unknown one."""
-    if not isinstance(name, str) or name not in SOLVERS:
-        raise ValueError(f"solver: got {name!r}, needs one of {', '.join(SOLVERS)}")
+    check_choice("solver", name, SOLVERS)
     return _keywords(SOLVERS[name])
 
 
@@ -65,8 +65,7 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     """
     if not is_integer(steps) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps: got {steps!r}, needs an integer in 1..{timesteps} (the schedule's timesteps)")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing: got {spacing!r}, needs one of {', '.join(SPACINGS)}")
+    check_choice("spacing", spacing, SPACINGS)
     k = np.arange(steps)
     if steps == 1:
         grid = np.array([timesteps])
@@ -107,8 +106,7 @@ def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior
 
     variance: of its noise, `posterior` or the larger `beta`.
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: got {variance!r}, needs one of {', '.join(VARIANCES)}")
+    check_choice("variance", variance, VARIANCES)
     rows = []
     for a, s in pairwise(alpha_bars):
         alpha, beta = a / s, 1 - a / s
@@ -208,8 +206,7 @@ def make_table(
             known = ", ".join(("steps", "prediction", "clip", "spacing", *taken))
             raise ValueError(f"{name}: got {own[name]!r}, but solver {solver!r} takes only {known}")
     prediction = "eps" if prediction is None else prediction
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: got {prediction!r}, needs one of {', '.join(PREDICTIONS)}")
+    check_choice("prediction", prediction, PREDICTIONS)
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip: got {clip}, needs a finite bound > 0 or None")
     spacing = "trailing" if spacing is None else spacing

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, check_choice
 from ddpm.files import read_json, write_json
 from kernels.philox import is_integer
 
@@ -63,8 +63,7 @@ class StepTable:
         for name in ("guidance_scale", "noise_steps", "begins"):
             if tuple(getattr(self, name).shape) != (count,):
                 raise ValueError(f"{name}: got {list(getattr(self, name).shape)}, needs [{count}]")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: got {self.prediction!r}, needs one of {', '.join(PREDICTIONS)}")
+        check_choice("prediction", self.prediction, PREDICTIONS)
 
     def __len__(self) -> int:
         """Rows: evaluations of the network."""

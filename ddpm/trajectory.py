@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
 from ddpm.engines.engine import Callback, FormOf
+from ddpm.errors import check_integer
 from ddpm.inference import FORMS, device_of, has_form, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
@@ -180,7 +181,16 @@ class Trajectory:
         Returns: float32 [n, *sample_shape] on the model's device, not clamped.
         Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run it.
         """
-        self._check(n, context, guidance, seed, first_sample, batch_size, x_T)
+        check_integer("n", n)
+        if batch_size is not None:
+            check_integer("batch_size", batch_size)
+        check_integer("first_sample", first_sample, 0)
+        philox.check_seed(seed)
+        if first_sample > philox.SAMPLE_LIMIT - n:
+            raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
+        self._check_guidance(guidance, context)
+        if x_T is not None and tuple(x_T.shape) != (n, *self.shape):
+            raise ValueError(f"x_T: got {list(x_T.shape)}, needs {[n, *self.shape]}")
         contexts = rows_of_condition(self.model, context, n, self.device)
         batch_size = chunk_size(self.shape) if batch_size is None else batch_size
         draw = _checked(PhiloxNoise(seed) if noise is None else noise, self.state_dtype)
@@ -207,27 +217,10 @@ class Trajectory:
                 start = part.stop
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
-    def _check(
-        self,
-        n: int,
-        context: Tensor | None,
-        guidance: float,
-        seed: int,
-        first_sample: int,
-        batch_size: int | None,
-        x_T: Tensor | None,  # noqa: N803
-    ) -> None:
-        for name, value, low in (("n", n, 1), ("batch_size", batch_size, 1), ("first_sample", first_sample, 0)):
-            if not (philox.is_integer(value) and value >= low) and not (name == "batch_size" and value is None):
-                raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
-        philox.check_seed(seed)
-        if first_sample > philox.SAMPLE_LIMIT - n:
-            raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
+    def _check_guidance(self, guidance: float, context: Tensor | None) -> None:
         if isinstance(guidance, str) or guidance is None or not math.isfinite(guidance):
             raise ValueError(f"guidance: got {guidance!r}, needs a finite number")
         if guidance != 1.0 and context is None:
             raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance: got {guidance}, but this trajectory was prepared without guided=True")
-        if x_T is not None and tuple(x_T.shape) != (n, *self.shape):
-            raise ValueError(f"x_T: got {list(x_T.shape)}, needs {[n, *self.shape]}")

@@ -1,6 +1,5 @@
 """Does what was exported compute what the run computes? By `ddpm.metrics.distance`."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import WorkFailed
 from ddpm.metrics import CALL_TOLERANCE, ENGINE_TOLERANCE, distance, worst
-from ddpm.networks import condition_shape, network_times, sample_shape
+from ddpm.networks import condition_shape, network_times, one_hot_conditions, sample_shape
 from ddpm.networks.protocol import in_type
 from ddpm.progress import Bar
 from ddpm.runs import Run
@@ -69,8 +68,7 @@ def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[str, Tens
         t = in_type(network_times(model, {"first": low, "last": high, "mixed": mixed}[end], timesteps))
         c = None if shape is None else torch.zeros(n, *shape)
         if c is not None and kind == "one-hot":
-            size = math.prod(shape)
-            c = torch.eye(size)[torch.arange(n) % size].reshape(n, *shape)
+            c = one_hot_conditions(model, torch.arange(n))
         elif c is not None and kind == "random":
             c = torch.randn(n, *shape, generator=generator)
         yield f"batch {n}, t {end}, context {kind}", x, t, c
@@ -114,8 +112,7 @@ def known_samples(run: Run, table: StepTable) -> Known:
     shape = condition_shape(run.model)
     context = null = None
     if shape is not None:
-        size = math.prod(shape)
-        context = np.eye(size, dtype=np.float32)[-1 - np.arange(SAMPLES) % size].reshape(SAMPLES, *shape)
+        context = one_hot_conditions(run.model, -1 - torch.arange(SAMPLES)).numpy()
         null = null_of(run.model, shape)[None].repeat(SAMPLES, 0)
     guidance = 1.0 if context is None else GUIDANCE
     eager = Trajectory(run.model, run.schedule, table, engine="eager", guided=guidance != 1.0)

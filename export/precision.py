@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 
 from ddpm.inference import Form
-from ddpm.networks import condition_shape
+from ddpm.networks import condition_shape, one_hot_conditions
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from export.graph import FLOAT, FLOAT16
@@ -41,7 +41,7 @@ def trajectory_calls(run: Run, seed: int, steps: int = CALIBRATION_STEPS) -> lis
     shape = condition_shape(run.model)
     classes = 0 if shape is None else math.prod(shape)
     n = CALIBRATION_PER_CLASS * max(classes, 1)
-    context = torch.eye(classes)[torch.arange(n) % classes].reshape(n, *shape) if classes else None
+    context = one_hot_conditions(run.model, torch.arange(n))
     options = run.options(steps=min(steps, run.schedule.timesteps), spacing="trailing")
     hook = run.model.register_forward_pre_hook(note)
     try:

@@ -19,7 +19,7 @@ from ddpm import evaluation, training
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import psnr, relative_l2
-from ddpm.networks import condition_shape, sample_shape
+from ddpm.networks import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.runs import Run
 from ddpm.sampling import sample
@@ -135,7 +135,7 @@ def _statistics(file: File, run: Run, precision: str, samples: int, dataset: Dat
     shape = condition_shape(run.model)
     classes = 0 if shape is None else math.prod(shape)
     asked = torch.arange(samples) % classes if classes else None
-    context = torch.eye(classes)[asked].reshape(samples, *shape) if classes else None
+    context = one_hot_conditions(run.model, torch.arange(samples))
     guidance = GUIDANCE if classes else 1.0
     found, reference = [], []
     with Bar(f"quality {precision}", samples, "images/s") as bar:

@@ -24,7 +24,7 @@ from ddpm.commands.sampling_options import (
     table_of,
 )
 from ddpm.distributed import pick_device, world
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, check_integer
 from ddpm.files import replacing
 from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
@@ -61,8 +61,8 @@ def sample(
     check_output(out, "--out", ".png")
     check_output(npy, "--npy", ".npy")
     check_output(gif, "--gif", ".gif")
-    if columns is not None and columns < 1:
-        raise BadInput(f"--columns: got {columns}, needs an integer >= 1")
+    if columns is not None:
+        check_integer("--columns", columns)
     opened = runs.load_run(run)
     target = pick_device(device)
     opened.model.to(target)
@@ -71,8 +71,7 @@ def sample(
     with world(target) as ranks:
         if gif is not None and ranks.size > 1:
             raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")
-        if n < 1:
-            raise BadInput(f"--n: got {n}, needs an integer >= 1")
+        check_integer("--n", n)
         images, estimates = draw(
             opened,
             n,

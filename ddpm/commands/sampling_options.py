@@ -11,8 +11,8 @@ from ddpm import runs
 from ddpm.data import ALL
 from ddpm.distributed import World
 from ddpm.engines import ENGINES
-from ddpm.errors import BadInput
-from ddpm.networks import condition_shape, sample_shape
+from ddpm.errors import BadInput, check_choice, check_integer
+from ddpm.networks import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.sampling import sample
 from ddpm.solvers import SOLVERS, SPACINGS, make_table
@@ -96,9 +96,8 @@ def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int) -> T
     """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes."""
     if text is None:
         return None
-    count = class_count(run)
-    if text == ALL and count:
-        return torch.eye(count)[cycled_classes(run, first_sample, n)]
+    if text == ALL and class_count(run):
+        return one_hot_conditions(run.model, cycled_classes(run, first_sample, n))
     vector = run.context(text)
     return vector.expand(n, *vector.shape)
 
@@ -125,10 +124,9 @@ def draw(
 
     table: as `table_of` returned it.
     """
-    if batch_size is not None and batch_size < 1:
-        raise BadInput(f"--batch-size: got {batch_size}, needs an integer >= 1")
-    if precision not in PRECISIONS:
-        raise BadInput(f"--precision: got {precision!r}, needs one of {', '.join(PRECISIONS)}")
+    if batch_size is not None:
+        check_integer("--batch-size", batch_size)
+    check_choice("--precision", precision, PRECISIONS)
     shape = sample_shape(run.model)
     part = world.share(n)
     count = part.stop - part.start

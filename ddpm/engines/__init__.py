@@ -11,21 +11,8 @@ from ddpm.engines.compile import CompileEngine
 from ddpm.engines.engine import ENGINES, Engine, engine
 from ddpm.engines.fused import FusedEngine
 from ddpm.engines.graph import GraphEngine
+from ddpm.errors import check_choice
 from ddpm.precision import computed_in, has_float16
-
-__all__ = [
-    "ENGINES",
-    "CompileEngine",
-    "EagerEngine",
-    "Engine",
-    "FusedEngine",
-    "GraphEngine",
-    "choose",
-    "competitors",
-    "engine",
-    "log_if_emulated",
-    "missing",
-]
 
 logger = logging.getLogger("ddpm")
 
@@ -68,8 +55,7 @@ def choose(
         name = next((known for known, lack in lacks.items() if lack is None), "eager")
         better = "; ".join(f"{known} needs {lack}" for known, lack in lacks.items() if lack is not None)
         logger.info("engine auto: %s on %s (%s)", name, device, better or "the fastest")
-    if name not in ENGINES:
-        raise ValueError(f"engine: got {name!r}, needs one of auto, {', '.join(ENGINES)}")
+    check_choice("engine", name, ("auto", *ENGINES))
     lack = missing(name, device, dtype, custom_noise)
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, FormOf, engine
+from ddpm.engines.engine import Chunk, FormOf, engine
 from ddpm.engines.fused import Advance, Advanced, FusedEngine
-from ddpm.inference import make_form
 from ddpm.inference.form import Rows
-from ddpm.noise import Noise, PhiloxNoise
-from ddpm.table import StepTable
+from ddpm.noise import PhiloxNoise
 from kernels import philox
 from kernels.solver_step import guide, reference
 
@@ -87,10 +85,8 @@ class CompileEngine(FusedEngine):
 
     name = "compile"
 
-    def __init__(
-        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
-    ) -> None:
-        super().__init__(model, count, table, dtype, form)
+    def prepare(self, model: nn.Module, form: FormOf) -> None:
+        super().prepare(model, form)
         # Kept with the form, as its weights are. A function, not a module: it must not become a submodule.
         if not hasattr(self.form, "compiled"):
             options = None if self.form.live else {"guard_filter_fn": _guards_of_arguments}
@@ -98,7 +94,6 @@ class CompileEngine(FusedEngine):
 
     @classmethod
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
-        """As in `Engine`."""
         return super().lacks(device, dtype, custom_noise) or (compiler_missing() if device.type == "cpu" else None)
 
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
@@ -107,31 +102,23 @@ class CompileEngine(FusedEngine):
         batch_may_vary(*(rows or ()), dim=1)
         return self.form.compiled(x, table_row, rows)
 
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """As in `Engine`."""
+    def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
         with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-            x = super().__call__(x, samples, context, guidance, noise, callback)
+            x = super().run(chunk)
         compiling = _seconds_compiling() - before
         if compiling > 0:
             logger.info("engine compile: %.1f s of %.1f s were compiling", compiling, time.perf_counter() - began)
         return x
 
-    def in_reference(self, x: Tensor, samples: Tensor, guidance: float, noise: Noise, keeps_x0: bool) -> Advance:
+    def in_reference(self, chunk: Chunk) -> Advance:
         """The update, compiled with its noise; with another noise than Philox as in the fused engine."""
-        if not isinstance(noise, PhiloxNoise):
-            return super().in_reference(x, samples, guidance, noise, keeps_x0)
+        if not isinstance(chunk.noise, PhiloxNoise):
+            return super().in_reference(chunk)
+        x, samples = chunk.x, chunk.samples
         rows = self.table.rows(x.device, x.dtype).unbind()
-        seed = torch.full((), noise.seed, device=x.device)
-        weights = torch.tensor(self.table.weights_of_guidance(guidance), dtype=x.dtype, device=x.device).unbind()
+        seed = torch.full((), chunk.noise.seed, device=x.device)
+        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), dtype=x.dtype, device=x.device).unbind()
         previous = torch.zeros_like(x) if self.memory else None
 
         def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:

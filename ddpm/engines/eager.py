@@ -3,12 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, Engine, FormOf, engine
-from ddpm.inference import make_form
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine
 from ddpm.inference.plain import checked, typed
-from ddpm.networks.protocol import in_type, network_times, null_condition
-from ddpm.noise import Noise
-from ddpm.table import StepTable
+from ddpm.networks.protocol import in_type, null_condition
 from kernels import philox
 from kernels.solver_step import guide, reference
 
@@ -20,39 +17,27 @@ class EagerEngine(Engine):
     name = "eager"
     live = True
 
-    def __init__(
-        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
-    ) -> None:
-        self.table, self.dtype = table, dtype
+    def prepare(self, model: nn.Module, form: FormOf) -> None:
         self.refresh(model)
-        times = in_type(network_times(model, table.timesteps, count), dtype)
-        self.times, self.kind, self.noisy = times.tolist(), times.dtype, table.noisy
+        self.times = in_type(self.times, self.dtype)
 
     def refresh(self, model: nn.Module) -> None:
         """A copy in another type is made anew."""
         self.model = typed(model, self.dtype)
 
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """As in `Engine`."""
+    def run(self, chunk: Chunk) -> Tensor:
+        x, context = chunk.x, chunk.context
         rows = self.table.rows(x.device, x.dtype)
-        steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(guidance)
+        steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(chunk.guidance)
         guided = context is not None and any(weight != 1.0 for weight in weights)
         null = null_condition(self.model, context) if guided else None
         x0 = torch.zeros_like(x)
-        for i, (step, time) in enumerate(zip(steps, self.times, strict=True)):
+        for i, (step, time) in enumerate(zip(steps, self.times.tolist(), strict=True)):
             m = self._output(x, time, context, null, weights[i])
-            z = noise(samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
+            z = chunk.noise(chunk.samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)
-            if callback is not None:
-                callback(i, x0)
+            if chunk.callback is not None:
+                chunk.callback(i, x0)
         return x
 
     def _output(self, x: Tensor, time: float, context: Tensor | None, null: Tensor | None, guidance: float) -> Tensor:
@@ -69,6 +54,6 @@ class EagerEngine(Engine):
         return guide(conditional, unconditional, guidance)
 
     def _network(self, x: Tensor, time: float, context: Tensor | None) -> Tensor:
-        t = torch.full((x.shape[0],), time, dtype=self.kind, device=x.device)
+        t = torch.full((x.shape[0],), time, dtype=self.times.dtype, device=x.device)
         c = None if context is None else context.to(self.dtype)
         return checked(self.model(x.to(self.dtype), t, c), x).to(x.dtype)

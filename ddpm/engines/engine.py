@@ -5,15 +5,19 @@ lacks(device, dtype, ...)         why it cannot run there, or None
 Engine(model, count, table, dtype, form)
 engine(x_T, samples, context, guidance, noise, callback) -> x_0
 refresh(model)                    take over the model's present weights
+
+A subclass states the first two and overrides `prepare`, `run` and `refresh`.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.inference import Form, make_form
+from ddpm.networks.protocol import network_times
 from ddpm.noise import Noise
 from ddpm.registry import register
 from ddpm.table import StepTable
@@ -28,6 +32,22 @@ def engine(kind: type["Engine"]) -> type["Engine"]:
     """Register an engine's class under its `name`."""
     register(ENGINES, kind.name, kind, "engine")
     return kind
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Samples that run together: x [n, ...] at timesteps[0], which stays as it is, and what its trajectory depends on.
+
+    samples: int64 [n], global indices. context: [n, ...] or None. guidance: w, 1 = none. callback(i, x0): after every
+    row.
+    """
+
+    x: Tensor
+    samples: Tensor
+    context: Tensor | None
+    guidance: float
+    noise: Noise
+    callback: Callback | None = None
 
 
 class Engine:
@@ -46,26 +66,26 @@ class Engine:
     def __init__(
         self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
     ) -> None:
-        raise NotImplementedError
+        self.count, self.table, self.dtype = count, table, dtype
+        self.noisy, self.memory = table.noisy, table.has_memory
+        self.times = network_times(model, table.timesteps, count)
+        self.prepare(model, form)
 
     @classmethod
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
         """What it lacks to run there in a type, with a noise of the caller's own or with Philox; None if nothing."""
         return None
 
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """x [n, ...] at timesteps[0] -> x at 0, not in place.
+    def __call__(self, *arguments: Any, **more: Any) -> Tensor:
+        """The fields of a `Chunk` -> x [n, ...] at 0."""
+        return self.run(Chunk(*arguments, **more))
 
-        samples: int64 [n]. context: [n, ...] or None. guidance: w, 1 = none. callback(i, x0) after every row.
-        """
+    def prepare(self, model: nn.Module, form: FormOf) -> None:
+        """What is done once, before the first chunk."""
+        self.refresh(model)
+
+    def run(self, chunk: Chunk) -> Tensor:
+        """The whole table on a chunk: x [n, ...] at 0."""
         raise NotImplementedError
 
     def refresh(self, model: nn.Module) -> None:

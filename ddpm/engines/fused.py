@@ -5,12 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, Engine, FormOf, engine
-from ddpm.inference import at, halves, make_form
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine
+from ddpm.inference import at, halves
 from ddpm.inference.form import Rows
-from ddpm.networks.protocol import network_times
-from ddpm.noise import Ahead, Noise, PhiloxNoise
-from ddpm.table import StepTable
+from ddpm.noise import Ahead, PhiloxNoise
 from kernels import backend, solver_step
 from kernels.solver_step import guide, reference
 
@@ -29,18 +27,13 @@ class FusedEngine(Engine):
 
     name = "fused"
 
-    def __init__(
-        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
-    ) -> None:
-        self.form, self.table = form(model, dtype), table
+    def prepare(self, model: nn.Module, form: FormOf) -> None:
+        self.form = form(model, self.dtype)
         self.live = self.form.live
-        self.noisy, self.memory = table.noisy, table.has_memory
-        self.times = network_times(model, table.timesteps, count)
         self._tables: tuple[Tensor, ...] | None = None
 
     @classmethod
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
-        """As in `Engine`."""
         if device.type == "cuda" and dtype == torch.float64:
             return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
         if device.type == "cuda" and backend.triton is None:
@@ -48,7 +41,6 @@ class FusedEngine(Engine):
         return None
 
     def refresh(self, model: nn.Module) -> None:
-        """As in `Engine`."""
         self.form.refresh(model)
         self._tables = None
 
@@ -58,53 +50,50 @@ class FusedEngine(Engine):
             self._tables = self.form.tables(self.times.to(device))
         return self._tables
 
-    def rows(self, x: Tensor, context: Tensor | None, guidance: float) -> Rows:
-        """Of a chunk x: guided if there is a context to guide towards and a weight that is not 1."""
-        return self.form.rows(context, x.shape[0], guidance != 1.0 and context is not None)
+    def rows(self, chunk: Chunk) -> Rows:
+        """Guided if there is a context to guide towards and a weight that is not 1."""
+        return self.form.rows(chunk.context, len(chunk.x), chunk.guidance != 1.0 and chunk.context is not None)
 
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """As in `Engine`. A callback costs a second state in memory, x0."""
-        tables, rows = self.tables(x.device), self.rows(x, context, guidance)
-        by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(noise, PhiloxNoise)
-        prepare = self.in_kernel if by_kernel else self.in_reference
-        advance = prepare(x, samples, guidance, noise, callback is not None or self.memory)
+    def keeps_x0(self, chunk: Chunk) -> bool:
+        """Whether x0 of a row is read afterwards: a second state in memory."""
+        return self.memory or chunk.callback is not None
+
+    def run(self, chunk: Chunk) -> Tensor:
+        x = chunk.x
+        tables, rows = self.tables(x.device), self.rows(chunk)
+        by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(chunk.noise, PhiloxNoise)
+        advance = self.in_kernel(chunk) if by_kernel else self.in_reference(chunk)
         for i, index in enumerate(torch.arange(len(self.table), device=x.device).split(1)):
             m = self.network(x, at(tables, index), rows)
             x, x0 = advance(i, index, x, *m.chunk(halves(rows)))
-            if callback is not None:
-                callback(i, x0)
+            if chunk.callback is not None:
+                chunk.callback(i, x0)
         return x
 
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """The network's output [k * n, ...]."""
         return self.form(x, table_row, rows)
 
-    def in_kernel(self, x: Tensor, samples: Tensor, guidance: float, noise: PhiloxNoise, keeps_x0: bool) -> Advance:
+    def in_kernel(self, chunk: Chunk) -> Advance:
         """The update by the operator, in place on a copy of x."""
+        x, samples = chunk.x, chunk.samples
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         own = x.clone(memory_format=layout)
-        rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if keeps_x0 else None
-        seed = torch.full((), noise.seed, device=x.device)
-        weights = torch.tensor(self.table.weights_of_guidance(guidance), device=x.device)
+        rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if self.keeps_x0(chunk) else None
+        seed = torch.full((), chunk.noise.seed, device=x.device)
+        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
 
         def advance(i: int, index: Tensor, _: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
             return solver_step(own, m, rows, index, seed, samples, uncond, weights, x0, self.table.clip), x0
 
         return advance
 
-    def in_reference(self, x: Tensor, samples: Tensor, guidance: float, noise: Noise, keeps_x0: bool) -> Advance:
+    def in_reference(self, chunk: Chunk) -> Advance:
         """The update by the operator's reference, with noise that is drawn before."""
+        x = chunk.x
         rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
-        weights = self.table.weights_of_guidance(guidance)
-        draws = Ahead(noise, samples, self.table, tuple(x.shape[1:]))
+        weights = self.table.weights_of_guidance(chunk.guidance)
+        draws = Ahead(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
         previous = torch.zeros_like(x) if self.memory else None
 
         def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:

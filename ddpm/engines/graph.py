@@ -10,12 +10,11 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Callback, FormOf, engine
+from ddpm.engines.engine import Chunk, FormOf, engine
 from ddpm.engines.fused import FusedEngine
-from ddpm.inference import Form, at, halves, make_form
+from ddpm.inference import Form, at, halves
 from ddpm.inference.form import Rows
-from ddpm.noise import Noise, PhiloxNoise
-from ddpm.table import StepTable
+from ddpm.noise import PhiloxNoise
 from kernels import solver_step
 
 STEPS_PER_GRAPH = 10  # untuned
@@ -63,42 +62,24 @@ class Capture:
                     self._step()
 
     def _step(self) -> None:
-        m = self.form(self.x, at(self.tables, self.index), self.rows)
-        m, *uncond = m.chunk(halves(self.rows))
-        solver_step(
-            self.x,
-            m,
-            self.table,
-            self.index,
-            self.seed,
-            self.samples,
-            uncond[0] if uncond else None,
-            self.guidance,
-            self.x0,
-            self.clip,
-        )
+        m, *uncond = self.form(self.x, at(self.tables, self.index), self.rows).chunk(halves(self.rows))
+        row = self.table, self.index, self.seed, self.samples
+        solver_step(self.x, m, *row, uncond[0] if uncond else None, self.guidance, self.x0, self.clip)
         self.index.add_(1)
 
-    def load(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        seed: int,
-        weights: Tensor,
-        table: Tensor,
-        tables: tuple[Tensor, ...],
-        rows: Rows,
-    ) -> None:
-        """Fill the buffers for a run. Copies only: their addresses are in the graphs."""
-        self.x.copy_(x)
-        self.samples.copy_(samples)
+    def load(self, chunk: Chunk, rows: Rows, by_step: tuple[Tensor, ...]) -> None:
+        """Fill the buffers for a run. Copies only: their addresses are in the graphs.
+
+        by_step: weights of guidance, table and the form's tables, each [S, ...].
+        """
+        self.x.copy_(chunk.x)
+        self.samples.copy_(chunk.samples)
         self.index.zero_()
-        self.seed.fill_(seed)
+        self.seed.fill_(chunk.noise.seed)
         if self.x0 is not None:
             self.x0.zero_()
-        steps = table.shape[0]
-        for own, given in zip((self.guidance, self.table, *self.tables), (weights, table, *tables), strict=True):
-            own[:steps].copy_(given)
+        for own, given in zip((self.guidance, self.table, *self.tables), by_step, strict=True):
+            own[: len(given)].copy_(given)
         for own, given in zip(self.rows or (), rows or (), strict=True):
             own.copy_(given)
 
@@ -112,41 +93,29 @@ class GraphEngine(FusedEngine):
 
     name = "graph"
 
-    def __init__(
-        self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
-    ) -> None:
-        super().__init__(model, count, table, dtype, form)
-        self.room = max(count, len(table))  # a capture serves every table of up to T rows
+    def prepare(self, model: nn.Module, form: FormOf) -> None:
+        super().prepare(model, form)
+        self.room = max(self.count, len(self.table))  # a capture serves every table of up to T rows
         if not hasattr(self.form, "captures"):
             self.form.captures = OrderedDict()
 
     @classmethod
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
-        """As in `Engine`."""
         if device.type != "cuda":
             return f"a CUDA device, the model is on {device}"
         if custom_noise or dtype == torch.float64:
             return "Philox noise and a state in float32, which its kernel draws and holds"
         return super().lacks(device, dtype, custom_noise)
 
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """As in `Engine`."""
-        if not (isinstance(noise, PhiloxNoise) and x.dtype == torch.float32):
+    def run(self, chunk: Chunk) -> Tensor:
+        x, callback = chunk.x, chunk.callback
+        if not (isinstance(chunk.noise, PhiloxNoise) and x.dtype == torch.float32):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
-        tables, rows = self.tables(x.device), self.rows(x, context, guidance)
-        keeps_x0 = callback is not None or self.memory
-        weights = torch.tensor(self.table.weights_of_guidance(guidance), device=x.device)
+        tables, rows = self.tables(x.device), self.rows(chunk)
+        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
         with torch.cuda.device(x.device):
-            capture = self._capture(x, tables, rows, keeps_x0)
-            capture.load(x, samples, noise.seed, weights, self.table.rows(x.device), tables, rows)
+            capture = self._capture(x, tables, rows, self.keeps_x0(chunk))
+            capture.load(chunk, rows, (weights, self.table.rows(x.device), *tables))
             done, count = 0, len(self.table)
             while done < count:
                 some = STEPS_PER_GRAPH if callback is None and count - done >= STEPS_PER_GRAPH else 1

@@ -14,25 +14,6 @@ from ddpm.inference.freshness import Snapshot, settings_of
 from ddpm.inference.plain import PlainForm
 from ddpm.networks.protocol import build_network, name_of
 
-__all__ = [
-    "EXPORTED",
-    "FORMS",
-    "KERNELS",
-    "ContextUnetForm",
-    "Form",
-    "Layout",
-    "PlainForm",
-    "Snapshot",
-    "at",
-    "device_of",
-    "form_of",
-    "halves",
-    "has_form",
-    "kept_form",
-    "make_form",
-    "release",
-]
-
 logger = logging.getLogger("ddpm")
 
 

@@ -34,22 +34,18 @@ class PlainForm(Form):
         self.model = typed(model, dtype)
 
     def tables(self, times: Tensor) -> tuple[Tensor, ...]:
-        """As in `Form`."""
         return (in_type(times, self.dtype),)
 
     def rows(self, condition: Tensor | None, n: int, guided: bool) -> Rows:
-        """As in `Form`."""
         if condition is None:
             return None
         condition = condition.to(self.dtype)
         return (torch.stack((condition, null_condition(self.model, condition))) if guided else condition[None],)
 
     def refresh(self, model: nn.Module) -> None:
-        """As in `Form`."""
         self.model = typed(model, self.dtype)
 
     def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        """As in `Form`."""
         x = x.to(self.dtype)
         condition = None
         if rows is not None:

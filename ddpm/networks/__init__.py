@@ -16,25 +16,8 @@ from ddpm.networks.protocol import (
     network_for,
     network_times,
     null_condition,
+    one_hot_conditions,
     rows_of_condition,
     sample_shape,
     without_condition,
 )
-
-__all__ = [
-    "NETWORKS",
-    "ContextUnet",
-    "PointMLP",
-    "build_network",
-    "condition_shape",
-    "fit_state_dict",
-    "load_context_unet_weights",
-    "name_of",
-    "network",
-    "network_for",
-    "network_times",
-    "null_condition",
-    "rows_of_condition",
-    "sample_shape",
-    "without_condition",
-]

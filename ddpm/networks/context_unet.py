@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.networks.blocks import EmbedFC, ResidualConvBlock, UnetDown, UnetUp
-from ddpm.networks.protocol import check_call, fit_state_dict, network
+from ddpm.networks.protocol import VectorConditioned, check_call, fit_state_dict, network
 from kernels.philox import is_integer
 
 GROUPS = 8
@@ -26,7 +26,7 @@ def _halvings(side: int) -> int:
 
 
 @network("context_unet")
-class ContextUnet(nn.Module):
+class ContextUnet(VectorConditioned):
     """The context- and time-conditioned U-Net.
 
     Args:
@@ -104,15 +104,6 @@ class ContextUnet(nn.Module):
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape of one sample: (C, H, W)."""
         return self.in_channels, self.height, self.width
-
-    @property
-    def condition_shape(self) -> tuple[int] | None:
-        """(n_cfeat,), or None for an unconditional network."""
-        return (self.n_cfeat,) if self.n_cfeat else None
-
-    def null_condition(self, n: int) -> Tensor:
-        """Zeros [n, n_cfeat], made where the network is: a captured graph copies nothing from the host."""
-        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
 
     def config(self) -> dict[str, object]:
         """The arguments that build this network again."""

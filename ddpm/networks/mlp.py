@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.networks.blocks import EmbedFC
-from ddpm.networks.protocol import check_call, network
+from ddpm.networks.protocol import VectorConditioned, check_call, network
 
 
 @network("mlp")
-class PointMLP(nn.Module):
+class PointMLP(VectorConditioned):
     """A small residual MLP for points: forward(x [n, features], t [n], c [n, n_cfeat] or None) -> [n, features].
 
     t enters as sines and cosines of 2^k pi t, k = 0..7 (Mildenhall et al. 2020, equation 4), added in each block.
@@ -36,15 +36,6 @@ class PointMLP(nn.Module):
     def sample_shape(self) -> tuple[int]:
         """Shape of one sample: (features,)."""
         return (self.features,)
-
-    @property
-    def condition_shape(self) -> tuple[int] | None:
-        """(n_cfeat,), or None for an unconditional network."""
-        return (self.n_cfeat,) if self.n_cfeat else None
-
-    def null_condition(self, n: int) -> Tensor:
-        """Zeros [n, n_cfeat] where the network is."""
-        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
 
     def config(self) -> dict[str, object]:
         """The arguments that build this network again."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ddpm.errors import check_choice
 from ddpm.registry import register as register_under
 
 NETWORKS: dict[str, type[nn.Module]] = {}
@@ -45,10 +46,9 @@ def name_of(model: nn.Module) -> str:
 
 
 def _class_of(name: str) -> type[nn.Module]:
-    kind = NETWORKS.get(FORMER_NAMES.get(name, name)) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"network: got {name!r}, needs one of {', '.join(NETWORKS)}")
-    return kind
+    if name not in FORMER_NAMES:
+        check_choice("network", name, NETWORKS)
+    return NETWORKS[FORMER_NAMES.get(name, name)]
 
 
 def build_network(name: str, config: Mapping[str, object]) -> nn.Module:
@@ -72,6 +72,21 @@ def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: 
     return made
 
 
+class VectorConditioned(nn.Module):
+    """The base of networks whose condition is a vector of `n_cfeat` numbers, zeros for none; 0 = unconditional."""
+
+    n_cfeat: int
+
+    @property
+    def condition_shape(self) -> tuple[int] | None:
+        """(n_cfeat,), or None for an unconditional network."""
+        return (self.n_cfeat,) if self.n_cfeat else None
+
+    def null_condition(self, n: int) -> Tensor:
+        """Zeros [n, n_cfeat], made where the network is: a captured graph copies nothing from the host."""
+        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
+
+
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one sample: the model's `sample_shape`, or (in_channels, height, height)."""
     if hasattr(model, "sample_shape"):
@@ -85,6 +100,13 @@ def condition_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Shape of one condition; None for a network without one, or that does not say."""
     shape = getattr(model, "condition_shape", None)
     return None if shape is None else _shape("condition_shape", shape)
+
+
+def one_hot_conditions(model: nn.Module, numbers: Tensor) -> Tensor | None:
+    """float32 [n, *condition_shape], a single 1 each, at numbers int64 [n] modulo its size; None: no condition."""
+    shape = condition_shape(model)
+    size = 0 if shape is None else math.prod(shape)
+    return torch.eye(size)[numbers % size].reshape(len(numbers), *shape) if size else None
 
 
 def _shape(name: str, value: object) -> tuple[int, ...]:

@@ -12,27 +12,3 @@ from ddpm.training.loop import Interrupted, train
 from ddpm.training.objective import Objective, min_snr_weights, per_sample_loss, target_of
 from ddpm.training.options import ENGINES, LOSSES, PRECISIONS, TrainOptions
 from ddpm.training.state import Ema, OtherData, loss_table, resume_from, resumed_options, training_data
-
-__all__ = [
-    "ENGINES",
-    "LOSSES",
-    "PRECISIONS",
-    "TRAINERS",
-    "CompileTrainer",
-    "Ema",
-    "GraphTrainer",
-    "Interrupted",
-    "Objective",
-    "OtherData",
-    "TrainOptions",
-    "Trainer",
-    "loss_table",
-    "make_trainer",
-    "min_snr_weights",
-    "per_sample_loss",
-    "resume_from",
-    "resumed_options",
-    "target_of",
-    "train",
-    "training_data",
-]

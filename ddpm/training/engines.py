@@ -192,7 +192,6 @@ class CompileTrainer(Trainer):
         return objective
 
     def step(self) -> None:
-        """As in `Trainer`."""
         if self.warm:
             self._step()
             return
