@@ -28,7 +28,7 @@ from bench.suites.networks import PARITY, judged, sampling_cost
 from bench.timing import Call
 from ddpm import load_run
 from ddpm.commands.sampling_options import ALL, Solver, class_count, contexts_of, is_table_file, table_of
-from ddpm.engines import missing
+from ddpm.engines import unavailable_reason
 from ddpm.engines.engine import FormOf
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import replacing, write_json
@@ -45,7 +45,7 @@ from ddpm.trajectory import Trajectory
 from kernels.philox import Stream
 from kernels.winograd import missing as kernel_missing
 
-# Five steps' noise of 32 samples is one draw of the fused engine, see `ddpm.noise.AHEAD`.
+# Five steps' noise of 32 samples is one draw of the fused engine, see `ddpm.noise.NOISE_BATCH_ELEMENTS`.
 TIMED_STEPS = 5
 ROUNDS, STEPS, SEED = 5, 50, 0
 # Of fp32 on trained weights: DESIGN's bound beside eager's own distance from a float64 run.
@@ -71,7 +71,7 @@ class Rung:
         """What this machine lacks to run it, or None."""
         if self.native and device.type != "cpu":
             return f"a CPU, the model is on {device}"
-        lack = missing(self.engine, device, self.dtype) or (kernel_missing() if self.native else None)
+        lack = unavailable_reason(self.engine, device, self.dtype) or (kernel_missing() if self.native else None)
         if lack is None and computed_in(self.dtype, device) != self.dtype:  # engines take float32 in its place
             return "a CPU with AVX512-BF16 or AMX"
         return lack

@@ -66,7 +66,7 @@ def load_data(
         labels: a `.npy` (one-hot [N, K] or integer [N]) or an idx file; only where the source has none of its own.
         image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then resize
             to this side with Pillow's bicubic filter, which averages when it shrinks.
-        classes: names of the classes, in order of their number; defaults to what the source says.
+        classes: names of the classes, in order of their number; defaults to those of the source.
 
     Raises: BadInput naming the file, what was found and what is needed.
     """
@@ -106,11 +106,11 @@ def load_data(
     return Dataset(name, values, None if one_hot is None else torch.from_numpy(one_hot), names)
 
 
-def check_class_names(names: Sequence[str], said_by: str) -> None:
-    """Raise BadInput, naming `said_by`, for names that `--context` could not tell from each other or from `all`."""
+def check_class_names(names: Sequence[str], named_by: str) -> None:
+    """Raise BadInput, naming `named_by`, for names that `--context` could not tell from each other or from `all`."""
     wrong = next((name for k, name in enumerate(names) if name in ("", ALL) or name in names[:k]), None)
     if wrong is not None:
-        raise BadInput(f"{said_by}: got a class {wrong!r}, needs names that differ, none of them empty or {ALL!r}")
+        raise BadInput(f"{named_by}: got a class {wrong!r}, needs names that differ, none of them empty or {ALL!r}")
 
 
 def read_npy(path: Path) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 Values = Tensor | np.ndarray
 # Between engines in float32 over a whole trajectory, between splits, batches and thread counts, of one network call.
 ENGINE_TOLERANCE, SPLIT_TOLERANCE, CALL_TOLERANCE = 1e-4, 1e-5, 1e-5
-PEAK = 2.0  # of images in [-1, 1]
+PIXEL_RANGE = 2.0  # of images in [-1, 1]
 
 
 def _compared(
@@ -50,7 +50,7 @@ def psnr(actual: Values, expected: Values) -> float:
     """Peak signal to noise in dB of images clamped to [-1, 1]: infinite where they are equal, -infinite for NaN."""
 
     def decibels(a: Tensor, b: Tensor) -> Tensor:
-        return 10 * torch.log10(PEAK**2 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
+        return 10 * torch.log10(PIXEL_RANGE**2 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
 
     return _compared(actual, expected, decibels, otherwise=-math.inf)
 

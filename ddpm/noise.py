@@ -14,7 +14,7 @@ Noise = Callable[[Tensor, int, int, tuple[int, ...]], Tensor]
 
 # Normals drawn at a time on the CPU, where a step's noise at batch 1 is all overhead: 1.3 ms a step when drawn alone,
 # next to 5 ms for the network.
-AHEAD = 1 << 17
+NOISE_BATCH_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class PhiloxNoise:
         return self(samples.repeat(len(steps)), step, philox.Stream.SAMPLING, shape).split(len(samples))
 
 
-class Ahead:
+class RowNoise:
     """The sampling noise of a table's noisy rows by row number; Philox for several rows at once, the same noise."""
 
     def __init__(self, noise: Noise, samples: Tensor, table: StepTable, shape: tuple[int, ...]) -> None:
         self.noise, self.samples, self.shape = noise, samples, shape
         self.steps = table.noise_steps.tolist()
         self.noisy = [i for i, noisy in enumerate(table.noisy) if noisy]
-        self.at_once = max(1, AHEAD // max(1, len(samples) * math.prod(shape)))
+        self.at_once = max(1, NOISE_BATCH_ELEMENTS // max(1, len(samples) * math.prod(shape)))
         self.drawn: dict[int, Tensor] = {}
 
     def __call__(self, row: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddpm.errors import check_choice, check_integer
-from ddpm.noise import Ahead, PhiloxNoise
+from ddpm.noise import PhiloxNoise, RowNoise
 from ddpm.solvers import ddim, ddpm
 from ddpm.table import StepTable
 from kernels import philox, solver_step
@@ -58,7 +58,7 @@ class _Resident:
     rows: Tensor
     indices: tuple[Tensor, ...]
     samples: Tensor
-    noise: Ahead | None = None  # of the present seed, on the CPU
+    noise: RowNoise | None = None  # of the present seed, on the CPU
 
 
 class _Fused:
@@ -166,7 +166,7 @@ class _Fused:
         z = None
         if noisy:
             if here.noise is None:
-                here.noise = Ahead(PhiloxNoise(seed, kind), here.samples, table, tuple(sample.shape[1:]))
+                here.noise = RowNoise(PhiloxNoise(seed, kind), here.samples, table, tuple(sample.shape[1:]))
             z = here.noise(index)
         row = here.rows[index].tolist()
         x_new, x0 = reference(sample.to(kind), m.to(kind), row[:7], z, None, table.clip)

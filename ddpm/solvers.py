@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ddpm.errors import check_choice
-from ddpm.registry import register as register_under
+from ddpm.registry import register
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import COLUMNS, PREDICTIONS, StepTable
 from kernels.philox import is_integer
@@ -36,12 +36,7 @@ SHARED_OPTIONS = ("prediction", "clip", "spacing")
 
 def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
     """Register function(alpha_bars, prediction, *, own options) under a name, for every engine and command."""
-
-    def register(function: Callable[..., Rows]) -> Callable[..., Rows]:
-        register_under(SOLVERS, name, function, "solver")
-        return function
-
-    return register
+    return register(SOLVERS, name, "solver")
 
 
 def options_of(name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from kernels.philox import is_integer
 PREDICTIONS = ("eps", "v", "x0")
 KIND, FORMAT_VERSION = "fused-ddpm step table", 1
 COLUMNS = 7
-MOST_NOISE_STEPS = 1 << 24  # exact in float32
-LARGEST = sys.float_info.max  # integers beyond it have no float64
+NOISE_STEPS_LIMIT = 1 << 24  # exact in float32
+FLOAT64_MAX = sys.float_info.max  # integers beyond it have no float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,19 +118,9 @@ class StepTable:
 
     def asdict(self) -> dict[str, Any]:
         """The table as JSON has it; numbers keep all their digits."""
-        return {
-            "kind": KIND,
-            "format_version": FORMAT_VERSION,
-            "prediction": self.prediction,
-            "clip": self.clip,
-            "timesteps": self.timesteps.tolist(),
-            "coefficients": self.coefficients.tolist(),
-            "guidance_scale": self.guidance_scale.tolist(),
-            "noise_steps": self.noise_steps.tolist(),
-            "begins": self.begins.tolist(),
-            "made_for": dict(self.made_for),
-            "weights": self.weights,
-        }
+        content = {part.name: getattr(self, part.name) for part in fields(self)}
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in content.items()}
+        return {"kind": KIND, "format_version": FORMAT_VERSION, **plain, "made_for": dict(self.made_for)}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "StepTable":
@@ -146,7 +136,7 @@ class StepTable:
             content.get(name) for name in ("timesteps", "guidance_scale", "noise_steps", "begins")
         )
         whole = _numbers("timesteps", times) and all(isinstance(t, int) for t in times)
-        if not times or any(b > a for a, b in pairwise(times)) or times[-1] <= 0 or times[0] >= MOST_NOISE_STEPS:
+        if not times or any(b > a for a, b in pairwise(times)) or times[-1] <= 0 or times[0] >= NOISE_STEPS_LIMIT:
             raise ValueError(f"timesteps: got {str(times)[:80]}, needs numbers > 0 and < 2^24 that never ascend")
         rows = content.get("coefficients")
         if not (isinstance(rows, list) and rows) or not all(
@@ -154,7 +144,7 @@ class StepTable:
         ):
             raise ValueError(f"coefficients: needs rows of {COLUMNS} finite numbers")
         _numbers("guidance_scale", scale)
-        if not (_numbers("noise_steps", noise) and all(type(n) is int and 0 <= n < MOST_NOISE_STEPS for n in noise)):
+        if not (_numbers("noise_steps", noise) and all(type(n) is int and 0 <= n < NOISE_STEPS_LIMIT for n in noise)):
             raise ValueError(f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
         if not (isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]):
             raise ValueError(f"begins: got {begins}, needs true or false for every row, the first true")
@@ -199,6 +189,6 @@ class StepTable:
 
 def _numbers(name: str, values: object) -> bool:
     """True. Raises ValueError unless this is a list of finite numbers."""
-    if not isinstance(values, list) or not all(type(v) in (int, float) and abs(v) <= LARGEST for v in values):
+    if not isinstance(values, list) or not all(type(v) in (int, float) and abs(v) <= FLOAT64_MAX for v in values):
         raise ValueError(f"{name}: got {str(values)[:80]}, needs finite numbers")
     return True

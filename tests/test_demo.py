@@ -106,6 +106,8 @@ def test_every_engine_draws_eagers_pictures_with_trained_weights(demo, recipe, g
 
     eager = draw("eager")
     allowed = min(1e-4, 4 * distance(eager, draw("eager", torch.float64)) + 1e-6)
-    found = {name: draw(name) for name in engines.ENGINES if engines.missing(name, torch.device("cpu")) is None}
+    found = {
+        name: draw(name) for name in engines.ENGINES if engines.unavailable_reason(name, torch.device("cpu")) is None
+    }
     assert {"eager", "fused"} <= found.keys()
     assert {name: distance(images, eager) for name, images in found.items() if distance(images, eager) > allowed} == {}

@@ -29,7 +29,7 @@ from bench.suites.networks import (
     step_bytes,
 )
 from ddpm import NoiseSchedule, StepTable, Trajectory, make_table
-from ddpm.engines import missing
+from ddpm.engines import unavailable_reason
 from ddpm.inference import KERNELS as KERNELS_LAYOUT
 from ddpm.inference import Form, make_form
 from ddpm.metrics import engine_error
@@ -210,7 +210,7 @@ def _build(row: Row, kind: str, device: torch.device) -> Bench:
 
 
 def _runs(engine: str, device: torch.device) -> bool:
-    return missing("graph" if engine == KERNELS else engine, device) is None
+    return unavailable_reason("graph" if engine == KERNELS else engine, device) is None
 
 
 def workloads(quick: bool, device: torch.device | None = None, rows: Sequence[Row] = ROWS) -> list[Workload]:

@@ -13,7 +13,7 @@ from bench.registry import Bench, Candidate, Workload
 from bench.suites.networks import CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward_flops
 from ddpm.data import Dataset
 from ddpm.distributed import World
-from ddpm.engines import missing
+from ddpm.engines import unavailable_reason
 from ddpm.training import ENGINES, TrainOptions, make_trainer
 from kernels.backend import Cost
 
@@ -73,7 +73,7 @@ def _build(batch: int, names: Sequence[str], calls: int, device: torch.device) -
     for name in names:
         engine, precision = name.split()
         kind = AutotunedStep if engine == AUTOTUNE else Step
-        if kind is AutotunedStep or missing(engine, device) is None:
+        if kind is AutotunedStep or unavailable_reason(engine, device) is None:
             make = partial(kind, batch, precision, engine, device)
             candidates[name] = Candidate(make, error, BF16_TOLERANCE if precision == "bf16" else ENGINE_TOLERANCE)
     reference = Step(batch, "fp32", "eager", device)

@@ -68,7 +68,7 @@ def evaluate(
         shown.add_column(heading, justify="left" if not heading else "right")
     shown.add_row("Frechet distance of pixel features", f"{result.frechet:.3f}", f"{result.frechet_real:.3f}")
     if result.accuracy is not None:
-        shown.add_row("read as the class asked for", f"{result.accuracy:.1%}", f"{result.accuracy_real:.1%}")
+        shown.add_row("class accuracy (SVM)", f"{result.accuracy:.1%}", f"{result.accuracy_real:.1%}")
     Console().print(shown)
     if json is not None:
         settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}

@@ -22,7 +22,7 @@ logger = logging.getLogger("ddpm")
 AUTOMATIC, AUTOMATIC_PLAIN = ("graph", "fused", "eager"), ("fused", "eager")
 
 
-def missing(
+def unavailable_reason(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False
 ) -> str | None:
     """What an engine lacks to run here in a type, with a noise of the caller's own or with Philox; None if nothing."""
@@ -34,7 +34,7 @@ def missing(
 
 def competitors(device: torch.device, dtype: torch.dtype = torch.float32) -> list[str]:
     """The engines beside `eager` that this machine can run."""
-    return [name for name in ENGINES if name != "eager" and missing(name, device, dtype) is None]
+    return [name for name in ENGINES if name != "eager" and unavailable_reason(name, device, dtype) is None]
 
 
 def choose(
@@ -51,12 +51,12 @@ def choose(
     """
     if name == "auto":
         candidates = AUTOMATIC_PLAIN if plain else AUTOMATIC
-        lacks = {known: missing(known, device, dtype, custom_noise) for known in candidates}
+        lacks = {known: unavailable_reason(known, device, dtype, custom_noise) for known in candidates}
         name = next((known for known, lack in lacks.items() if lack is None), "eager")
         better = "; ".join(f"{known} needs {lack}" for known, lack in lacks.items() if lack is not None)
         logger.info("engine auto: %s on %s (%s)", name, device, better or "the fastest")
     check_choice("engine", name, ("auto", *ENGINES))
-    lack = missing(name, device, dtype, custom_noise)
+    lack = unavailable_reason(name, device, dtype, custom_noise)
     if lack is not None:
         raise RuntimeError(f"engine: {name!r} in {str(dtype).removeprefix('torch.')} needs {lack}")
     if dtype == torch.bfloat16:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, FormOf, engine
-from ddpm.engines.fused import Advance, Advanced, FusedEngine
+from ddpm.engines.fused import Advanced, FusedEngine, Update
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
 from kernels import philox
@@ -26,7 +26,7 @@ logger = logging.getLogger("ddpm")
 
 # Graphs per function in one process, an error beyond: each network, type, solver with or without noise, memory of x0,
 # clip and guidance has its own, and PyTorch's eight are soon used up.
-VARIANTS = 256
+RECOMPILE_LIMIT = 256
 
 
 def compiler_missing() -> str | None:
@@ -104,32 +104,28 @@ class CompileEngine(FusedEngine):
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             x = super().run(chunk)
         compiling = _seconds_compiling() - before
         if compiling > 0:
             logger.info("engine compile: %.1f s of %.1f s were compiling", compiling, time.perf_counter() - began)
         return x
 
-    def in_reference(self, chunk: Chunk) -> Advance:
+    def update(self, chunk: Chunk) -> Update:
         """The update, compiled with its noise; with another noise than Philox as in the fused engine."""
         if not isinstance(chunk.noise, PhiloxNoise):
-            return super().in_reference(chunk)
+            return super().update(chunk)
         x, samples = chunk.x, chunk.samples
         rows = self.table.rows(x.device, x.dtype).unbind()
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), dtype=x.dtype, device=x.device).unbind()
-        previous = torch.zeros_like(x) if self.memory else None
 
-        def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
-            nonlocal previous
+        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> Advanced:
             batch_may_vary(x, m, uncond, previous, samples)
             clip, noisy = self.table.clip, self.noisy[i]
-            x, x0 = _compiled_update()(x, m, uncond, weights[i], rows[i], previous, clip, seed, samples, noisy)
-            previous = x0 if self.memory else None
-            return x, x0
+            return _compiled_update()(x, m, uncond, weights[i], rows[i], previous, clip, seed, samples, noisy)
 
-        return advance
+        return update
 
 
 def _seconds_compiling() -> float:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, Engine, FormOf, engine
-from ddpm.inference.plain import checked, typed
+from ddpm.inference.form import checked, typed
 from ddpm.networks.protocol import in_type, null_condition
 from kernels import philox
 from kernels.solver_step import guide, reference

@@ -30,8 +30,7 @@ ENGINES: dict[str, type["Engine"]] = {}
 
 def engine(kind: type["Engine"]) -> type["Engine"]:
     """Register an engine's class under its `name`."""
-    register(ENGINES, kind.name, kind, "engine")
-    return kind
+    return register(ENGINES, kind.name, "engine")(kind)
 
 
 @dataclass(frozen=True, eq=False)

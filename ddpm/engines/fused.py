@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from ddpm.engines.engine import Chunk, Engine, FormOf, engine
 from ddpm.inference import at, halves
 from ddpm.inference.form import Rows
-from ddpm.noise import Ahead, PhiloxNoise
+from ddpm.noise import PhiloxNoise, RowNoise
 from kernels import backend, solver_step
 from kernels.solver_step import guide, reference
 
 Advanced = tuple[Tensor, Tensor | None]
 # advance(i, index, x, m, m_uncond) -> (x, x0): one row of the table.
 Advance = Callable[..., Advanced]
+# update(i, x, m, m_uncond, x0_previous) -> (x, x0): the same, without keeping x0.
+Update = Callable[..., Advanced]
 
 
 @engine
@@ -89,21 +91,30 @@ class FusedEngine(Engine):
         return advance
 
     def in_reference(self, chunk: Chunk) -> Advance:
-        """The update by the operator's reference, with noise that is drawn before."""
-        x = chunk.x
-        rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
-        weights = self.table.weights_of_guidance(chunk.guidance)
-        draws = Ahead(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
-        previous = torch.zeros_like(x) if self.memory else None
+        """The update by plain operators, which takes the x0 before it from here."""
+        update = self.update(chunk)
+        previous = torch.zeros_like(chunk.x) if self.memory else None
 
         def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
             nonlocal previous
-            m = m.to(x.dtype)
-            if uncond is not None:
-                m = guide(m, uncond.to(x.dtype), weights[i])
-            z = draws(i) if self.noisy[i] else None
-            x, x0 = reference(x, m, rows[i], z, previous, self.table.clip)
+            x, x0 = update(i, x, m, uncond, previous)
             previous = x0 if self.memory else None
             return x, x0
 
         return advance
+
+    def update(self, chunk: Chunk) -> Update:
+        """The update by the operator's reference, with noise that is drawn before."""
+        x = chunk.x
+        rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
+        weights = self.table.weights_of_guidance(chunk.guidance)
+        draws = RowNoise(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
+
+        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> Advanced:
+            m = m.to(x.dtype)
+            if uncond is not None:
+                m = guide(m, uncond.to(x.dtype), weights[i])
+            z = draws(i) if self.noisy[i] else None
+            return reference(x, m, rows[i], z, previous, self.table.clip)
+
+        return update

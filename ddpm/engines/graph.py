@@ -12,30 +12,21 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, FormOf, engine
 from ddpm.engines.fused import FusedEngine
-from ddpm.inference import Form, at, halves
+from ddpm.inference import at, halves
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
 from kernels import solver_step
 
 STEPS_PER_GRAPH = 10  # untuned
-WARM_UP = 3
-CAPTURES = 4  # batch sizes whose captures are kept per network: full and last chunk, guided and not
+WARM_UP_STEPS = 3
+CAPTURES_KEPT = 4  # batch sizes whose captures are kept per network: full and last chunk, guided and not
 
 
 class Capture:
     """Static buffers for n samples and the graphs of one and of STEPS_PER_GRAPH steps over them."""
 
-    def __init__(
-        self,
-        form: Form,
-        x: Tensor,
-        tables: tuple[Tensor, ...],
-        rows: Rows,
-        room: int,
-        keeps_x0: bool,
-        clip: float | None,
-    ) -> None:
-        self.form, self.clip = form, clip
+    def __init__(self, by: "GraphEngine", x: Tensor, tables: tuple[Tensor, ...], rows: Rows, keeps_x0: bool) -> None:
+        self.form, self.clip, room = by.form, by.table.clip, by.room
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         self.x = torch.zeros_like(x, memory_format=layout)
         self.x0 = torch.zeros_like(self.x) if keeps_x0 else None
@@ -49,7 +40,7 @@ class Capture:
         side = torch.cuda.Stream(x.device)
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP_STEPS):
                 self.index.zero_()  # a table may have fewer rows
                 self._step()
         torch.cuda.current_stream(x.device).wait_stream(side)
@@ -135,7 +126,7 @@ class GraphEngine(FusedEngine):
         if key in captures:
             captures.move_to_end(key)
         else:
-            while len(captures) >= CAPTURES:
+            while len(captures) >= CAPTURES_KEPT:
                 captures.popitem(last=False)
-            captures[key] = Capture(self.form, x, tables, rows, self.room, keeps_x0, self.table.clip)
+            captures[key] = Capture(self, x, tables, rows, keeps_x0)
         return captures[key]

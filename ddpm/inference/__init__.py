@@ -1,4 +1,4 @@
-"""Inference forms, one file per network that has one; the networks without one are run by `plain`."""
+"""Inference forms, one file per network that has one; the others are run by `PlainForm`."""
 
 import json
 import logging
@@ -9,9 +9,20 @@ import torch
 from torch import nn
 
 from ddpm.inference.context_unet import ContextUnetForm
-from ddpm.inference.form import EXPORTED, FORMS, KERNELS, Form, Layout, at, device_of, form_dtype, form_of, halves
+from ddpm.inference.form import (
+    EXPORTED,
+    FORMS,
+    KERNELS,
+    Form,
+    Layout,
+    PlainForm,
+    at,
+    device_of,
+    form_dtype,
+    form_of,
+    halves,
+)
 from ddpm.inference.freshness import Snapshot, settings_of
-from ddpm.inference.plain import PlainForm
 from ddpm.networks.protocol import build_network, name_of
 
 logger = logging.getLogger("ddpm")

@@ -112,7 +112,7 @@ class ContextUnetForm(Form):
         self.requires_grad_(False)
         self.refresh(model)
         if dtype == torch.float32 and next(model.parameters()).device.type == "cpu" and self.layout == Layout():
-            self._say_if_slow(model)
+            self._log_if_slow(model)
 
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:
@@ -142,11 +142,11 @@ class ContextUnetForm(Form):
         for name, own in self.embeddings.items():
             own.load_state_dict(getattr(model, name).state_dict())
 
-    def _say_if_slow(self, model: ContextUnet) -> None:
+    def _log_if_slow(self, model: ContextUnet) -> None:
         if any(module.transformed for module in self.modules() if isinstance(module, Convolution)):
             return
-        fitting = any(map(fits, model.parameters()))
-        lack = missing() if fitting else f"no convolution has channels in multiples of {PANEL} (n_feat)"
+        fits_any = any(map(fits, model.parameters()))
+        lack = missing() if fits_any else f"no convolution has channels in multiples of {PANEL} (n_feat)"
         logger.info("convolutions are the library's, about a third as fast as the operator winograd: %s", lack)
 
     def _embedded(self, kind: str, value: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ from kernels.winograd import fits, missing, transform
 
 
 @cache
-def packs(dtype: torch.dtype) -> bool:
+def uses_onednn_layout(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type on this CPU: then weights are kept in the layout it wants, GELU runs in it.
 
     It is asked by trying: whether it takes bfloat16 depends on the CPU and on ONEDNN_MAX_CPU_ISA.
@@ -39,7 +39,7 @@ def packs(dtype: torch.dtype) -> bool:
     return True
 
 
-def multiplies_less(weight: Tensor, dtype: torch.dtype) -> bool:
+def uses_winograd(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the operator `winograd` takes a convolution's weights in this type here, and runs its kernel."""
     return weight.device.type == "cpu" and dtype == torch.float32 and fits(weight) and missing() is None
 
@@ -101,14 +101,14 @@ class Convolution(nn.Module):
             self.bias = None
         else:
             store(self, bias=bias.to(dtype))
-        self.transformed = layout.winograd and layout.channels_last and multiplies_less(weight, dtype)
+        self.transformed = layout.winograd and layout.channels_last and uses_winograd(weight, dtype)
         if self.transformed:
             store(self, weight=transform(weight))
             return
         weight = weight.to(dtype)
         # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
         many = min(weight.shape[:2]) > 1
-        if layout.pack and layout.channels_last and many and weight.device.type == "cpu" and packs(dtype):
+        if layout.pack and layout.channels_last and many and weight.device.type == "cpu" and uses_onednn_layout(dtype):
             self.pack(weight)
         else:
             store(self, weight=weight.contiguous(memory_format=layout.memory_format))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 # What says nothing of a forward pass in eval mode.
-IRRELEVANT = {"training", "momentum", "inplace"}
+IRRELEVANT_SETTINGS = {"training", "momentum", "inplace"}
 HOOKS = "_forward_hooks", "_forward_pre_hooks"
 _memcmp = ctypes.CDLL(None).memcmp if sys.platform != "win32" else None
 if _memcmp is not None:
@@ -28,7 +28,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
         name: value
         for name, value in vars(module).items()
         if isinstance(value, int | float | str | tuple | None)
-        and name not in IRRELEVANT
+        and name not in IRRELEVANT_SETTINGS
         and not name.startswith("_")  # PyTorch's own books: torch.compile(model) leaves a mark
     }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.errors import check_choice
-from ddpm.registry import register as register_under
+from ddpm.registry import register
 
 NETWORKS: dict[str, type[nn.Module]] = {}
 TIMES = ("fraction", "index")
@@ -29,12 +29,7 @@ FORMER_NAMES = {"point_mlp": "mlp"}  # what config.json said before format 2
 
 def network(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Register a class under the name that config.json shall hold. Raises ValueError if another class has it."""
-
-    def register(kind: type[nn.Module]) -> type[nn.Module]:
-        register_under(NETWORKS, name, kind, "network")
-        return kind
-
-    return register
+    return register(NETWORKS, name, "network")
 
 
 def name_of(model: nn.Module) -> str:

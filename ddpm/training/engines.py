@@ -286,7 +286,7 @@ def make_trainer(
 
     Raises BadInput for an engine that this machine or this number of ranks cannot run.
     """
-    lack = engines.missing(options.engine, device)
+    lack = engines.unavailable_reason(options.engine, device)
     if lack is None and options.engine == "graph" and world.size > 1:
         lack = f"a single process, there are {world.size} ranks: take compile or eager"
     if lack is not None:

@@ -149,7 +149,7 @@ def test_the_suite_s_rows_and_their_order(monkeypatch):
 
 
 def test_on_cuda_all_engines_and_types_compete(monkeypatch):
-    monkeypatch.setattr(cuda, "missing", lambda engine, device: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda engine, device: None)
     expected = {f"{engine} {kind}" for engine in ("graph", "fused") for kind in ("fp32", "bf16")}
     expected |= {"graph fp16", "kernels bf16", "kernels fp16", "eager tf32"}
     assert candidates(TINY, "engines").keys() == expected
@@ -170,7 +170,7 @@ def test_kernels_is_the_graph_engine_on_the_form_of_kernels(monkeypatch):
             forms.append(self.form)
             return super().__call__(*arguments)
 
-    monkeypatch.setattr(cuda, "missing", lambda engine, device: None)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda engine, device: None)
     monkeypatch.setitem(ENGINES, "graph", Graph)
     candidate = candidates(GUIDED, "engines")["kernels bf16"]
     assert 0 < candidate.error(candidate.make()) <= candidate.tolerance

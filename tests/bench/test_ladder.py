@@ -115,7 +115,7 @@ def test_each_rung_adds_one_thing(job):
 
 def test_a_type_that_is_emulated_is_left_out(monkeypatch):
     monkeypatch.setattr(ladder, "computed_in", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(ladder, "missing", lambda *_: None)
+    monkeypatch.setattr(ladder, "unavailable_reason", lambda *_: None)
     assert RUNGS["bf16"].missing(CPU) == "a CPU with AVX512-BF16 or AMX"
     assert RUNGS["compile"].missing(CPU) is None
 

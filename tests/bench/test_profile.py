@@ -296,7 +296,9 @@ def test_an_engine_may_name_its_parts_itself():
 
 def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
-    monkeypatch.setattr("ddpm.noise.AHEAD", 1)  # else noise is drawn for many steps at once, before the profiled ones
+    monkeypatch.setattr(
+        "ddpm.noise.NOISE_BATCH_ELEMENTS", 1
+    )  # else noise is drawn for many steps at once, before the profiled ones
     flops, parts = {}, {}
     for engine in ("eager", "fused"):
         out = tmp_path / engine

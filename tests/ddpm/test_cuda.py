@@ -54,6 +54,6 @@ def test_cpu_and_gpu_draw_the_same_picture_in_500_steps(draw, on_the_cpu, engine
 @pytest.mark.parametrize("engine", ["fused", "graph", "compile"])
 def test_engines_draw_eager_s_pictures(draw, engine):
     """All solvers in one test: compiling, once in a process, is most of its time."""
-    assert engines.missing(engine, CUDA) is None
+    assert engines.unavailable_reason(engine, CUDA) is None
     errors = {name: distance(draw(CUDA, engine, **way), draw(CUDA, "eager", **way)) for name, way in WAYS.items()}
     assert all(error < 1e-4 for error in errors.values()), errors

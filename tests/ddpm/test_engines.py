@@ -38,7 +38,7 @@ def draw(model, n=3, **options):
 
 def here(name):
     """Compiling takes its time: those tests are long ones."""
-    lack = engines.missing(name, CPU)
+    lack = engines.unavailable_reason(name, CPU)
     skip = pytest.mark.skipif(lack is not None, reason=f"needs {lack}")
     return pytest.param(name, marks=[skip, pytest.mark.long] if name == "compile" else skip)
 
@@ -151,8 +151,8 @@ def test_steps_seeds_and_batches_do_not_compile_again(unet, engine):
 
 @pytest.mark.long
 def test_the_time_that_compiling_took_is_said(model, caplog):
-    if engines.missing("compile", CPU):
-        pytest.skip(engines.missing("compile", CPU))
+    if engines.unavailable_reason("compile", CPU):
+        pytest.skip(engines.unavailable_reason("compile", CPU))
     torch._dynamo.reset()
     with caplog.at_level(logging.INFO, logger="ddpm"):
         draw(model, engine="compile", steps=2)

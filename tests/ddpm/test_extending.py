@@ -197,7 +197,7 @@ def test_a_network_is_one_class_and_all_three_are_known_to_the_command_line(toys
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in ENGINES
-    if engines.missing(name, CPU) is None
+    if engines.unavailable_reason(name, CPU) is None
 ]
 WAYS = {
     "ddpm": {},

@@ -284,7 +284,7 @@ def test_options_of_a_run(unet, digits_run, tmp_path):
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in engines.ENGINES
-    if engines.missing(name, torch.device("cpu")) is None
+    if engines.unavailable_reason(name, torch.device("cpu")) is None
 ]
 
 

@@ -213,7 +213,7 @@ def fake_cuda(monkeypatch):
         trainer.optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
         return trainer
 
-    monkeypatch.setattr(engines, "missing", lambda name, device: None)
+    monkeypatch.setattr(engines, "unavailable_reason", lambda name, device: None)
     prepare.made = made
     return prepare
 
@@ -274,7 +274,7 @@ def test_an_unknown_engine_is_one_line(ddpm, tmp_path):
 
 
 def test_graph_under_torchrun_is_refused(tiny_data, monkeypatch):
-    monkeypatch.setattr(engines, "missing", lambda name, device: None)
+    monkeypatch.setattr(engines, "unavailable_reason", lambda name, device: None)
     options = TrainOptions(**DEFAULTS, engine="graph")
     with pytest.raises(BadInput, match=r"--engine: 'graph' needs a single process, there are 2 ranks"):
         make_trainer(options.make_network(tiny_data), tiny_data, options.make_schedule(), options, CPU, World(0, 2))

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.kernels import TOLERANCE
-from ddpm.engines import missing
+from ddpm.engines import unavailable_reason
 from ddpm.networks import ContextUnet
 from kernels import group_norm_relu
 
@@ -73,7 +73,9 @@ def test_moments_survive_a_mean_a_thousand_times_the_deviation(triton_device, sh
 
 
 @pytest.mark.long
-@pytest.mark.skipif(missing("compile", torch.device("cpu")) is not None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(
+    unavailable_reason("compile", torch.device("cpu")) is not None, reason="torch.compile needs a C++ compiler"
+)
 @pytest.mark.parametrize("shape", [(2, 16, 5, 7), (1, 8, 64, 160)])
 def test_moments_survive_where_torch_compile_generates_them(shape):
     x, weight, bias = arguments(shape)
