@@ -16,6 +16,7 @@ from kernels.philox import is_integer
 
 PREDICTIONS = ("eps", "v", "x0")
 KIND, FORMAT_VERSION = "fused-ddpm step table", 1
+REQUIRED = ("timesteps", "coefficients", "clip", "weights", "made_for")
 COLUMNS = 7
 NOISE_STEPS_LIMIT = 1 << 24  # exact in float32
 FLOAT64_MAX = sys.float_info.max  # integers beyond it have no float64
@@ -129,16 +130,14 @@ class StepTable:
             raise ValueError(f"kind: got {content.get('kind')!r}, needs {KIND!r}")
         if content.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format_version: got {content.get('format_version')!r}, needs {FORMAT_VERSION}")
-        for name in ("timesteps", "coefficients", "clip", "weights", "made_for"):
+        for name in REQUIRED:
             if name not in content:
                 raise ValueError(f"{name}: is missing")
-        times, scale, noise, begins = (
-            content.get(name) for name in ("timesteps", "guidance_scale", "noise_steps", "begins")
-        )
+        times, rows, clip, weights, made_for = map(content.get, REQUIRED)
+        scale, noise, begins = map(content.get, ("guidance_scale", "noise_steps", "begins"))
         whole = _numbers("timesteps", times) and all(isinstance(t, int) for t in times)
         if not times or any(b > a for a, b in pairwise(times)) or times[-1] <= 0 or times[0] >= NOISE_STEPS_LIMIT:
             raise ValueError(f"timesteps: got {str(times)[:80]}, needs numbers > 0 and < 2^24 that never ascend")
-        rows = content.get("coefficients")
         if not (isinstance(rows, list) and rows) or not all(
             _numbers("coefficients", row) and len(row) == COLUMNS for row in rows
         ):
@@ -148,7 +147,6 @@ class StepTable:
             raise ValueError(f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
         if not (isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]):
             raise ValueError(f"begins: got {begins}, needs true or false for every row, the first true")
-        clip, weights, made_for = content.get("clip"), content.get("weights"), content.get("made_for")
         if clip is not None and not (_numbers("clip", [clip]) and clip > 0):
             raise ValueError(f"clip: got {clip!r}, needs a bound > 0 or null")
         if not (weights is None or isinstance(weights, str)) or not isinstance(made_for, dict):

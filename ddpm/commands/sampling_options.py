@@ -1,4 +1,4 @@
-"""What `ddpm sample` and `ddpm evaluate` share: opening a run, reading its options, drawing with a progress bar."""
+"""Sampling options, which commands share: what they are called, the table they make, sampling with a progress bar."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,8 +132,8 @@ def draw(
     count = part.stop - part.start
     batch_size = batch_size or chunk_size(shape)
     steps = len(table)
-    estimates: list[list[Tensor]] = [[] for _ in range(steps)]
     chunk: list[Tensor] = []
+    chunks: list[tuple[Tensor, ...]] = []
     done = 0
     total = steps * -(-count // batch_size)
     images = torch.zeros(0, *shape)
@@ -143,14 +143,12 @@ def draw(
             nonlocal done
             done += 1
             bar.update(min(done, total))
-            if not keep:
-                return
-            if step == 0:  # of the next chunk, or again of one that ran out of memory
-                chunk.clear()
-            chunk.append(x0.cpu().clone())
-            if step == steps - 1:
-                for parts, estimate in zip(estimates, chunk, strict=True):
-                    parts.append(estimate)
+            if keep:
+                if step == 0:  # of the next chunk, or again of one that ran out of memory
+                    chunk.clear()
+                chunk.append(x0.cpu().clone())
+                if step == steps - 1:
+                    chunks.append(tuple(chunk))
 
         if count:
             images = sample(
@@ -165,4 +163,4 @@ def draw(
                 table=table,
                 **more,
             )
-    return world.gather(images, n).cpu(), [torch.cat(parts) for parts in estimates] if keep else []
+    return world.gather(images, n).cpu(), [torch.cat(parts) for parts in zip(*chunks, strict=True)]

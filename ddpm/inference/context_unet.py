@@ -50,17 +50,12 @@ def _leave_division_to_readers(model: ContextUnet) -> None:
 class Bottleneck(nn.Module):
     """From the deepest features to the first gate, once for each half's scale: x [n, C, h, w] -> [k * n, C, h, w]."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("weight", "bias", "gain", "offset"):
-            self.register_buffer(name, None)
-
     def load(self, up0: nn.Sequential, dtype: torch.dtype, layout: Layout) -> None:
         """Take over the transposed convolution and the normalisation after it."""
         conv, norm, _ = up0
         weight = conv.weight.to(dtype).contiguous(memory_format=layout.memory_format)
-        store(self, weight=weight, bias=conv.bias.to(dtype))
-        store(self, gain=norm.weight.to(dtype), offset=norm.bias.to(dtype))
+        gains = {"gain": norm.weight.to(dtype), "offset": norm.bias.to(dtype)}
+        store(self, weight=weight, bias=conv.bias.to(dtype), **gains)
         self.eps = norm.eps
 
     def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
@@ -70,11 +65,6 @@ class Bottleneck(nn.Module):
 
 class Normalisation(nn.Module):
     """GroupNorm and ReLU of the head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("gain", "offset"):
-            self.register_buffer(name, None)
 
     def load(self, norm: nn.GroupNorm, dtype: torch.dtype) -> None:
         """Take over a normalisation's gains."""

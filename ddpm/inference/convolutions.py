@@ -47,9 +47,9 @@ def uses_winograd(weight: Tensor, dtype: torch.dtype) -> bool:
 def store(module: nn.Module, **tensors: Tensor) -> None:
     """Set buffers, in place where they have room: a captured CUDA graph reads the memory that it was captured with."""
     for name, tensor in tensors.items():
-        held = getattr(module, name)
+        held = getattr(module, name, None)
         if held is None or held.is_mkldnn or held.stride() != tensor.stride() or held.device != tensor.device:
-            setattr(module, name, tensor)
+            module.register_buffer(name, tensor)
         else:
             held.copy_(tensor)
 
@@ -226,12 +226,6 @@ class Upsampling(nn.Module):
 
     x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', 2h, 2w]; k halves share the skip.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused = False
-        for name in ("of_x", "of_skip", "bias"):
-            self.register_buffer(name, None)
 
     def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype, layout: Layout) -> None:
         """Take over a transposed convolution's weights."""
