@@ -54,10 +54,7 @@ class Dataset:
 
 
 def load_data(
-    source: str,
-    labels: str | None = None,
-    image_size: int | None = None,
-    classes: Sequence[str] | None = None,
+    source: str, labels: str | None = None, image_size: int | None = None, classes: Sequence[str] | None = None
 ) -> Dataset:
     """The data set that `source` names.
 

@@ -27,11 +27,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def render(
-    samples: Tensor,
-    columns: int | None = None,
-    headers: Sequence[str] = (),
-    caption: str = "",
-    cell: int = CELL_PIXELS,
+    samples: Tensor, columns: int | None = None, headers: Sequence[str] = (), caption: str = "", cell: int = CELL_PIXELS
 ) -> Image.Image:
     """A picture of samples: a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
 

@@ -38,11 +38,7 @@ def competitors(device: torch.device, dtype: torch.dtype = torch.float32) -> lis
 
 
 def choose(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    custom_noise: bool = False,
-    plain: bool = False,
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False, plain: bool = False
 ) -> type[Engine]:
     """The engine of this name; `auto` takes the fastest that needs no long warm-up and logs which, and why.
 

@@ -70,11 +70,7 @@ def gated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 def followed(
-    y: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    onto: Tensor | None = None,
-    then: str = KEEP,
+    y: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, onto: Tensor | None = None, then: str = KEEP
 ) -> Tensor:
     """What may come after a convolution, by plain operators: the gate, a sum, pooling."""
     y = gated(y, scale, shift)

@@ -63,10 +63,7 @@ def run(trainer: Trainer, folder: Path, save_every: float) -> None:
     main = trainer.world.is_main
     size = trainer.options.batch_size
     unit = "images/s" if trainer.dataset.is_images else "points/s"
-    with (
-        _catching_signals() as stop,
-        Bar("train", trainer.total, unit, size, trainer.index, quiet=not main) as bar,
-    ):
+    with _catching_signals() as stop, Bar("train", trainer.total, unit, size, trainer.index, quiet=not main) as bar:
         while not trainer.done:
             trainer.step()
             if bar.due(trainer.index):
