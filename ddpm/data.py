@@ -88,7 +88,8 @@ def load_data(
         raw = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES)
         images = _check_images(path, raw)
         if image_size is not None:
-            images = np.stack([_fit(Image.fromarray(_squeeze(image)), image_size) for image in images])
+            squeezed = images[..., 0] if images.shape[-1] == 1 else images
+            images = np.stack([_fit(Image.fromarray(image), image_size) for image in squeezed])
         one_hot = None if labels is None else _read_labels(Path(labels), len(images), path)
         names = () if one_hot is None else tuple(str(k) for k in range(one_hot.shape[1]))
     if images.shape[1] != images.shape[2]:
@@ -158,10 +159,6 @@ def _fit(image: Image.Image, side: int) -> np.ndarray:
     if square != side:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(side, side, -1)
-
-
-def _squeeze(image: np.ndarray) -> np.ndarray:
-    return image[..., 0] if image.shape[-1] == 1 else image
 
 
 def _check_images(path: Path, images: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Noise as an argument: noise(samples, step, stream, shape) -> [n, *shape], by default the noise contract."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +27,6 @@ class PhiloxNoise:
     def __call__(self, samples: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         return philox.normal(self.seed, samples, step, stream, shape, device=samples.device, dtype=self.dtype)
 
-    def of_steps(self, samples: Tensor, steps: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """The sampling noise of each of several steps, [n, *shape] each; one draw, as small ones are all overhead."""
-        step = torch.tensor(steps, device=samples.device).repeat_interleave(len(samples))
-        return self(samples.repeat(len(steps)), step, philox.Stream.SAMPLING, shape).split(len(samples))
-
 
 class RowNoise:
     """The sampling noise of a table's noisy rows by row number; Philox for several rows at once, the same noise."""
@@ -50,6 +45,9 @@ class RowNoise:
         if row not in self.drawn:
             first = self.noisy.index(row)
             rows = self.noisy[first : first + self.at_once]
-            draws = self.noise.of_steps(self.samples, [self.steps[r] for r in rows], self.shape)
-            self.drawn = dict(zip(rows, draws, strict=True))
+            n, steps = len(self.samples), torch.tensor([self.steps[r] for r in rows], device=self.samples.device)
+            draws = self.noise(
+                self.samples.repeat(len(rows)), steps.repeat_interleave(n), philox.Stream.SAMPLING, self.shape
+            )
+            self.drawn = dict(zip(rows, draws.split(n), strict=True))
         return self.drawn[row]

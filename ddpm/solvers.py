@@ -152,11 +152,6 @@ def given(options: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _plain(value: object) -> object:
-    """A NumPy or tensor scalar as a number of Python's, which tables are stored with."""
-    return value.item() if hasattr(value, "item") else value
-
-
 def carried_over(stored: Mapping[str, object], asked: Mapping[str, object]) -> dict[str, object]:
     """Options of `make_table` from a run's stored ones and what is asked for; None means not given.
 
@@ -194,7 +189,9 @@ def make_table(
     Raises: ValueError naming the argument, what it was and what it must be; also for an option that is given and that
     the solver does not take.
     """
-    own = {name: _plain(value) for name, value in given({"eta": eta, "variance": variance} | options).items()}
+    own = given({"eta": eta, "variance": variance} | options)
+    # Tables are stored with numbers of Python's, not with NumPy's or tensors.
+    own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
     taken = options_of(solver)
     for name in own:
         if name not in taken:

@@ -33,10 +33,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _is_conditional(state: dict[str, Tensor]) -> bool:
-    return any(name.startswith("contextembed") for name in state)
-
-
 def import_weights(
     weights: Annotated[Path, typer.Argument(help="a ContextUnet state dict, .pth")],
     out: Annotated[Path, typer.Option(help="run folder to make")],
@@ -51,6 +47,7 @@ def import_weights(
 ) -> None:
     """Turn published ContextUnet weights into a run that samples as their authors did: ddpm, variance beta, no clip."""
     state = read_state_dict(weights)
+    conditional = any(name.startswith("contextembed") for name in state)
     levels = sum(1 for name in state if name.startswith("down") and name.endswith("model.0.conv1.0.weight"))
     try:
         rows, columns = state["up0.0.weight"].shape[2:]
@@ -59,7 +56,7 @@ def import_weights(
             "in_channels": state["init_conv.conv1.0.weight"].shape[1],
             "n_feat": state["init_conv.conv1.0.weight"].shape[0],
             # An unconditional network has no embedding of a context.
-            "n_cfeat": state["contextembed1.model.0.weight"].shape[1] if _is_conditional(state) else 0,
+            "n_cfeat": state["contextembed1.model.0.weight"].shape[1] if conditional else 0,
             "height": sides[0] if len(set(sides)) == 1 else sides,
         }
     except (KeyError, IndexError, ValueError) as error:

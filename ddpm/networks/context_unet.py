@@ -3,6 +3,7 @@
 Parameter names follow the original, so published state dicts load.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -15,14 +16,6 @@ from kernels.philox import is_integer
 
 GROUPS = 8
 SHORTCUT_PREFIX = "init_conv.shortcut."
-
-
-def _halvings(side: int) -> int:
-    """Halvings until the side is at most 8 pixels, at least two."""
-    depth = 0
-    while side / 2**depth > 8:
-        depth += 1
-    return max(2, depth)
 
 
 @network("context_unet")
@@ -59,7 +52,8 @@ class ContextUnet(VectorConditioned):
             raise ValueError(f"height: got {height}, needs one side, or (height, width)")
         in_channels, n_feat, n_cfeat, sides = int(in_channels), int(n_feat), int(n_cfeat), tuple(map(int, sides))
         if multipliers is None:
-            multipliers = [min(2**i, 8) for i in range(_halvings(max(sides)))]
+            halvings = max(2, math.ceil(math.log2(max(1, *sides) / 8)))
+            multipliers = [min(2**i, 8) for i in range(halvings)]
         multipliers = tuple(map(int, multipliers))
         depth = len(multipliers)
         if depth < 2 or min(multipliers) < 1:
