@@ -22,8 +22,8 @@ class Evaluation:
     """n samples against `real` real items.
 
     frechet: distance between samples and all real items; frechet_real: between two random halves of the real ones,
-    the floor. accuracy: share of samples read as the class asked for; accuracy_real: the classifier's on real items
-    that it was not trained on. Both accuracies are None for data without classes.
+    the floor. accuracy: share of samples whose class, by an SVM, is the one asked for; accuracy_real: the SVM's on real
+    items that it was not trained on. Both accuracies are None for data without classes.
     """
 
     n: int

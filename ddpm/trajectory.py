@@ -26,7 +26,7 @@ CHUNK_PIXELS = 256 * 16 * 16
 
 
 def chunk_size(shape: tuple[int, ...]) -> int:
-    """Samples per chunk when nobody says."""
+    """Samples per chunk by default."""
     return max(1, CHUNK_PIXELS // math.prod(shape[1:]))
 
 
@@ -170,7 +170,7 @@ class Trajectory:
             guidance: w in m_uncond + w (m_cond - m_uncond); 1 = conditional only. Any other needs a context.
             seed: 0 <= seed < 2^63. first_sample: global index of the first sample, >= 0.
             batch_size: samples per chunk, default by image size; results do not depend on it. A chunk that runs out of
-                memory starts again with half as many, which a note says.
+                memory starts again with half as many, which is logged.
             noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox. A `PhiloxNoise` has its own
                 seed, and engines may draw it themselves.
             x_T: [n, *sample_shape] to start from instead of noise.

@@ -17,7 +17,7 @@ from ddpm.commands.sampling_options import (
     class_count,
     contexts_of,
     cycled_classes,
-    draw,
+    sample_run,
     table_of,
 )
 from ddpm.distributed import World, pick_device
@@ -49,7 +49,7 @@ def evaluate(
     dataset = training_data(opened, data, labels)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
     conditional = bool(class_count(opened))
-    images, _ = draw(
+    images, _ = sample_run(
         opened,
         n,
         contexts_of(opened, ALL, 0, n) if conditional else None,

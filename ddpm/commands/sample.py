@@ -20,7 +20,7 @@ from ddpm.commands.sampling_options import (
     check_output,
     class_count,
     contexts_of,
-    draw,
+    sample_run,
     table_of,
 )
 from ddpm.distributed import pick_device, world
@@ -72,7 +72,7 @@ def sample(
         if gif is not None and ranks.size > 1:
             raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")
         check_integer("--n", n)
-        images, estimates = draw(
+        images, estimates = sample_run(
             opened,
             n,
             contexts_of(opened, context, first_sample, n),

@@ -19,7 +19,7 @@ from ddpm.solvers import SOLVERS, SPACINGS, make_table
 from ddpm.table import StepTable
 from ddpm.trajectory import chunk_size
 
-# The options of `table_of`, as every command line that takes them says them.
+# The options of `table_of`, for every command line that takes them.
 Solver = Annotated[str | None, typer.Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
 Steps = Annotated[int | None, typer.Option(help="1..T [the run's]")]
 Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")]
@@ -107,7 +107,7 @@ def cycled_classes(run: runs.Run, first_sample: int, n: int) -> Tensor:
     return torch.arange(first_sample, first_sample + n) % class_count(run)
 
 
-def draw(
+def sample_run(
     run: runs.Run,
     n: int,
     context: Tensor | None,

@@ -61,7 +61,7 @@ def choose(
 
 
 def log_if_emulated(device: torch.device, name: str = "eager") -> None:
-    """Log it where bfloat16 works and does not pay, and what an engine does about it."""
+    """Log the reason where bfloat16 is slower than float32, and what an engine does about it."""
     if computed_in(torch.bfloat16, device) != torch.bfloat16:
         instead = "slower than float32" if name == "eager" else f"engine {name} computes in float32, which is faster"
         logger.info("bfloat16 is emulated on this CPU (no AVX512-BF16, no AMX): %s", instead)

@@ -14,7 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-# What says nothing of a forward pass in eval mode.
+# What changes nothing in a forward pass in eval mode.
 IRRELEVANT_SETTINGS = {"training", "momentum", "inplace"}
 HOOKS = "_forward_hooks", "_forward_pre_hooks"
 _memcmp = ctypes.CDLL(None).memcmp if sys.platform != "win32" else None

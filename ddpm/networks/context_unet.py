@@ -145,7 +145,7 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
     """Load a published ContextUnet state dict, with or without the shortcut.
 
     The original made its shortcut convolution anew, at random, in every call, so published weights have none: it
-    becomes zero, the expectation of that random convolution, and a warning says so.
+    becomes zero, the expectation of that random convolution, with a warning.
 
     Raises ValueError as `fit_state_dict` does.
     """
