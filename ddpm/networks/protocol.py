@@ -41,9 +41,9 @@ def name_of(model: nn.Module) -> str:
 
 
 def _class_of(name: str) -> type[nn.Module]:
-    if name not in FORMER_NAMES:
-        check_choice("network", name, NETWORKS)
-    return NETWORKS[FORMER_NAMES.get(name, name)]
+    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
+    check_choice("network", name, NETWORKS)
+    return NETWORKS[name]
 
 
 def build_network(name: str, config: Mapping[str, object]) -> nn.Module:
