@@ -19,7 +19,8 @@ class EagerEngine(Engine):
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         self.refresh(model)
-        self.times = in_type(self.times, self.dtype)
+        times = in_type(self.times, self.dtype)
+        self.time_of_row, self.kind = times.tolist(), times.dtype
 
     def refresh(self, model: nn.Module) -> None:
         """A copy in another type is made anew."""
@@ -32,7 +33,7 @@ class EagerEngine(Engine):
         guided = context is not None and any(weight != 1.0 for weight in weights)
         null = null_condition(self.model, context) if guided else None
         x0 = torch.zeros_like(x)
-        for i, (step, time) in enumerate(zip(steps, self.times.tolist(), strict=True)):
+        for i, (step, time) in enumerate(zip(steps, self.time_of_row, strict=True)):
             m = self._output(x, time, context, null, weights[i])
             z = chunk.noise(chunk.samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)
@@ -54,6 +55,6 @@ class EagerEngine(Engine):
         return guide(conditional, unconditional, guidance)
 
     def _network(self, x: Tensor, time: float, context: Tensor | None) -> Tensor:
-        t = torch.full((x.shape[0],), time, dtype=self.times.dtype, device=x.device)
+        t = torch.full((x.shape[0],), time, dtype=self.kind, device=x.device)
         c = None if context is None else context.to(self.dtype)
         return checked(self.model(x.to(self.dtype), t, c), x).to(x.dtype)
