@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ddpm import ContextUnet, NoiseSchedule, PointMLP, load_context_unet_weights, sample
 from ddpm.metrics import distance
-from ddpm.networks import build_network, name_of, network, network_for, network_times
+from ddpm.networks import build_network, name_of, network, network_for, network_times, one_hot_conditions
 
 
 def inputs(network, n=2):
@@ -397,3 +397,14 @@ def test_times_that_a_network_does_not_take():
     model.time = "seconds"
     with pytest.raises(ValueError, match="time: Timed has 'seconds', needs one of fraction, index"):
         network_times(model, torch.tensor([3]), 50)
+
+
+def test_one_hot_conditions_go_around():
+    numbers = torch.tensor([0, 4, 5, -1])
+    assert torch.equal(one_hot_conditions(ContextUnet(3, n_feat=8), numbers), torch.eye(5)[[0, 4, 0, 4]])
+    assert one_hot_conditions(ContextUnet(3, n_feat=8, n_cfeat=0), numbers) is None
+
+    class Tokens(torch.nn.Module):
+        condition_shape = (2, 3)
+
+    assert torch.equal(one_hot_conditions(Tokens(), numbers)[2], torch.eye(6)[5].reshape(2, 3))
