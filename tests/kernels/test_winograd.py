@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddpm.engines import missing as missing_engine
+from ddpm.engines import unavailable_reason as missing_engine
 from kernels import native, winograd
 from kernels.winograd import A_T, B_T, PANEL, G, fits, launch, missing, operator, reference, transform
 
