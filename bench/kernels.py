@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from bench.timing import interleaved, summary, timer
 from ddpm.metrics import elementwise, worst
 from kernels import philox
 from kernels.backend import Cost
@@ -336,50 +335,3 @@ def sets_for(workload: Workload, device: torch.device) -> int:
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return int(min(SETS_MOST, max(4, 2 * cache // workload.cost.bytes + 1)))
-
-
-@full_precision()
-def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One record: parity first; without it there is no ratio. TF32 is off meanwhile."""
-    sets = [workload.make(k) for k in range(sets_for(workload, device))]
-    error, moved = workload.error(sets[0]), workload.cost.bytes
-    parity = error <= TOLERANCE[workload.dtype]
-    record = {
-        "kernel": workload.name,
-        "dtype": str(workload.dtype).removeprefix("torch."),
-        "tf32": False,
-        "elements": workload.elements,
-        "bytes": moved,
-        "error": error,
-        "tolerance": TOLERANCE[workload.dtype],
-        "parity": parity,
-    }
-    if not parity:
-        return record
-    empty = partial(torch.empty, max(1, int(moved // 2)), dtype=torch.uint8, device=device)
-    candidates = {
-        "fused": (workload.fused, sets),
-        "eager": (workload.eager, sets),
-        "copy": (lambda to, source: to.copy_(source), [(empty(), empty()) for _ in sets]),
-    }
-    timers = {name: timer(call, rotated, device, capturable=True) for name, (call, rotated) in candidates.items()}
-    for warm_up in timers.values():
-        warm_up()
-    samples = interleaved(timers, rounds)
-    columns = {
-        "kernel_us": ("fused", "kernel"),
-        "wall_us": ("fused", "wall"),
-        "eager_us": ("eager", "kernel"),
-        "eager_wall_us": ("eager", "wall"),
-        "copy_us": ("copy", "kernel"),
-    }
-    record |= {column: summary(samples[name][kind]) for column, (name, kind) in columns.items()}
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    time = record["kernel_us"]["median"]
-    return record | {
-        # Small tensors stay in the cache however many sets rotate; the copy beside them does too.
-        "cold": moved * len(sets) > 2 * cache,
-        "gb_per_s": moved / time / 1e3,
-        "share_of_copy": record["copy_us"]["median"] / time,
-        "ratio_to_eager": record["eager_us"]["median"] / time,
-    }

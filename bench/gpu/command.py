@@ -1,129 +1,121 @@
-"""`ddpm-bench gpu`: its parts in order, each within its share of the time, each in a process that it cannot spoil.
+"""`ddpm-bench gpu`: its parts in order, each within its share of the time, each in processes that it cannot spoil.
 
 A part begins with what the parts before it left over, and is stopped when its time is over; what it measured is in
-OUT/PART.json by then. No more than eight files: what brings them back from a lent machine takes no more.
+OUT/PART.json by then.
 """
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from bench.goals import GPU_HEADINGS, gpu_cells
-from bench.gpu import kernels, process, profile, sanitizer, steps, tests
+from bench.gpu import process, tools
 from bench.gpu.record import FAILED as PART_FAILED
-from bench.gpu.record import Content, Record, verdict
-from bench.measure import one_line
-from bench.registry import expression_of, matching
+from bench.gpu.record import Record, verdict
+from bench.measure import EAGER, one_line
+from bench.registry import Workload, expression_of, matching
+from bench.suites import cuda, training
 from ddpm.command_line import FAILED, debugging
-from ddpm.files import read_json
 
 BUDGET_SECONDS = 500.0  # nine minutes less 40 s to start, to end and for what may overrun
 GRACE_SECONDS = 10.0  # for a case that is being measured when a part's time is over
-
-# What a part does: (folder, device, seconds, filter).
-Run = Callable[[Path, torch.device, float, str], object]
-
-
-@dataclass(frozen=True)
-class Part:
-    """share: of the whole budget, beside the other parts'. run: writes OUT/PART.json. table: its content as lines."""
-
-    share: float
-    run: Run
-    table: Callable[[Content], str]
+# What is shown of a record, and how: those columns that have values.
+COLUMNS = {"run": "", "exit": "", "seconds": ".0f", "summary": "", "workload": "", "candidate": "", "kernel": ""}
+COLUMNS |= {"calls": ".1f", "us": ".2f", "kernel_us": ".1f", "wall_us": ".1f", "speed_up": ".2f", "error": ".1e"}
+COLUMNS |= {"share_of_product": ".1%", "share_of_bound": ".0%", "prediction_error": "+.0%", "gb_per_s": ".0f"}
+COLUMNS |= {"issue_percent": ".0f", "occupancy_percent": ".0f", "registers": ".0f", "parity": "", "failed": ""}
+CELL = 60
 
 
-def in_child(part: str, out: Path, seconds: float, pattern: str = "") -> None:
-    """`python -m bench.gpu` for a part that measures here; a process that died is a failure in its record.
+def in_child(record: Record, seconds: float) -> None:
+    """`bench.gpu.measured` for a part; a process that died is a failure in its record.
 
     Under --debug its output is shown, with the tracebacks of what failed in it.
     """
-    until = time.time() + seconds
-    command = [sys.executable, "-m", "bench.gpu", part, str(out), str(until), pattern]
+    command = (sys.executable, "-m", "bench.gpu.measured", record.part, str(record.out), str(time.time() + seconds))
     done = process.run(command, seconds + GRACE_SECONDS)
     if debugging():
         sys.stderr.write(done.output)
+    record.read()
     if done.code != 0:
-        record = Record.resume(out, part)
-        record.content["output"] = done.tail(40)
+        record.keep(output=done.tail(40))
         record.fail(f"its process: {done.ending()}")
 
 
-def _measured(part: str) -> Run:
-    return lambda out, device, seconds, pattern: in_child(part, out, seconds, pattern)
+def profile(record: Record, seconds: float) -> None:
+    """The kernels of a step, and with the rest of the time ncu's counters."""
+    until = time.monotonic() + seconds
+    in_child(record, seconds / 2)
+    tools.counters(record, until - time.monotonic())
+    record.keep(complete=bool(record.content["records"]))
 
 
-def _profile(out: Path, device: torch.device, seconds: float, pattern: str) -> None:
-    profile.run_profile(out, device, seconds, lambda some: in_child("profile", out, some))
-
-
-# Shares are seconds of 500; untuned.
-PARTS = {
-    "tests": Part(120, lambda out, device, seconds, _: tests.run_tests(out, device, seconds), tests.table),
-    "sanitizer": Part(50, lambda out, device, s, _: sanitizer.run_sanitizer(out, device, s), sanitizer.table),
-    "kernels": Part(85, _measured("kernels"), kernels.table),
-    "step": Part(125, _measured("step"), steps.table),
-    "training": Part(80, _measured("training"), steps.table),
-    "profile": Part(40, _profile, profile.table),
-}
-# What runs in the processes of `in_child`.
-CHILDREN: dict[str, Run] = {
-    "kernels": lambda out, device, seconds, _: kernels.run_kernels(out, device, seconds),
-    "step": lambda out, device, seconds, pattern: steps.run_step(out, device, seconds, pattern),
-    "training": lambda out, device, seconds, pattern: steps.run_training(out, device, seconds, pattern),
-    "profile": lambda out, device, seconds, _: profile.run_trace(out, device, seconds),
+# Part -> (its seconds of BUDGET_SECONDS, untuned; what finds out so much and keeps it in the record).
+PARTS: dict[str, tuple[float, Callable[[Record, float], None]]] = {
+    "tests": (120, tools.tests),
+    "sanitizer": (50, tools.sanitizer),
+    "kernels": (85, in_child),
+    "step": (125, in_child),
+    "training": (80, in_child),
+    "profile": (40, profile),
 }
 
 
-def run_parts(out: Path, names: list[str], budget: float, device: torch.device, pattern: str = "") -> int:
-    """Run these parts, print their tables, a line each, and the goals. Returns the exit code."""
-    began, shares = time.monotonic(), 0.0
-    whole = sum(PARTS[name].share for name in names)
-    for name in names:  # so that nothing of an earlier run is taken for this one's
-        Record.start(out, name, 0.0, device, pattern)
-    for name in names:
-        shares += PARTS[name].share
-        left = began + budget * shares / whole - time.monotonic()
+def run_parts(out: Path, names: Sequence[str], budget: float, device: torch.device, pattern: str = "") -> int:
+    """Run these parts, print their tables and a line each. Returns the exit code."""
+    until, share = time.monotonic(), budget / sum(PARTS[name][0] for name in names)
+    # All at once, so that nothing of an earlier run is taken for this one's.
+    records = {name: Record(out, name).start(device, pattern) for name in names}
+    for name, record in records.items():
+        seconds, run = PARTS[name]
+        until += seconds * share
+        left = until - time.monotonic()
         if left <= 0:
-            Record.resume(out, name).fail("out of time before it began")
+            record.fail("out of time before it began")
             continue
         print(f"{name}: at most {left:.0f} s", file=sys.stderr, flush=True)
         try:
-            PARTS[name].run(out, device, left, pattern)
+            run(record, left)
         except Exception as error:  # the other parts are run all the same
-            Record.resume(out, name).fail(one_line(error))
-    contents = {name: read_json(out / f"{name}.json") for name in names}
-    for name, content in contents.items():
-        print(f"\n== {name}\n{PARTS[name].table(content)}")
+            record.fail(one_line(error))
+    for name, record in records.items():
+        print(f"\n== {name}\n{table(record.content['records'])}")
     code = 0
     print("\n== parts")
-    for name, content in contents.items():
-        status, why = verdict(content)
+    for name, record in records.items():
+        status, why = verdict(record.content)
         print(f"{name:10s} {status:8s} {why}")
         if status == PART_FAILED:
             code = FAILED
             print(f"error: {name}: {why}", file=sys.stderr)
-    print(f"{goals_table(contents)}wrote {out}")
+    print(f"wrote {out}")
     return code
 
 
-def goals_table(contents: dict[str, Content]) -> str:
-    """The goals beside what parts `step` and `training` measured; nothing without them."""
-    measured = [content for name, content in contents.items() if name in ("step", "training")]
-    if not measured:
-        return ""
-    records = [record for content in measured for record in content["records"]]
-    trajectories = contents.get("step", {}).get("trajectories", {})
-    cells = [list(GPU_HEADINGS), *gpu_cells(records, trajectories)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(GPU_HEADINGS))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-    return "\n".join(("\n== goals", *lines, ""))
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line per record, but not of the eager sequences of kernels, of which each operator has the ratio."""
+
+    def cell(record: Mapping[str, Any], key: str) -> str:
+        value = record.get(key)
+        value = "" if value is None else value
+        return value[:CELL] if isinstance(value, str) else format(value, COLUMNS[key])
+
+    shown = [r for r in records if r.get("suite") != "kernels" or r["candidate"] != EAGER or "failed" in r]
+    keys = [key for key in COLUMNS if any(key in record for record in shown)]
+    rows = [keys, *([cell(record, key) for key in keys] for record in shown)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join((*lines, *(line for record in shown for line in record.get("lines", []))))
+
+
+def _workloads(parts: Sequence[str]) -> list[Workload]:
+    """Of those parts that take a filter."""
+    found = cuda.workloads(False, torch.device("cuda")) if "step" in parts else []
+    return found + (training.cuda_workloads(training.BATCHES[-1]) if "training" in parts else [])
 
 
 def gpu(
@@ -132,14 +124,14 @@ def gpu(
     budget: Annotated[float, typer.Option(min=0, help="seconds for all of them")] = BUDGET_SECONDS,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads of step and training")] = "",
 ) -> int:
-    """Everything that only a GPU can tell: tests, memory errors, times and goals, in under nine minutes."""
+    """Everything that only a GPU can tell: tests, memory errors and times, in under nine minutes."""
     asked = parts.split(",")
     for name in asked:
         if name not in PARTS:
             raise typer.BadParameter(f"got {name!r}, needs some of {', '.join(PARTS)}", param_hint="--parts")
     expression = expression_of(pattern)
     if pattern:
-        matching(steps.workloads(asked, torch.device("cuda")), expression)
+        matching(_workloads(asked), expression)
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
     out = out.resolve()

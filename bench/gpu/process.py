@@ -4,16 +4,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from tempfile import TemporaryFile
+from typing import NamedTuple
 
 from bench.machine import ROOT
 
 
-@dataclass(frozen=True)
-class Finished:
+class Finished(NamedTuple):
     """code: the exit code, None if it was stopped when its time was over. output: stdout and stderr together."""
 
     code: int | None
@@ -28,26 +27,18 @@ class Finished:
         """How it ended, in a few words."""
         if self.code is None:
             return f"stopped after {self.seconds:.0f} s"
-        last = self.tail(1)
-        return f"exit code {self.code}{f': {last[0].strip()}' if last else ''}"
+        return ": ".join((f"exit code {self.code}", *(line.strip() for line in self.tail(1))))
 
 
-def run(command: Sequence[str], seconds: float, environment: dict[str, str] | None = None) -> Finished:
+def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> Finished:
     """Run in the repository and in a process group of its own, which is killed at the end: no worker is left behind.
 
     environment: variables beside this process's own.
     """
     began = time.monotonic()
     with TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        process = subprocess.Popen(  # noqa: S603
-            command,
-            cwd=ROOT,
-            env=os.environ | (environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            process_group=0,
-        )
+        how = {"cwd": ROOT, "env": os.environ | (environment or {}), "stdin": subprocess.DEVNULL, "process_group": 0}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)  # noqa: S603
         try:
             code = process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:

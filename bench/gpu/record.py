@@ -1,94 +1,56 @@
 """What a part leaves behind: OUT/PART.json, whole after every case, so that nothing that was measured is lost.
 
-The keys are those of `bench.store`, and: complete, failures [one line each], seconds (the part's share of the budget).
+The keys are those of `bench.store`, and: complete, failures [one line each].
 """
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import store
 from bench.machine import describe
+from bench.store import Content, content_of
 from ddpm.files import read_json, write_json
 
-Content = dict[str, Any]
 PASSED, SKIPPED, FAILED = "passed", "skipped", "failed"
-ARGUMENTS = ("--out", "--parts", "--budget", "--filter")
 
 
 class Record:
-    """A part's file while it is being written. path: of the file; content: what is in it."""
+    """A part's file while it is being written, by one process at a time. content: what is in it."""
 
-    def __init__(self, path: Path, content: Content) -> None:
-        self.path, self.content = path, content
+    def __init__(self, out: Path, part: str) -> None:
+        self.out, self.part, self.path = out, part, out / f"{part}.json"
+        self.content: Content = {}
 
-    @classmethod
-    def start(
-        cls,
-        out: Path,
-        part: str,
-        seconds: float,
-        device: torch.device,
-        pattern: str = "",
-        *,
-        seed: int | None = None,
-        **facts: Any,
-    ) -> "Record":
-        """A new file that says it is not complete. seed: of what is measured, if it has one. facts: more keys."""
-        made = store.content_of(
-            [],
-            describe(device),
-            {},
-            seed=seed,
-            suite=part,
-            quick=False,
-            filter=pattern,
-            processes=1,
-            product_flops_per_s=None,
-        )
-        given = (str(out), part, f"{seconds:.0f}", pattern)
-        options = [word for pair in zip(ARGUMENTS, given, strict=True) if pair[1] for word in pair]
-        made["command"] = shlex.join(("ddpm-bench", "gpu", *options))
-        record = cls(out / f"{part}.json", made | {"complete": False, "failures": [], "seconds": seconds} | facts)
-        record.write()
-        return record
+    def start(self, device: torch.device, pattern: str = "") -> "Record":
+        """Begin a file that says it is not complete."""
+        asked = {"suite": self.part, "quick": False, "filter": pattern, "processes": 1}
+        self.content = content_of([], describe(device), {}, **asked, product_flops_per_s=None)
+        self.keep(complete=False, failures=[])
+        return self
 
-    @classmethod
-    def resume(cls, out: Path, part: str) -> "Record":
-        """The file of a part, to be added to."""
-        path = out / f"{part}.json"
-        return cls(path, read_json(path))
+    def read(self) -> "Record":
+        """Take over what another process wrote."""
+        self.content = read_json(self.path)
+        return self
 
-    def write(self) -> None:
-        """Replace the file."""
-        records = self.content["records"]
-        self.content["parity"] = all(record.get("parity", True) for record in records)
-        self.content["failed"] = sum("failed" in record for record in records)
-        write_json(self.path, self.content)
-
-    def add(self, *records: dict[str, Any]) -> None:
-        """Keep these records."""
+    def keep(self, *records: dict[str, Any], **facts: Any) -> None:
+        """Add records, set other keys, and replace the file."""
+        self.content |= facts
         self.content["records"] += records
-        self.write()
+        self.content["parity"] = all(record.get("parity", True) for record in self.content["records"])
+        self.content["failed"] = sum("failed" in record for record in self.content["records"])
+        write_json(self.path, self.content)
 
     def skip(self, what: str, reason: str) -> None:
         """Keep, and say, that something was left out."""
-        print(f"note: {self.path.stem}: {what} skipped, {reason}", file=sys.stderr)
-        self.content["skipped"][what] = reason
-        self.write()
+        print(f"note: {self.part}: {what} skipped, {reason}", file=sys.stderr)
+        self.keep(skipped=self.content["skipped"] | {what: reason})
 
     def fail(self, line: str) -> None:
         """Keep why the part failed."""
-        self.content["failures"].append(line)
-        self.write()
-
-    def finish(self) -> None:
-        """The part reached its end."""
-        self.content["complete"] = True
-        self.write()
+        self.keep(failures=[*self.content["failures"], line])
 
 
 def verdict(content: Content) -> tuple[str, str]:
@@ -97,9 +59,7 @@ def verdict(content: Content) -> tuple[str, str]:
     reasons = list(content["failures"])
     reasons += [f"{content['failed']} records failed"] if content["failed"] else []
     reasons += [f"{lost} records lost parity"] if lost else []
-    if not content["complete"]:
-        reasons = reasons or ["did not reach its end"]
-    if reasons:
-        return FAILED, "; ".join(reasons)
+    if reasons or not content["complete"]:
+        return FAILED, "; ".join(reasons) or "did not reach its end"
     skipped = "; ".join(f"{what}: {reason}" for what, reason in content["skipped"].items())
     return (PASSED if content["records"] else SKIPPED), skipped

@@ -18,12 +18,16 @@ SIZES = (10**5, 10**6)
 QUICK_SIZES = (10**5,)
 
 
-def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -> Bench:
-    found = next(w for w in kernels.workloads(elements, dtype, device) if w.name == name)
+def bench_of(found: kernels.Workload, device: torch.device) -> Bench:
+    """An operator beside its eager sequence."""
     sets = [found.make(k) for k in range(kernels.sets_for(found, device))]
     # bench.kernels judges the operator itself, which is what `make` returns.
-    operator = Candidate(lambda: found.fused, lambda _: found.error(sets[0]), kernels.TOLERANCE[dtype])
+    operator = Candidate(lambda: found.fused, lambda _: found.error(sets[0]), kernels.TOLERANCE[found.dtype])
     return Bench(sets, found.eager, {"operator": operator}, found.cost, frozen=True, capturable=True)
+
+
+def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -> Bench:
+    return bench_of(next(w for w in kernels.workloads(elements, dtype, device) if w.name == name), device)
 
 
 def workloads(quick: bool) -> list[Workload]:

@@ -20,6 +20,7 @@ from kernels.backend import Cost
 from kernels.philox import Stream
 
 SEED = 7
+AUTOTUNE = "max-autotune"  # mode of torch.compile, and candidate of the suites on CUDA
 CHANNELS, SIDE, N_FEAT, CLASSES = 3, 16, 64, 5
 TIMESTEPS = 500
 SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)

@@ -8,9 +8,8 @@ from functools import cache, partial
 
 import torch
 
-from bench.goals import AUTOTUNE
 from bench.registry import Bench, Candidate, Workload
-from bench.suites.networks import CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward_flops
+from bench.suites.networks import AUTOTUNE, CHANNELS, CLASSES, N_FEAT, SEED, SIDE, forward_flops
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import unavailable_reason

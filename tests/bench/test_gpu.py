@@ -8,11 +8,15 @@ import torch
 
 import kernels
 from bench.cli import main
-from bench.gpu import command, process
-from bench.gpu import kernels as part
-from bench.gpu.kernels import beside_static, predictions, run_kernels, table
+from bench.gpu import command, measured, process
+from bench.gpu.measured import beside_static, predictions
 from bench.gpu.record import FAILED, PASSED, SKIPPED, Record, verdict
-from bench.kernels import Workload, measure, workloads
+from bench.kernels import TOLERANCE, workloads
+from bench.measure import measure
+from bench.registry import Workload
+from bench.store import load
+from bench.suites import cuda
+from bench.suites.kernels import bench_of
 
 CPU = torch.device("cpu")
 NOISE = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
@@ -22,78 +26,81 @@ OPERATORS = NOISE | NETWORK
 
 @pytest.fixture
 def elementwise(monkeypatch):
-    """Without the convolutions, which the interpreter takes minutes for; tests/kernels has them."""
+    """Without the convolutions, which take the interpreter minutes; tests/kernels has them. One round and type."""
 
     def few(*arguments):
         return [workload for workload in workloads(*arguments) if workload.name in OPERATORS]
 
-    monkeypatch.setattr(part, "workloads", few)
+    monkeypatch.setattr("bench.kernels.workloads", few)
+    monkeypatch.setattr(cuda, "TYPES", {"fp32": torch.float32})
+    monkeypatch.setattr(measured, "ROUNDS", 1)
 
 
 def stored(out, name):
     return json.loads((out / f"{name}.json").read_text())
 
 
+def run_kernels(out, device=CPU, seconds=600):
+    record = Record(out, "kernels").start(CPU)
+    measured.kernels(record, device, time.time() + seconds, (800,))
+    return record.content
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-def test_the_kernel_benchmark_runs_and_records(triton_device, elementwise, tmp_path):
-    sizes, types = (800,), (torch.float32, torch.float16)
-    content = run_kernels(tmp_path, triton_device, 600, sizes, types, rounds=1)
-    assert stored(tmp_path, "kernels") == content
+def test_the_kernel_benchmark_runs_and_records(triton_device, elementwise, tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "TYPES", {"fp32": torch.float32, "fp16": torch.float16})
+    content = run_kernels(tmp_path, triton_device)
+    assert load(tmp_path / "kernels.json") == content
     assert content["machine"]["torch"] == torch.__version__
     assert verdict(content)[0] == PASSED
-    records = content["records"]
-    assert {record["kernel"] for record in records} == OPERATORS
-    assert len(records) == len(OPERATORS) * len(sizes) * len(types)
-    for record in records:
+    names = {f"kernels/{name}/{label}/1e3" for name in OPERATORS for label in ("fp32", "fp16")}
+    ours = [record for record in content["records"] if record["candidate"] == "operator"]
+    assert {record["workload"] for record in ours} == names
+    assert len(content["records"]) == 2 * len(ours)
+    for record in ours:
         assert record["parity"]
-        assert len(record["kernel_us"]["samples"]) == 1
-        assert record["ratio_to_eager"] > 0
-        assert record["share_of_bound"] == record["share_of_copy"]  # no card, so the copy is all there is
-    assert len(table(content).splitlines()) == 2 + len(records)
+        assert len(record["samples_us"]["operator"]["kernel"]) == 1
+        assert record["speed_up"] > 0
+        # No card, so the copy is all there is.
+        assert record["share_of_bound"] == pytest.approx(record["share_of_copy"])
+    assert len(command.table(content["records"]).splitlines()) == 1 + len(ours)
 
 
-def test_a_spent_budget_stops_and_is_recorded_as_incomplete(triton_device, tmp_path):
-    content = run_kernels(tmp_path, triton_device, -1, (800,), (torch.float32,), rounds=1)
+def test_a_spent_budget_stops_and_is_recorded_as_incomplete(elementwise, tmp_path):
+    content = run_kernels(tmp_path, seconds=-1)
     assert content["records"] == []
     assert not content["complete"]
-    assert verdict(content) == (FAILED, "out of time in case 1 of 1")
+    assert {f"kernels/{name}/fp32/1e3" for name in OPERATORS} < content["skipped"].keys()
+    assert verdict(content) == (FAILED, f"out of time: {len(OPERATORS)} workloads not measured")
 
 
 def test_a_kernel_that_crashes_leaves_the_others(elementwise, tmp_path, monkeypatch):
-    own = measure
+    def crashing(*arguments):
+        raise RuntimeError("planted\ncrash")
 
-    def crashing(workload, *arguments):
-        if workload.name == "solver_step":
-            raise RuntimeError("planted\ncrash")
-        return own(workload, *arguments)
-
-    monkeypatch.setattr(part, "measure", crashing)
-    content = run_kernels(tmp_path, CPU, 600, (800,), (torch.float32,), rounds=1)
+    monkeypatch.setattr("bench.kernels.solver_step", crashing)
+    content = run_kernels(tmp_path)
     assert content["complete"]
     assert verdict(content) == (FAILED, "1 records failed")
-    assert {record["kernel"] for record in content["records"]} == OPERATORS
-    assert "failed: RuntimeError: planted crash" in table(content)
+    assert {record["workload"].split("/")[1] for record in content["records"]} == OPERATORS
+    assert content["tf32"] is False
+    assert content["seed"] == 7
+    assert "RuntimeError: planted crash" in command.table(content["records"])
 
 
-def test_a_kernel_without_parity_gets_no_ratio(tmp_path):
-    good = workloads(800, torch.float32, CPU)[0]
-
-    class Bad(Workload):
-        def error(self, arguments):
-            return 1.0
-
-    bad = Bad(**vars(good))
-    measured = measure(bad, CPU, rounds=1)
-    assert not measured["parity"]
-    record = Record.start(tmp_path, "kernels", 1, CPU)
-    record.add({"size": 800} | beside_static(measured, torch.float32, {}))
-    record.finish()
-    assert "ratio_to_eager" not in record.content["records"][0]
-    assert verdict(record.content) == (FAILED, "1 records lost parity")
-    assert "parity failed: 1 > 2e-05, no ratio" in table(record.content)
+def test_a_kernel_without_parity_gets_no_ratio(elementwise, tmp_path, monkeypatch):
+    monkeypatch.setitem(TOLERANCE, torch.float32, -1.0)
+    content = run_kernels(tmp_path)
+    lost = [record for record in content["records"] if record["candidate"] == "operator"]
+    assert len(lost) == len(OPERATORS)
+    for record in lost:
+        assert not record["parity"]
+        assert not record.keys() & {"speed_up", "kernel_us", "share_of_bound"}
+    assert verdict(content) == (FAILED, f"{len(OPERATORS)} records lost parity")
+    assert command.table(content["records"]).count("False") == len(OPERATORS)
 
 
 @pytest.mark.parametrize("name", sorted(NETWORK))
@@ -127,22 +134,25 @@ def test_a_nan_in_any_chunk_loses_parity(monkeypatch):
 
     monkeypatch.setattr(kernels, "q_sample", broken)
     monkeypatch.setattr("bench.kernels.CHUNK_ROWS", 1)
-    workload = next(w for w in workloads(3 * 768, torch.float32, CPU) if w.name == "q_sample")
-    record = measure(workload, CPU, rounds=1)
+    one = next(w for w in workloads(3 * 768, torch.float32, CPU) if w.name == "q_sample")
+    _, record = measure(Workload("one", "kernels", lambda device: bench_of(one, device)), CPU, 1, 1.0, 1.0)
     assert not record["parity"]
-    assert "ratio_to_eager" not in record
+    assert "speed_up" not in record
 
 
 # --- the static prediction --------------------------------------------------------------------------------------
 
-MEASURED = {"parity": True, "elements": 2_000_000, "kernel_us": {"median": 8.0}, "copy_us": {"median": 4.0}}
+
+def measured_as(kernel, label="fp32"):
+    head = {"workload": f"kernels/{kernel}/{label}/1e6", "candidate": "operator", "parity": True}
+    return head | {"kernel_us": 8.0, "share_of_copy": 0.5}
 
 
 @pytest.mark.parametrize("kernel", sorted(OPERATORS))
 def test_every_operator_has_a_prediction_for_the_h200(kernel):
     known = predictions("sm_90", "NVIDIA H200")
-    for dtype in (torch.float32, torch.bfloat16):
-        record = beside_static(MEASURED | {"kernel": kernel}, dtype, known)
+    for label in ("fp32", "bf16"):
+        record = beside_static(measured_as(kernel, label), 2_000_000, known)
         card = known[record["static"]]
         predicted = 2 * max(value for key, value in card.items() if key.endswith("_us"))
         assert record["predicted_us"] == pytest.approx(predicted)
@@ -151,15 +161,17 @@ def test_every_operator_has_a_prediction_for_the_h200(kernel):
 
 
 def test_the_larger_of_copy_and_issue_is_the_bound():
-    card = {"solver_step fp32": {"issue_us": 3.0, "bytes_us": 2.5, "binds": "issue"}}
-    record = beside_static(MEASURED | {"kernel": "solver_step"}, torch.float32, card)
+    card = {"issue_us": 3.0, "bytes_us": 2.5, "binds": "issue"}
+    record = beside_static(measured_as("solver_step"), 2_000_000, {"solver_step fp32": card})
     assert record["share_of_bound"] == 6 / 8
-    record = beside_static(MEASURED | {"kernel": "another"}, torch.float32, card)
+    record = beside_static(measured_as("another"), 2_000_000, {"solver_step fp32": card})
     assert record["share_of_bound"] == 4 / 8
     assert record["static"] is None
-    variant = {"convolution bf16 two sources": card["solver_step fp32"]}
-    record = beside_static(MEASURED | {"kernel": "convolution two sources"}, torch.bfloat16, variant)
+    variant = {"convolution bf16 two sources": card}
+    record = beside_static(measured_as("convolution two sources", "bf16"), 2_000_000, variant)
     assert record["predicted_us"] == 6
+    eager = measured_as("solver_step") | {"candidate": "eager"}
+    assert beside_static(eager, 2_000_000, {"solver_step fp32": card}) == eager
 
 
 def test_another_card_has_no_prediction():
@@ -167,37 +179,24 @@ def test_another_card_has_no_prediction():
     assert predictions("sm_70", "NVIDIA H200") == {}
 
 
-def test_what_misses_a_goal_is_marked():
-    record = {"kernel": "q_sample", "dtype": "float32", "parity": True, "prediction_error": -0.25}
-    records = [
-        record | {"size": 10**4, "share_of_bound": 0.5, "ratio_to_eager": 2.9},
-        record | {"size": 10**8, "share_of_bound": 0.85, "ratio_to_eager": 3.0},
-    ]
-    records.append(records[0] | {"kernel": "convolution", "dtype": "float16"})
-    other, row = (line.split() for line in table({"records": records}).splitlines()[-2:])
-    assert row == ["q_sample", "float32", "50%!", "85%", "|", "2.90!", "3.00", "|", "-25%"]
-    assert other == ["convolution", "float16", "50%", "-", "|", "2.90", "-", "|", "-"]
-
-
 # --- records and processes --------------------------------------------------------------------------------------
 
 
-def test_a_record_says_the_seed_of_its_part(tmp_path):
-    assert Record.start(tmp_path, "step", 5, CPU, seed=7).content["seed"] == 7
-    assert Record.start(tmp_path, "tests", 5, CPU).content["seed"] is None
-
-
 def test_only_what_reached_its_end_has_passed(tmp_path):
-    record = Record.start(tmp_path, "step", 5, CPU)
+    record = Record(tmp_path, "step").start(CPU, "batch1")
+    assert stored(tmp_path, "step")["filter"] == "batch1"
+    assert stored(tmp_path, "step")["seed"] is None
     assert verdict(stored(tmp_path, "step")) == (FAILED, "did not reach its end")
     record.skip("peer", "not here")
-    record.finish()
+    record.keep(complete=True, seed=7)
+    assert stored(tmp_path, "step")["seed"] == 7
     assert verdict(stored(tmp_path, "step")) == (SKIPPED, "peer: not here")
-    record.add({"workload": "a"})
+    record.keep({"workload": "a"})
     assert verdict(stored(tmp_path, "step")) == (PASSED, "peer: not here")
-    record.add({"workload": "b", "failed": "crash"})
+    record.keep({"workload": "b", "failed": "crash"})
     record.fail("this")
     assert verdict(stored(tmp_path, "step")) == (FAILED, "this; 1 records failed")
+    assert Record(tmp_path, "step").read().content == record.content
 
 
 def test_a_command_is_stopped_with_all_that_it_started(tmp_path):
@@ -220,15 +219,13 @@ def test_a_command_that_ends_says_how():
 
 
 def planted(name, finish=True, error=None):
-    def run(out, device, seconds, pattern):
-        record = Record.start(out, name, seconds, device, pattern)
-        record.add({"workload": name})
+    def run(record, seconds):
+        record.keep({"workload": name})
         if error is not None:
             raise error
-        if finish:
-            record.finish()
+        record.keep(complete=finish)
 
-    return command.Part(1.0, run, lambda content: f"table of {name}")
+    return 1.0, run
 
 
 @pytest.fixture
@@ -247,7 +244,7 @@ def test_every_part_runs_and_the_bad_ones_are_said(parts, tmp_path, capsys):
     printed = capsys.readouterr()
     errors = [line for line in printed.err.splitlines() if line.startswith("error")]
     assert errors == ["error: crashes: RuntimeError: planted crash", "error: ends: did not reach its end"]
-    assert all(f"table of {name}" in printed.out for name in parts)
+    assert all(f"== {name}\nworkload\n{name}\n" in printed.out for name in parts)
     assert all(stored(tmp_path, name)["records"] == [{"workload": name}] for name in parts)
 
 
@@ -268,11 +265,11 @@ def test_time_that_is_left_over_goes_to_the_next_part(monkeypatch, tmp_path):
     given = {}
 
     def keeping(name, takes):
-        def run(out, device, seconds, pattern):
+        def run(record, seconds):
             given[name] = seconds
             time.sleep(takes)
 
-        return command.Part(2.0 if name == "b" else 1.0, run, lambda content: "")
+        return 2.0 if name == "b" else 1.0, run
 
     names = {"a": 0.0, "b": 0.3, "c": 0.0}
     monkeypatch.setattr(command, "PARTS", {name: keeping(name, takes) for name, takes in names.items()})
@@ -280,35 +277,51 @@ def test_time_that_is_left_over_goes_to_the_next_part(monkeypatch, tmp_path):
     assert given == pytest.approx({"a": 2, "b": 6, "c": 7.7}, abs=0.25)
 
 
-def test_a_part_that_measured_nothing_has_a_table_all_the_same(tmp_path):
-    for name, one in command.PARTS.items():
-        assert isinstance(one.table(Record.start(tmp_path, name, 1, CPU).content), str)
-    assert set(command.CHILDREN) < set(command.PARTS)
+def test_a_table_has_the_columns_that_have_values():
+    records = [
+        {"suite": "kernels", "workload": "kernels/a/fp32/1e4", "candidate": "eager", "parity": True, "kernel_us": 1.0},
+        {"suite": "kernels", "workload": "kernels/a/fp32/1e4", "candidate": "operator", "parity": True}
+        | {"kernel_us": 12.345, "speed_up": 2.5, "prediction_error": -0.25},
+        {
+            "suite": "cuda",
+            "workload": "cuda/a",
+            "candidate": "eager",
+            "parity": True,
+            "kernel_us": 1.0,
+            "speed_up": None,
+        },
+        {"workload": "cuda/b", "candidate": "graph", "parity": False, "error": "nan", "lines": ["a line"]},
+    ]
+    heading, *rows, last = command.table(records).splitlines()
+    keys = ["workload", "candidate", "kernel_us", "speed_up", "error", "prediction_error", "parity"]
+    assert heading.split() == keys
+    assert [row.split() for row in rows] == [
+        ["kernels/a/fp32/1e4", "operator", "12.3", "2.50", "-25%", "True"],
+        ["cuda/a", "eager", "1.0", "True"],
+        ["cuda/b", "graph", "nan", "False"],
+    ]
+    assert last == "a line"
+    assert isinstance(command.table([]), str)
 
 
-def test_the_goals_are_shown_where_steps_were_measured(tmp_path):
-    contents = {"step": Record.start(tmp_path, "step", 1, CPU, trajectories={}).content}
-    lines = command.goals_table(contents).splitlines()
-    assert lines[1] == "== goals"
-    assert "cuda/batch1 " in lines[3]
-    assert command.goals_table({"tests": contents["step"]}) == ""
+def test_every_measuring_part_is_a_function_of_the_process():
+    children = {name for name, (_, run) in command.PARTS.items() if run in (command.in_child, command.profile)}
+    assert set(measured.MEASURED) == children
 
 
 def test_a_process_that_dies_is_a_failure_of_its_part(tmp_path, monkeypatch):
     monkeypatch.setattr(command.process, "run", lambda line, seconds: process.Finished(-11, 3.0, "Segmentation\n"))
-    Record.start(tmp_path, "step", 1, CPU)
-    command.in_child("step", tmp_path, 1)
+    command.in_child(Record(tmp_path, "step").start(CPU), 1)
     assert verdict(stored(tmp_path, "step")) == (FAILED, "its process: exit code -11: Segmentation")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_measuring_part_really_is_another_process(tmp_path):
-    Record.start(tmp_path, "kernels", 60, CPU)
-    command.in_child("kernels", tmp_path, 60)
+    command.in_child(Record(tmp_path, "kernels").start(CPU), 60)
     status, why = verdict(stored(tmp_path, "kernels"))
     assert status == FAILED
     assert why.startswith("its process: exit code 1")
-    assert any("bench/gpu/kernels.py" in line for line in stored(tmp_path, "kernels")["output"])
+    assert any("bench/gpu/measured.py" in line for line in stored(tmp_path, "kernels")["output"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

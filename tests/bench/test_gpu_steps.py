@@ -1,14 +1,15 @@
-"""Parts `step`, `training` and the goals of `ddpm-bench gpu`, on two images on the CPU."""
+"""Parts `step` and `training` of `ddpm-bench gpu`, on two images on the CPU."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from bench.goals import GPU_HEADINGS, gpu_cells
-from bench.gpu import steps
-from bench.gpu.record import FAILED, PASSED, verdict
-from bench.gpu.steps import OUT_OF_TIME, Clock, run_step, run_training, table
+from bench.gpu import measured
+from bench.gpu.command import table
+from bench.gpu.measured import OUT_OF_TIME
+from bench.gpu.record import FAILED, PASSED, Record, verdict
 from bench.kernels import full_precision
 from bench.registry import Unavailable
 from bench.suites import cuda, training
@@ -23,7 +24,14 @@ GUIDED = cuda.Row("guided", 2, guidance=2.0, steps=3)
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch):
-    monkeypatch.setattr(steps, "ROUNDS", 1)
+    monkeypatch.setattr(measured, "ROUNDS", 1)
+
+
+def run_step(out, seconds=600, pattern="engines"):
+    record = Record(out, "step").start(CPU, pattern)
+    measured.step(record, CPU, time.time() + seconds, (TINY,))
+    assert json.loads((out / "step.json").read_text()) == record.content
+    return record.content
 
 
 @pytest.fixture
@@ -36,56 +44,62 @@ def candidates(row, kind):
     return cuda._build(row, kind, CPU).candidates
 
 
-def test_the_step_part_measures_and_says_what_is_missing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(steps, "find_spec", lambda name: None)
-    content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
-    assert json.loads((tmp_path / "step.json").read_text()) == content
+def test_the_step_part_measures(tmp_path):
+    content = run_step(tmp_path)
     assert content["tf32"] is False
     assert content["seed"] == cuda.SEED
-    assert content["skipped"] == dict.fromkeys(steps.PEERS, "it is not installed here")
-    assert "note: step: diffusers skipped" in capsys.readouterr().err
-    assert verdict(content)[0] == PASSED
+    assert verdict(content) == (PASSED, "")
     by_name = {record["candidate"]: record for record in content["records"]}
     assert {"eager", "fused fp32", "fused bf16", "eager tf32"} <= by_name.keys()
     assert all(record["parity"] and record["kernel_us"] > 0 for record in by_name.values())
-    assert len(table(content).splitlines()) == 1 + len(by_name)
+    assert len(table(content["records"]).splitlines()) == 1 + len(by_name)
 
 
 def test_lost_parity_fails_the_part_and_has_no_time(tmp_path, monkeypatch):
     monkeypatch.setitem(cuda.PARITY, torch.bfloat16, 1e-9)
-    content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
+    content = run_step(tmp_path)
     lost = next(record for record in content["records"] if record["candidate"] == "fused bf16")
     assert not lost["parity"]
     assert "kernel_us" not in lost
     assert verdict(content) == (FAILED, "1 records lost parity")
-    assert "parity lost" in table(content)
+    assert any(line.endswith("False") for line in table(content["records"]).splitlines())
 
 
-def test_without_time_everything_is_named_as_not_measured(tmp_path):
-    content = run_step(tmp_path, CPU, 0, "", (TINY,))
+def test_without_time_everything_is_named_as_not_measured(tmp_path, capsys):
+    content = run_step(tmp_path, 0, "")
     names = {f"cuda/tiny/{kind}" for kind in ("engines", "autotune-bf16", "autotune-fp32")}
-    assert {what for what, why in content["skipped"].items() if why == OUT_OF_TIME} == names
+    assert content["skipped"] == dict.fromkeys(names, OUT_OF_TIME)
     assert content["records"] == []
     assert not content["complete"]
-    assert verdict(content) == (FAILED, "out of time: 3 workloads or candidates not measured")
-    assert "not measured, out of time: cuda/tiny/engines" in table(content)
+    assert verdict(content) == (FAILED, "out of time: 3 workloads not measured")
+    assert f"note: step: cuda/tiny/engines skipped, {OUT_OF_TIME}" in capsys.readouterr().err
 
 
-@pytest.mark.long
-def test_a_candidate_that_would_take_too_long_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setitem(steps.BUILD_SECONDS, "fused", 1e6)
-    content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
-    assert content["skipped"]["cuda/tiny/engines fused fp32"] == OUT_OF_TIME
-    assert {record["candidate"] for record in content["records"]} == {"eager", "eager tf32"}
-    assert not content["complete"]
+def test_a_workload_that_would_take_too_long_is_not_begun(tmp_path):
+    """What a workload took is expected of the next one of its kind; the first has a guess."""
+    seconds = {"a/quick": 0.2, "b/quick": 0.2, "c/quick": 0.2, "d/short": 0.0, "e/engines": 0.0}
+    begun = []
 
+    def building(name):
+        def build(device):
+            begun.append(name)
+            time.sleep(seconds[name])
+            raise RuntimeError("no more is needed")
 
-def test_the_clock_learns_what_building_takes():
-    clock = Clock(1000, {"max-autotune": 90.0})
-    assert clock.has("max-autotune bf16")
-    clock.learn([{"candidate": "max-autotune fp32", "warm_up_s": 2000.0}, {"candidate": "graph bf16", "failed": "x"}])
-    assert not clock.has("max-autotune bf16")
-    assert clock.has("graph bf16")
+        return measured.Workload(name, "kernels", build)
+
+    record = Record(tmp_path, "step").start(CPU)
+    measured.matrix_ceiling(CPU)
+    until = time.time() + measured.TAKES["engines"]
+    measured.measure_all(record, [building("e/engines")], CPU, until)
+    assert begun == []
+    slow = [building(name) for name in seconds]
+    measured.measure_all(record, slow, CPU, time.time() + 0.4)
+    assert begun == ["a/quick", "d/short"]
+    assert record.content["failures"] == [
+        "out of time: 1 workloads not measured",
+        "out of time: 3 workloads not measured",
+    ]
 
 
 @pytest.mark.long
@@ -177,19 +191,6 @@ def test_kernels_is_the_graph_engine_on_the_form_of_kernels(monkeypatch):
     assert {(form.layout, form.dtype) for form in forms} == {(KERNELS, computed_in(torch.bfloat16, CPU))}
 
 
-@pytest.mark.long
-def test_whole_trajectories_are_timed_where_there_is_parity(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "TRAJECTORIES", [("fused", "fp32"), ("fused", "bf16")])
-    monkeypatch.setattr(steps, "TIMESTEPS", 4)
-    monkeypatch.setitem(cuda.PARITY, torch.bfloat16, 1e-9)
-    content = run_step(tmp_path, CPU, 600, "engines", (TINY,))
-    (name,) = content["trajectories"]
-    assert name == "cuda/tiny fused fp32"
-    assert content["trajectories"][name]["steps"] == 4
-    assert content["trajectories"][name]["wall_ms"]["median"] > 4
-    assert "cuda/tiny fused fp32, 4 steps:" in table(content)
-
-
 # --- training ---------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +201,9 @@ def few_steps(monkeypatch):
 
 
 def test_the_training_part_measures(few_steps, tmp_path):
-    content = run_training(tmp_path, CPU, 600, "engines", batch=4)
+    record = Record(tmp_path, "training").start(CPU, "engines")
+    measured.train(record, CPU, time.time() + 600, batch=4)
+    content = record.content
     assert [record["candidate"] for record in content["records"]] == ["eager", "eager bf16"]
     assert content["seed"] == training.SEED
     assert verdict(content) == (PASSED, "")
@@ -226,49 +229,3 @@ def test_the_loop_with_a_compiled_network_loses_as_eager(few_steps, monkeypatch)
     assert made == ["max-autotune"]
     call.trainer.losses[0] *= 1.01
     assert candidate.error(call) > candidate.tolerance
-
-
-# --- goals ------------------------------------------------------------------------------------------------------
-
-
-def record(workload, candidate, kernel_us, speed_up=None, **more):
-    head = {"workload": workload, "candidate": candidate, "parity": True, "share_of_product": 0.4}
-    return head | {"kernel_us": kernel_us, "speed_up": speed_up} | more
-
-
-RECORDS = [
-    record("cuda/batch1/engines", "eager", 2000.0),
-    record("cuda/batch1/engines", "graph bf16", 80.0, 25.0),
-    record("cuda/batch1/engines", "graph fp16", 78.0, 25.6, parity=False),
-    record("cuda/batch1/engines", "eager tf32", 1600.0, 1.25),
-    record("cuda/batch1/autotune-bf16", "graph bf16", 82.0, 24.0),
-    record("cuda/batch1/autotune-bf16", "max-autotune bf16", 123.0, 16.0),
-    record("cuda/batch1/autotune-fp32", "graph fp32", 100.0, 20.0),
-    record("cuda/batch1/autotune-fp32", "max-autotune fp32", 400.0, 5.0),
-    record("cuda/batch1024/engines", "graph bf16", 900.0, 5.0),
-    record("cuda/batch64/engines", "graph bf16", 1.0, failed="crash"),
-]
-
-
-def test_goals_are_judged_by_what_was_measured():
-    trajectories = {
-        "cuda/batch1 graph bf16": {"wall_ms": {"median": 44.0}},
-        "cuda/batch1 graph fp16": {"wall_ms": {"median": 46.0}},
-        "cuda/batch1024 graph bf16": {"wall_ms": {"median": 500.0}},
-    }
-    cells = gpu_cells(RECORDS, trajectories)
-    assert all(len(row) == len(GPU_HEADINGS) for row in cells)
-    rows = {(row[0], row[1]): row[2:] for row in cells}
-    assert rows["cuda/batch1", "x eager fp32"] == ["25x", "graph bf16", "20x", "yes"]
-    # Not 4, of fp32: max-autotune is faster in bf16. The times of one workload are compared, 123 / 82.
-    assert rows["cuda/batch1", "x max-autotune"] == ["1.5x", "graph bf16", "2x", "**no**"]
-    assert rows["cuda/batch1", "x eager tf32"] == ["20x", "graph bf16", "", ""]
-    assert ("cuda/batch1024", "x eager tf32") not in rows
-    assert rows["cuda/batch1", "ms of 500 steps"] == ["44 ms", "graph bf16", "45 ms", "yes"]
-    assert rows["cuda/batch1024", "of the measured matrix rate"] == ["40%", "graph bf16", "50%", "**no**"]
-    assert rows["cuda/batch64", "x eager fp32"] == ["not measured", "", "20x", ""]
-    assert rows["training/batch100", "x max-autotune"] == ["not measured", "", "1.5x", ""]
-
-
-def test_goals_of_what_is_not_there_are_not_reached():
-    assert {row[-1] for row in gpu_cells([], {})} == {""}
