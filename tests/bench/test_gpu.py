@@ -81,7 +81,7 @@ def test_a_kernel_that_crashes_leaves_the_others(elementwise, tmp_path, monkeypa
     def crashing(*arguments):
         raise RuntimeError("planted\ncrash")
 
-    monkeypatch.setattr("bench.kernels.solver_step", crashing)
+    monkeypatch.setattr(kernels, "solver_step", crashing)
     content = run_kernels(tmp_path)
     assert content["complete"]
     assert verdict(content) == (FAILED, "1 records failed")
