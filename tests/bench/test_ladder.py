@@ -340,7 +340,7 @@ def peak(run, engine, guidance):
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_sampling_a_large_batch_holds_less_than_eager_does(tmp_path):
-    """The figure of the goals: peak memory at batch 256, in fresh processes, network of 64 features."""
+    """Peak memory at batch 256, in fresh processes, network of 64 features."""
     torch.manual_seed(0)
     run = _write(tmp_path / "run", ContextUnet(3, 64, 5, 16).eval(), ("a", "b", "c", "d", "e"))
     for guidance in (1.0, 2.0):
