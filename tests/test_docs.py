@@ -1,0 +1,250 @@
+"""README.md and docs/: links lead somewhere, and what a reader is told to type works as written.
+
+A page's blocks run in order in one folder that has what a reader has by then: trained runs, a data set, weights. A
+block of Python that begins with `# FILE.py` is that file. Commands get the sizes of SMALLER; those of NOT_RUN are only
+checked for their options; those of LONG are left to the long tests.
+"""
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
+CONTRIBUTING = ROOT / "docs" / "contributing.md"
+README_LINES = 150
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.S | re.M)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FILE = re.compile(r"# (\S+\.py)(, at its end)?\n")
+
+# Where the commands are, by which they run in this process.
+MODULES = {"ddpm": "ddpm.commands", "ddpm-bench": "bench.cli", "ddpm-export": "export.__main__"}
+PROGRAMS = {"ddpm": "ddpm", "ddpm-bench": "bench", "ddpm-export": "export", "torchrun": "torch.distributed.run"}
+
+# What is added to a command so that it takes seconds: of an option given twice the last one counts.
+SMALLER = {
+    r"ddpm train .*plain_conv": "--epochs 1",
+    r"ddpm train (?!.*(plain_conv|--resume))": "--epochs 1 --n-feat 8 --timesteps 50 --schedule cosine --overwrite",
+    r"ddpm train .*--resume": "--epochs 1 --n-feat 8 --timesteps 50 --schedule cosine",
+    r"ddpm evaluate": "--n 20",
+    r"ddpm-bench run --quick|pytest bench": "--suite kernels --filter q_sample/",
+    r"ddpm-bench run --suite (step|peers)": "--quick --rounds 1",
+    r"ddpm-bench run --suite \w+\.py": "--quick --rounds 2",
+    r"ddpm-bench ladder": "--batch 2 --steps 2 --processes 1 --rounds 1",
+    r"ddpm-bench profile": "--trajectories 1 --steps 5",
+}
+LONG = (
+    r"ddpm train .*--engine compile",
+    r"torchrun",
+    r"ddpm-bench (ladder|profile|static)",
+    r"ddpm-bench run --suite (peers|step)",
+    r"ddpm-bench run .*--processes",
+    r"ddpm-export (torch|verify)",
+    r"ddpm-export .*digits-onnx",  # docs/export.md has the same
+)
+NOT_RUN = {
+    r"make ": "each installs, tests, trains or measures for minutes; `make -n` has the target",
+    r"pytest (bench|tests/kernels -k|tests/ddpm/test_solvers.py)": "the tests themselves",
+    r"ddpm-bench compare": "two commits and a quarter of an hour: tests/bench/test_compare_long.py",
+    r"ddpm-bench gpu": "needs a GPU",
+    r"ddpm-export onnx .*int8": "its gate needs trained weights: tests/export/test_commands.py",
+    r"ddpm-export aoti": "compiles for a minute: tests/export/test_commands.py",
+}
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [Block(language, textwrap.dedent(text)) for _, language, text in FENCE.findall(page.read_text("utf-8"))]
+
+
+def commands(block: Block) -> list[str]:
+    """The commands of a block in bash, without comments."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [shlex.join(line).removeprefix(".venv/bin/") for line in words if line]
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def links(page: Path) -> list[str]:
+    """The relative links of a page."""
+    found = LINK.findall(FENCE.sub("", page.read_text("utf-8")))
+    return [target for target in found if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    text = FENCE.sub("", page.read_text("utf-8"))
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_resolve(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target}: no such file"
+        assert not anchor or anchor in anchors(file), f"{target}: no such heading"
+
+
+def test_every_page_is_reached_from_the_readme():
+    linked = {(README.parent / target.partition("#")[0]).resolve() for target in links(README)}
+    assert [named(page) for page in PAGES[1:] if page not in linked] == []
+
+
+def test_the_readme_fits():
+    assert len(README.read_text("utf-8").splitlines()) <= README_LINES
+
+
+ALL = [command for page in PAGES for block in blocks(page) if block.language == "bash" for command in commands(block)]
+
+
+def test_what_the_tables_here_say_is_in_the_pages():
+    stale = [pattern for pattern in (*SMALLER, *LONG, *NOT_RUN) if not any(re.match(pattern, line) for line in ALL)]
+    assert stale == []
+
+
+@pytest.mark.parametrize("command", [line for line in ALL if any(re.match(pattern, line) for pattern in NOT_RUN)])
+def test_what_is_not_run_could_be(command):
+    """Its target, its files, its options are there."""
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, check=True)
+    elif program == "pytest":
+        assert all((ROOT / word).exists() for word in arguments if "/" in word)
+    else:
+        import typer
+
+        name, *options = arguments
+        group = typer.main.get_command(importlib.import_module(MODULES[program].replace("__main__", "cli")).app)
+        group.commands[name].make_context(name, options).close()
+
+
+# --- what is run ----------------------------------------------------------------------------------------------------
+
+
+def call(command: str, folder: Path, root: Path | None = None) -> None:
+    """Run a command in a folder, made smaller: in this process, or with `root` in one that imports from there."""
+    extra = [more for pattern, more in SMALLER.items() if re.match(pattern, command)]
+    program, *arguments = shlex.split(" ".join((command, *extra)))
+    if program in MODULES and root is None and not any(word.endswith(".py") for word in arguments):
+        assert importlib.import_module(MODULES[program]).main(arguments) == 0, command
+        return
+    if program == "pytest":
+        arguments += ["-p", "no:cacheprovider", "--rootdir", str(folder)]
+    module = ["-m", PROGRAMS.get(program, program)] if program != "python" else []
+    line = [program, *arguments] if program == "sed" else [sys.executable, *module, *arguments]
+    paths = os.pathsep.join(map(str, (root or ROOT, folder)))
+    # As a reader's: tests/conftest.py turns Triton's interpreter on, for the kernels' tests alone.
+    interpreted = {} if program == "pytest" else {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | interpreted
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def write(block: Block, folder: Path) -> bool:
+    """Whether the block is a file, or the end of one: it is written then."""
+    found = FILE.match(block.text)
+    if found is None:
+        return False
+    path, rest = folder / found[1], block.text[found.end() :]
+    path.write_text(f"{path.read_text('utf-8')}\n\n{rest}" if found[2] else rest, "utf-8")
+    return True
+
+
+def follow(page: Path, folder: Path, left_out: tuple[str, ...], root: Path | None = None) -> None:
+    """Do what a page says, in a folder."""
+    names = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.language == "bash":
+            for command in commands(block):
+                if not any(re.match(pattern, command) for pattern in left_out):
+                    call(command, folder, root)
+        elif block.language == "python" and not write(block, folder):
+            if "from diffusers" in block.text and find_spec("diffusers") is None:
+                continue
+            exec(compile(block.text, named(page), "exec"), names)  # noqa: S102 (the page's own)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with runs of the digits and of sprites, the sprites' data, and weights to import."""
+    from ddpm import ContextUnet
+
+    folder = tmp_path_factory.mktemp("prepared")
+    rng = np.random.default_rng(0)
+    np.save(folder / "sprites.npy", rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
+    np.save(folder / "sprites_labels.npy", np.eye(5, dtype=np.float32)[np.arange(60) % 5])
+    torch.save(ContextUnet(3, 8, 5, 16).state_dict(), folder / "weights.pth")
+    (folder / "docs").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        call("ddpm train --data digits --out runs/demo", folder)
+        call("ddpm train --data sprites.npy --labels sprites_labels.npy --classes a,b,c,d,e --out runs/sprites", folder)
+    return folder
+
+
+@pytest.fixture
+def reader(prepared, tmp_path, monkeypatch):
+    """A copy of it to work in, with one thread."""
+    folder = Path(shutil.copytree(prepared, tmp_path / "work"))
+    monkeypatch.chdir(folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(before)
+
+
+FOLLOWED = [page for page in PAGES if page != CONTRIBUTING]
+
+
+@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+def test_a_page_works_as_written(page, reader):
+    follow(page, reader, (*NOT_RUN, *LONG))
+
+
+def is_long(page: Path) -> bool:
+    lines = [command for block in blocks(page) if block.language == "bash" for command in commands(block)]
+    return any(re.match(pattern, line) for line in lines for pattern in LONG)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("page", [page for page in FOLLOWED if is_long(page)], ids=named)
+def test_a_page_works_as_written_with_what_takes_long(page, reader):
+    follow(page, reader, tuple(NOT_RUN))
+
+
+@pytest.mark.long
+def test_contributing_works_as_written(tmp_path):
+    """In a copy of the packages, from which the commands import."""
+    for name in ("bench", "ddpm", "export", "kernels", "tests", "pyproject.toml"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, tmp_path / name)
+    follow(CONTRIBUTING, tmp_path, tuple(NOT_RUN), root=tmp_path)
