@@ -47,7 +47,7 @@ class Floor:
     accuracy_loss: float
 
 
-# Measured on the sprites run, with room: see README.md.
+# Measured on the sprites run, with room: see docs/export.md.
 FLOORS = {"fp16": Floor(45.0, 0.005, 0.02), "int8": Floor(25.0, 0.06, 0.03)}
 
 

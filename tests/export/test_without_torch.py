@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "export.md"
 PACKAGES = ("numpy", "PIL", "onnxruntime")
 
 
@@ -83,11 +83,11 @@ def test_without_onnxruntime_there_is_one_line(environment, exported, tmp_path):
 
 
 @pytest.mark.long
-def test_the_readmes_example_runs_as_printed(environment, make_run, tmp_path):
+def test_the_pages_example_runs_as_printed(environment, make_run, tmp_path):
     from ddpm.networks import ContextUnet
     from export.__main__ import main
 
-    (block,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.*?)```", README.read_text(), re.S)
+    (block,) = re.findall(r"```python\n(import numpy as np\nimport onnxruntime.*?)```", PAGE.read_text(), re.S)
     folder = make_run(tmp_path / "sprites", ContextUnet(3, 8, 5, 16), tuple("abcde"), clip=1.0)
     assert main(["onnx", str(folder), "--out", str(tmp_path / "sprites-onnx"), "--no-verify"]) == 0
     done = python(environment, "-c", block, cwd=tmp_path)
