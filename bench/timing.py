@@ -7,7 +7,6 @@ more memory than the L2 cache holds where the tensors are large enough. On the C
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -117,13 +116,3 @@ def interleaved(
             for kind, value in timers[name]()._asdict().items():
                 samples[name][kind].append(value)
     return samples
-
-
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and the raw samples of a measurement."""
-    return {
-        "median": median(samples),
-        "min": min(samples),
-        "max": max(samples),
-        "samples": [round(sample, 3) for sample in samples],
-    }

@@ -25,7 +25,7 @@ PATHS = (
     "tests/ddpm/test_training_engines.py::test_engines_lose_as_eager_on_cuda",
 )
 # Compile for cards that are not here, or import things: they need no GPU, and are in `make test`.
-ELSEWHERE = ("tests/kernels/test_static.py", "tests/kernels/test_import_clash.py")
+ELSEWHERE = ("tests/bench/test_static.py", "tests/kernels/test_import_clash.py")
 ONNX, ONNX_NEEDS = "tests/export/test_cuda.py", ("onnx", "onnxscript", "onnxruntime")
 # Most of the time is Triton compiling on the host and processes starting. Untuned: 16 cores were promised.
 WORKERS = 8
