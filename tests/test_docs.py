@@ -39,6 +39,7 @@ SMALLER = {
     r"(torchrun .*)?ddpm train": "--epochs 1 --n-feat 8 --timesteps 50 --schedule cosine --prediction v",
     r"(torchrun .*)?ddpm train (?!.*--resume)": "--overwrite",
     r"ddpm sample runs/digits": "--n 10",
+    r"ddpm sample runs/sprites": "--steps 10",
     r"ddpm evaluate": "--n 20",
     r"ddpm-export onnx": "--steps 10",
     r"ddpm-bench run --quick|pytest bench": "--suite kernels --filter q_sample/",
