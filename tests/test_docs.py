@@ -55,7 +55,9 @@ LONG = (
     r"ddpm-bench run --suite (peers|step)",
     r"ddpm-bench run .*--processes",
     r"ddpm-export (torch|verify)",
-    r"ddpm-export .*digits-onnx",  # docs/export.md has the same
+    # Their like is run in docs/engines.md and docs/export.md.
+    r"ddpm evaluate runs/(digits|sprites)",
+    r"ddpm-export .*digits-onnx",
 )
 NOT_RUN = {
     r"make ": "each installs, tests, trains or measures for minutes; `make -n` has the target",
