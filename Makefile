@@ -15,7 +15,7 @@ help:
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
 	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
-	@echo "make report     the figures in README.md and docs/ci.md from the stored records"
+	@echo "make report     the figures in README.md and docs/ from the stored records"
 	@echo "make gpu        on a machine with one: tests, memory errors and times into OUT=$(OUT)"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -79,10 +78,10 @@ def test_without_parity_there_is_no_time_and_the_run_fails_after_the_rest(small_
 
 
 def test_a_suite_may_be_a_file_of_another_project(tmp_path, monkeypatch):
-    """The suite that docs/ci.md shows."""
-    shown = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
-    (tmp_path / "speed.py").write_text(textwrap.dedent(shown))
-    (tmp_path / "mine.py").write_text("def softmax(x):\n    return x.exp() / x.exp().sum(1, keepdim=True)\n")
+    """The function and the suite that docs/ci.md shows."""
+    text = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8")
+    for name, shown in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.S):
+        (tmp_path / name).write_text(shown)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.delitem(sys.modules, "mine", raising=False)
