@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +11,16 @@ import torch
 import typer
 
 from bench import machine, store
+from bench.timing import synchronize
 from ddpm import runs
 from ddpm.commands.sampling_options import EngineName, Solver, Steps, contexts_of, table_of
 from ddpm.distributed import pick_device
 from ddpm.engines import choose
 from ddpm.errors import BadInput
 from ddpm.files import json_text, replacing_all
-from ddpm.inference import has_form
+from ddpm.inference import has_form, kept_form
 from ddpm.networks import condition_shape
+from ddpm.trajectory import Trajectory
 
 FORMAT_VERSION = 1
 TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
@@ -50,13 +53,18 @@ def profile(
     runs.make_folder(out)
     # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
     from bench.profiling import ceilings
-    from bench.profiling.measure import make_sampler, measured
+    from bench.profiling.measure import Sampler, measured
     from bench.profiling.page import render
 
     opened.model.to(target)
-    sampler = make_sampler(opened.model, opened.schedule, table, batch, contexts, guidance, seed, chosen)
-    figures, trace = measured(sampler, trajectories)
-    best = ceilings.measure(target, torch.float32)  # afterwards: its copies would be the process's peak of memory
+    contexts = None if contexts is None else contexts.to(target)
+    began = time.perf_counter()
+    guides = guidance != 1.0
+    trajectory = Trajectory(opened.model, opened.schedule, table, engine=chosen, guided=guides, form=kept_form)
+    synchronize(target)
+    build_ms = (time.perf_counter() - began) * 1e3
+    figures, trace = measured(Sampler(trajectory, batch, contexts, guidance, seed), trajectories)
+    figures["latency"]["build_ms"] = round(build_ms, 3)
     content = {
         "format_version": FORMAT_VERSION,
         "command": store.command(),
@@ -70,7 +78,7 @@ def profile(
         "recipe": {
             "engine": chosen,
             "batch": batch,
-            "rows": batch * (2 if guided(guidance, context) else 1),
+            "rows": batch * (2 if guides else 1),
             "steps": len(table),
             "trajectories": trajectories,
             "solver": options["solver"],
@@ -78,22 +86,22 @@ def profile(
             "context": context,
             "dtype": "float32",
         },
-        "ceilings": best,
+        # Measured afterwards: its copies would be the process's peak of memory.
+        "ceilings": ceilings.measure(target, torch.float32),
         **figures,
     }
     content["floor"] = floor(content)
-    texts = (render(content), json_text(content), json.dumps(trace, separators=(",", ":")) + "\n")
-    paths = [out / name for name in (REPORT, PROFILE, TRACE)]
+    texts = {
+        REPORT: render(content),
+        PROFILE: json_text(content),
+        TRACE: json.dumps(trace, separators=(",", ":")) + "\n",
+    }
+    paths = [out / name for name in texts]
     with replacing_all(paths) as partials:
-        for partial, text in zip(partials, texts, strict=True):
+        for partial, text in zip(partials, texts.values(), strict=True):
             partial.write_text(text, encoding="utf-8")
     print(summary(content))
     print(f"wrote {', '.join(map(str, paths))}")
-
-
-def guided(guidance: float, context: str | None) -> bool:
-    """Whether the network runs on twice the images."""
-    return guidance != 1.0 and context is not None
 
 
 def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -> torch.Tensor | None:
@@ -132,7 +140,7 @@ def floor(content: Mapping[str, Any]) -> dict[str, Any]:
 def summary(content: Mapping[str, Any]) -> str:
     """The figures that a terminal shows: some fifteen lines."""
     recipe, step, bound = content["recipe"], content["latency"]["step_ms"], content["floor"]
-    best, profiler, memory = content["ceilings"], content["profiler"], content["memory"]
+    best, memory = content["ceilings"], content["memory"]
     guidance = f", guidance {recipe['guidance']:g}" if recipe["rows"] > recipe["batch"] else ""
     lines = [
         f"{content['run']['name']}: {recipe['engine']}, {recipe['batch']} images, {recipe['solver']}, "
@@ -143,17 +151,15 @@ def summary(content: Mapping[str, Any]) -> str:
         f"{max(best['matmul_gflop_per_s'], best['conv_gflop_per_s']):.0f} GFLOP/s), "
         f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
         "where    " + "  ".join(f"{part['name']} {part['share']:.1%}" for part in content["parts"]),
-        f"         (under the profiler, which makes a step {profiler['overhead']:.2f} times as long)",
-        f"{'operator':18s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GFLOP/s':>8s} {'GB/s':>7s}",
+        f"         (under the profiler, which makes a step {content['profiler']['overhead']:.2f} times as long)",
+        f"{'operator':22s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GFLOP/s':>8s} {'GB/s':>7s}",
     ]
     for row in by_operator(content["operators"])[:6]:
-        rate = "" if not row["flops"] else f"{row['flops'] / row['ms'] / 1e6:.1f}"
-        moved = "" if row["bytes"] is None else f"{row['bytes'] / row['ms'] / 1e6:.1f}"
-        lines.append(
-            f"{row['name']:18s} {row['calls']:6.0f} {row['ms']:8.3f} {row['share']:6.1%} {rate:>8s} {moved:>7s}"
-        )
-    extra = memory["step_peak_bytes"]
-    within = "" if extra is None else f"a step allocates up to {extra / 2**20:.1f} MiB, "
+        rates = (f"{row[key] / row['ms'] / 1e6:.1f}" if row[key] else "" for key in ("flops", "bytes"))
+        figures = f"{row['calls']:6.0f} {row['ms']:8.3f} {row['share']:6.1%}"
+        lines.append(f"{row['name']:22s} {figures} {next(rates):>8s} {next(rates):>7s}")
+    within = memory["step_peak_bytes"]
+    within = "" if within is None else f"a step allocates up to {within / 2**20:.1f} MiB, "
     lines.append(f"memory   {within}peak of the process {memory['peak_bytes'] / 2**20:.0f} MiB")
     return "\n".join(lines)
 

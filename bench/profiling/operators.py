@@ -1,87 +1,73 @@
 """Flops and bytes of one operator call, from its shapes.
 
-flops = 2 per multiply-accumulate of a convolution or matrix product; of the rest one per output element, the
-convention of torch.profiler for add and mul, 0 where only data moves. bytes = every input read once and the output
-written once: what must move, whatever a cache keeps. Operators that are not here have no count, and say so.
+flops = 2 per multiply-accumulate of a convolution or matrix product; of the rest one per element of the largest tensor,
+the convention of torch.profiler for add and mul, 0 where only data moves. bytes = every input read once and the output
+written once: what must move, whatever a cache keeps. The output's shape is what PyTorch finds for tensors without data
+(device meta). Operators for which it finds none, and those of other packages, have no count, and say so.
 """
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from ast import literal_eval
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 Dims = Sequence[Any]
 
-ITEM_BYTES = {
-    "float": 4,
-    "double": 8,
-    "c10::Half": 2,
-    "c10::BFloat16": 2,
-    "long int": 8,
-    "int": 4,
-    "short int": 2,
-    "unsigned char": 1,
-    "signed char": 1,
-    "bool": 1,
+TYPES = {
+    "float": torch.float32,
+    "double": torch.float64,
+    "c10::Half": torch.float16,
+    "c10::BFloat16": torch.bfloat16,
+    "long int": torch.int64,
+    "int": torch.int32,
+    "short int": torch.int16,
+    "unsigned char": torch.uint8,
+    "signed char": torch.int8,
+    "bool": torch.bool,
 }
-ARITHMETIC = re.compile(
-    r"(add|sub|rsub|mul|div|clamp|gelu|relu|sigmoid|silu|tanh|sqrt|log|exp|pow|cos|sin|neg|addcmul|lerp|where|remainder|"
-    r"floor_divide|eq|ne|lt|le|gt|ge|(__|bitwise_)(and|or|xor|rshift|lshift|right_shift|left_shift)(__)?)_?"
+PRODUCTS = ("mm", "addmm", "bmm", "matmul", "baddbmm")
+ONLY_MOVE = (
+    *("cat", "stack", "copy", "clone", "contiguous", "to", "repeat", "repeat_interleave", "index_select"),
+    *("fill", "zero", "full", "full_like", "zeros", "zeros_like", "ones", "ones_like", "arange"),
 )
-# No bytes move: shapes only.
-FREE = re.compile(
-    r"view|reshape|unsqueeze|squeeze|expand|chunk|split|unbind|select|slice|permute|transpose|t|empty|empty_like|detach_?|"
-    r"alias|as_strided|flatten|unflatten|lift_fresh"
-)
+# Their first argument is written over, or only its shape is taken.
+FRESH = ("copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like")
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty")
+LISTS = ("cat", "stack")  # of the others that take a list of tensors the flops are not known
+MAY_COPY = ("to", "contiguous")  # of what may share memory with an argument; the others are views
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Floating-point operations, and bytes read and written, of one call."""
 
     flops: float
     bytes: float
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.strip("[]() ").split(",") if number.strip()]
+def _argument(shape: Dims, kind: str, text: str) -> Any:
+    """An argument of a call as the profiler wrote it down; tensors without data, None where nothing is written."""
+    if kind == "TensorList":
+        return [torch.empty(one, device="meta") for one in shape]
+    if kind in TYPES:
+        return torch.empty(shape, dtype=TYPES[kind], device="meta")
+    try:
+        return literal_eval(text) if text else None
+    except (ValueError, SyntaxError):
+        return text
 
 
-def _broadcast(shapes: Sequence[Dims]) -> int:
-    """Elements of the shapes broadcast together."""
-    longest = max((len(shape) for shape in shapes), default=0)
-    padded = [[1] * (longest - len(shape)) + list(shape) for shape in shapes]
-    return math.prod(max(sizes) for sizes in zip(*padded, strict=True)) if longest else 1
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among values and among those of their lists."""
+    flat = [one for value in values for one in (value if isinstance(value, list | tuple) else (value,))]
+    return [one for one in flat if isinstance(one, Tensor)]
 
 
-def _convolution(x: Dims, weight: Dims, stride: list[int], padding: list[int], dilation: list[int]) -> tuple[int, int]:
-    """(flops, output elements) of x [n, ci, *size] with weight [co, ci/groups, *kernel]."""
-    kernel = weight[2:]
-    one = [1] * len(kernel)
-    out = [
-        (size + 2 * pad - spread * (k - 1) - 1) // step + 1
-        for size, pad, spread, k, step in zip(
-            x[2:], padding or [0 for _ in one], dilation or one, kernel, stride or one, strict=True
-        )
-    ]
-    outputs = x[0] * weight[0] * math.prod(out)
-    return 2 * outputs * weight[1] * math.prod(kernel), outputs
-
-
-def _matrix(name: str, dims: Dims) -> tuple[int, int] | None:
-    """(flops, output elements) of a matrix product."""
-    if name == "linear":
-        rows = math.prod(dims[0][:-1])
-        inner, columns = dims[1][1], dims[1][0]
-    elif name in ("mm", "addmm", "addmm_"):
-        left, right = dims[:2] if name == "mm" else dims[1:3]
-        rows, inner, columns = left[0], left[1], right[1]
-    elif name in ("bmm", "matmul") and all(len(shape) >= 2 for shape in dims[:2]):
-        rows, inner, columns = math.prod(dims[0][:-1]), dims[0][-1], dims[1][-1]
-    else:
-        return None
-    return 2 * rows * inner * columns, rows * columns
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _winograd(x: Sequence[int], weights: Sequence[Sequence[int]]) -> Work:
@@ -93,6 +79,39 @@ def _winograd(x: Sequence[int], weights: Sequence[Sequence[int]]) -> Work:
     return Work(float(2 * tiles * numbers), 4.0 * (math.prod(x) + numbers + outputs))
 
 
+def _run_without_data(name: str, arguments: Sequence[Any]) -> tuple[torch.FunctionSchema, list[Tensor]] | None:
+    """(schema, results) of "space::name" for these arguments, or None where PyTorch takes no such call."""
+    space, _, short = name.partition("::")
+    packet = getattr(getattr(torch.ops, space), short, None)
+    for overload in packet.overloads() if packet else ():
+        schema = getattr(packet, overload)._schema
+        if len(schema.arguments) != len(arguments):
+            continue
+        if short.endswith("_"):  # in place; mkldnn's cannot be run without data
+            return schema, _tensors(arguments)[:1]
+        given = {}
+        for one, value in zip(schema.arguments, arguments, strict=True):
+            if value is not None or not one.has_default_value():
+                # Text is not recorded; where some must be given, it names what mkldnn does afterwards.
+                given[one.name] = "none" if value is None and str(one.type) == "str" else value
+        with suppress(Exception), torch.no_grad():  # whatever it raises for arguments of another overload
+            return schema, _tensors([getattr(packet, overload)(**given)])
+    return None
+
+
+def _flops(name: str, inputs: Sequence[Tensor], output: Tensor, transposed: bool) -> int:
+    """Of an operator of aten or mkldnn, its name without a trailing underscore."""
+    if "conv" in name:
+        x, weight = [tensor for tensor in inputs if tensor.dim() > 2][-2:]
+        return 2 * (x if transposed else output).numel() * math.prod(weight.shape[1:])
+    if "linear" in name or name in PRODUCTS:
+        left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
+        return 2 * output.numel() * left.shape[-1]
+    if "scaled_dot_product" in name:
+        return 4 * inputs[0].numel() * inputs[1].shape[-2]
+    return 0 if name in ONLY_MOVE else max(tensor.numel() for tensor in (*inputs, output))
+
+
 def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]) -> Work | None:
     """Flops and bytes of a call of PyTorch's as the profiler recorded it, or None for an operator not counted here.
 
@@ -101,57 +120,20 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
     if name == "fused_ddpm::winograd":
         return _winograd(*dims[:2])
     space, _, short = name.partition("::")
-    packed, added = short == "_convolution_pointwise", short == "_convolution_pointwise_"
-    packed = space == "mkldnn" and (packed or added)
-    if not dims or not (space == "aten" or packed):
+    if space not in ("aten", "mkldnn") or ("TensorList" in types and short not in LISTS):
         return None
-    if FREE.fullmatch(short):
+    if short in EMPTY:
         return Work(0, 0)
-    item = next((ITEM_BYTES[kind] for kind in types if kind in ITEM_BYTES), None)
-    tensors = [(shape, ITEM_BYTES[kind]) for shape, kind in zip(dims, types, strict=True) if kind in ITEM_BYTES]
-    read = sum(math.prod(shape) * size for shape, size in tensors)
-    # Compiled code calls `convolution`, whose seventh argument says whether it is transposed: that one is not counted.
-    if packed:
-        # In place, the first argument is what the result is added to: read and written.
-        x, weight = dims[added : added + 2]
-        padding, stride, dilation = (_numbers(text) for text in concrete[3 + added : 6 + added])
-        flops, outputs = _convolution(x, weight, stride, padding, dilation)
-        moved = math.prod(x) + math.prod(weight) + weight[0] + (1 + added) * outputs
-        return Work(float(flops), float(moved * (item or 0)))
-    forward = short == "conv2d" or (short == "convolution" and concrete[6] == "False")
-    if forward and all(text.startswith("[") for text in concrete[3:6]):  # padding may be "same"
-        stride, padding, dilation = (_numbers(text) for text in concrete[3:6])
-        flops, outputs = _convolution(dims[0], dims[1], stride, padding, dilation)
-    elif short == "conv_transpose2d":
-        x, weight = dims[0], dims[1]
-        stride, padding = (_numbers(text) for text in concrete[3:5])
-        flops = 2 * math.prod(x) * weight[1] * math.prod(weight[2:])
-        sizes = [
-            (size - 1) * step - 2 * pad + k
-            for size, step, pad, k in zip(x[2:], stride, padding, weight[2:], strict=True)
-        ]
-        outputs = x[0] * weight[1] * math.prod(sizes)
-    elif short in ("max_pool2d", "avg_pool2d"):
-        kernel = _numbers(concrete[1])
-        flops = math.prod(dims[0])
-        outputs = flops // math.prod(kernel)
-    elif (product := _matrix(short, dims)) is not None:
-        flops, outputs = product
-    elif short in ("cat", "stack"):
-        item = 4 if item is None else item
-        flops, outputs = 0, sum(math.prod(shape) for shape in dims[0])
-        read = outputs * item
-    elif short in ("batch_norm", "group_norm", "layer_norm"):
-        flops = outputs = math.prod(dims[0])
-    elif ARITHMETIC.fullmatch(short) and tensors:
-        flops = outputs = _broadcast([shape for shape, _ in tensors])
-    elif short in ("copy_", "clone", "contiguous") and tensors:
-        flops, outputs = 0, math.prod(dims[0])
-        read = outputs * (tensors[-1][1])
-    elif short in ("zeros_like", "ones_like") and tensors:
-        flops, outputs, read = 0, math.prod(dims[0]), 0
-    elif short in ("max", "min") and len(tensors) == 1:
-        flops, outputs = math.prod(dims[0]), 1
-    else:
+    arguments = [_argument(*written) for written in zip(dims, types, concrete, strict=True)]
+    found = _run_without_data(name, arguments)
+    if found is None or not found[1]:
         return None
-    return Work(float(flops), float(read + outputs * (item or 0)))
+    schema, results = found
+    alias = schema.returns[0].alias_info
+    inputs = _tensors(arguments)
+    copied = short in MAY_COPY and results[0] is not inputs[0]
+    if alias is not None and not alias.is_write and not copied:
+        return Work(0, 0)
+    transposed = "transpose" in short or (short == "convolution" and concrete[6] == "True")
+    flops = _flops(short.removesuffix("_"), inputs, results[0], transposed)
+    return Work(float(flops), float(_size(inputs[short in FRESH :]) + _size(results)))

@@ -5,9 +5,10 @@ module may emit ranges named like PARTS itself; they are read the same way.
 """
 
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -18,32 +19,16 @@ MODULE = "module:"
 STEP, WARM_UP = "step ", "warm-up "
 PARTS = ("encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise")
 OTHER, GAPS = "other", "gaps"
+AHEAD = "noise ahead"  # of several steps: what happens inside belongs to all of them, not to the step around it
 
-# The first component of a module's path, without its number, of the networks in ddpm/networks/ and of the inference
+# Part -> first component of a module's path, without its number, of the networks in ddpm/networks/ and of the inference
 # form. What the root itself does (gates, concatenations) happens around the up stages.
 COMPONENTS = {
-    "init_conv": "encoder",
-    "down": "encoder",
-    "to_vec": "bottleneck",
-    "up0": "bottleneck",
-    "up": "decoder",
-    "out": "head",
-    "timeembed": "embeddings",
-    "contextembed": "embeddings",
-    "inp": "encoder",
-    "embed": "embeddings",
-    "blocks": "decoder",
-    "initial": "encoder",
-    "shortcut": "encoder",
-    "downs": "encoder",
-    "upsamplings": "decoder",
-    "ups": "decoder",
-    "bottleneck": "bottleneck",
-    "head": "head",
-    "normalisation": "head",
-    "last": "head",
-    "embeddings": "embeddings",
-    "": "decoder",
+    "encoder": ("init_conv", "down", "inp", "initial", "shortcut", "downs"),
+    "bottleneck": ("to_vec", "up0", "bottleneck"),
+    "decoder": ("up", "blocks", "upsamplings", "ups", ""),
+    "head": ("out", "head", "normalisation", "last"),
+    "embeddings": ("timeembed", "contextembed", "embed", "embeddings"),
 }
 # Operators of the inference form, for compiled code, which has no modules.
 OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_relu": "head"}
@@ -52,7 +37,11 @@ OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_rel
 def part_of(path: str) -> str:
     """The part that a module belongs to; `other` for a network that is not known here."""
     first = path.split(".", 1)[0]
-    return COMPONENTS.get(first) or COMPONENTS.get(re.sub(r"\d+$", "", first), OTHER)
+    for name in (first, re.sub(r"\d+$", "", first)):
+        for part, components in COMPONENTS.items():
+            if name in components:
+                return part
+    return OTHER
 
 
 @contextmanager
@@ -60,20 +49,17 @@ def module_ranges(model: nn.Module) -> Iterator[None]:
     """While open, the forward of every module of the model is a range."""
     opened: list[record_function] = []
 
-    def hooks(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def before(module: nn.Module, arguments: Any) -> None:
-            opened.append(record_function(name))
-            opened[-1].__enter__()
-
-        def after(module: nn.Module, arguments: Any, output: Any) -> None:
-            opened.pop().__exit__(None, None, None)
-
-        return before, after
+    def enter(name: str) -> None:
+        opened.append(record_function(name))
+        opened[-1].__enter__()
 
     handles = []
     for path, module in model.named_modules():
-        before, after = hooks(f"{MODULE}{path}|{type(module).__name__}")
-        handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+        name = f"{MODULE}{path}|{type(module).__name__}"
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: enter(name)),
+            module.register_forward_hook(lambda *_: opened.pop().__exit__(None, None, None), always_call=True),
+        ]
     try:
         yield
     finally:
@@ -81,9 +67,20 @@ def module_ranges(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+@dataclass(frozen=True)
 class RangedNoise(PhiloxNoise):
-    """The same noise, each draw of it a range."""
+    """The same noise, each draw of it a range. ahead: (steps, seconds) of every draw for several steps at once."""
+
+    ahead: list[tuple[int, float]] = field(default_factory=list)
 
     def __call__(self, samples: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         with record_function("noise"):
             return super().__call__(samples, step, stream, shape)
+
+    def of_steps(self, samples: Tensor, steps: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """As in `PhiloxNoise`."""
+        began = time.perf_counter()
+        with record_function(AHEAD):
+            draws = super().of_steps(samples, steps, shape)
+        self.ahead.append((len(steps), time.perf_counter() - began))
+        return draws

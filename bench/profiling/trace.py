@@ -1,14 +1,15 @@
-"""A profile read from its Chrome trace: steps, operators, kernels, modules and memory.
+"""A profile read from its Chrome trace: parts of a step, operators, modules and memory.
 
-The trace file is the one source: what the report says can be checked in Perfetto. Times are microseconds.
+The trace file is the one source: what the report says can be checked in Perfetto. Its times are microseconds.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.profiling.operators import Work, work_of
-from bench.profiling.ranges import MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
+from bench.profiling.ranges import AHEAD, GAPS, MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
 
 RANGE, OPERATOR = "user_annotation", "cpu_op"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -39,8 +40,7 @@ class Span:
             yield from child.walk()
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One outermost operator call of a step. time: on the CPU its own, on CUDA that of the kernels it launched."""
 
     name: str
@@ -72,10 +72,11 @@ def steps_of(trace: Mapping[str, Any]) -> list[Span]:
         if event.get("ph") == "X" and event.get("cat") in (RANGE, OPERATOR) and "dur" in event
     ]
     threads = {(event["pid"], event["tid"]) for event in events if event["name"].startswith(STEP)}
-    events = [event for event in events if (event["pid"], event["tid"]) in threads]
     steps: list[Span] = []
     stack: list[Span] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        if (event["pid"], event["tid"]) not in threads:
+            continue
         begin = event["ts"]
         span = Span(event["name"], event["cat"], begin, begin + event["dur"], event.get("args", {}))
         while stack and stack[-1].end <= begin:
@@ -90,15 +91,6 @@ def steps_of(trace: Mapping[str, Any]) -> list[Span]:
     return steps
 
 
-def kernels_of(trace: Mapping[str, Any]) -> list[tuple[float, float, int | None]]:
-    """(begin, end, id of the operator that launched it) of everything that ran on the GPU; empty on a CPU."""
-    return sorted(
-        (event["ts"], event["ts"] + event["dur"], event.get("args", {}).get("External id"))
-        for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in KERNELS
-    )
-
-
 def union(intervals: Sequence[tuple[float, float]]) -> float:
     """Length of the union of intervals (begin, end)."""
     total, until = 0.0, float("-inf")
@@ -108,96 +100,108 @@ def union(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def calls_of(step: Span, launched: Mapping[int, float] | None) -> list[Call]:
-    """The outermost operator calls of a step, with the part that each belongs to.
-
-    A call belongs to the innermost range around it that is a part or a module. Outside of both it is the solver's if
-    the network has already returned, else `other`. launched: on CUDA, operator id -> microseconds of its kernels.
-    """
-    calls: list[Call] = []
-    returned = False
-
-    def visit(span: Span, part: str | None, module: str) -> None:
-        nonlocal returned
-        if span.category == RANGE:
-            if span.name in PARTS:
-                part = span.name
-            elif span.name.startswith(MODULE):
-                module = span.name.removeprefix(MODULE).split("|")[0]
-                part = part_of(module)
-        compiled = span.name.startswith(COMPILED)
-        if span.category == OPERATOR and not compiled:
-            part = OPERATORS.get(span.name, part) or ("solver" if returned else OTHER)
-            calls.append(_call(span, part, module, launched))
-            return
-        for child in span.children:
-            visit(child, part, module)
-        if compiled and launched is None:
-            left = span.time - sum(child.time for child in span.children)
-            calls.append(Call(COMPILED_CODE, part or OTHER, module, left, [], None))
-        if span.name.startswith(f"{MODULE}|"):
-            returned = True
-
-    for child in step.children:
-        visit(child, None, "")
-    return calls
-
-
-def _call(span: Span, part: str, module: str, launched: Mapping[int, float] | None) -> Call:
-    dims = span.args.get("Input Dims", [])
-    work = work_of(span.name, dims, span.args.get("Input type", []), span.args.get("Concrete Inputs", []))
-    time = span.time
-    if launched is not None:
-        time = sum(launched.get(inner.args.get("External id", -1), 0.0) for inner in span.walk())
-    return Call(span.name, part, module, time, dims, work)
-
-
-def icicle(steps: Sequence[Span]) -> dict[str, Any]:
-    """Nested wall time of the modules, milliseconds per step: {name, path, kind, part, ms, children}.
-
-    Beside the network stand the noise and the solver. On CUDA these are the times of the launching thread.
-    """
-    root = _node("step", "", "step", OTHER)
-    for step in steps:
-        root["ms"] += step.time
-        _merge(root, step.children, "")
-        network = [span for span in step.children if span.name.startswith(MODULE)]
-        if network:
-            node = _child(root, "solver", "", "operators", "solver")
-            last = network[-1].end
-            node["ms"] += sum(s.time for s in step.children if s.category == OPERATOR and s.begin >= last)
-    _scale(root, 1e-3 / max(1, len(steps)))
-    return root
-
-
-def _node(name: str, path: str, kind: str, part: str) -> dict[str, Any]:
-    return {"name": name, "path": path, "kind": kind, "part": part, "ms": 0.0, "children": []}
-
-
-def _child(parent: dict[str, Any], name: str, path: str, kind: str, part: str) -> dict[str, Any]:
-    found = next((node for node in parent["children"] if node["name"] == name), None)
+def _node(parent: dict[str, Any] | None, name: str, path: str, kind: str, part: str) -> dict[str, Any]:
+    """The child of this name of a module's node, made if it is not there; without a parent a new root."""
+    children = [] if parent is None else parent["children"]
+    found = next((node for node in children if node["name"] == name), None)
     if found is None:
-        found = _node(name, path, kind, part)
-        parent["children"].append(found)
+        found = {"name": name, "path": path, "kind": kind, "part": part, "ms": 0.0, "children": []}
+        children.append(found)
     return found
 
 
-def _merge(parent: dict[str, Any], spans: Sequence[Span], above: str) -> None:
-    for span in spans:
-        if span.category != RANGE:
-            continue
-        if span.name in PARTS:
-            node = _child(parent, span.name, "", "range", span.name)
-            path = above
-        elif span.name.startswith(MODULE):
-            path, _, kind = span.name.removeprefix(MODULE).partition("|")
-            name = path.removeprefix(f"{above}.") if path else "network"
-            node = _child(parent, name, path, kind, part_of(path) if path else OTHER)
-        else:
-            node, path = parent, above
-        if node is not parent:
+class _Reading:
+    """The steps of a trace, summed up: `calls`, the outermost operator calls, and `root`, nested times of modules.
+
+    A call belongs to the innermost range around it that is a part or a module. Outside of both it is the solver's if
+    the network has already returned, else `other`. launched: on CUDA, operator id -> microseconds of its kernels.
+    ahead: the time of noise drawn ahead, which is in neither.
+    """
+
+    def __init__(self, steps: Sequence[Span], launched: Mapping[int, float] | None) -> None:
+        self.launched, self.calls, self.ahead = launched, list[Call](), 0.0
+        self.root = _node(None, "step", "", "step", OTHER)
+        for step in steps:
+            self.root["ms"] += step.time
+            self.returned = False
+            for child in step.children:
+                self._visit(child, None, "", self.root)
+
+    def _visit(self, span: Span, part: str | None, module: str, node: dict[str, Any]) -> None:
+        if span.name == AHEAD:
+            self.ahead += span.time
+            return
+        if span.category == RANGE and span.name in PARTS:
+            part, node = span.name, _node(node, span.name, "", "range", span.name)
             node["ms"] += span.time
-        _merge(node, span.children, path)
+        elif span.category == RANGE and span.name.startswith(MODULE):
+            path, _, kind = span.name.removeprefix(MODULE).partition("|")
+            part = part_of(path)
+            name = path.removeprefix(f"{module}.") if path else "network"
+            module, node = path, _node(node, name, path, kind, part if path else OTHER)
+            node["ms"] += span.time
+        elif span.category == OPERATOR and not span.name.startswith(COMPILED):
+            self._call(span, OPERATORS.get(span.name, part), module)
+            return
+        for child in span.children:
+            self._visit(child, part, module, node)
+        if span.name.startswith(COMPILED) and self.launched is None:
+            own = span.time - sum(child.time for child in span.children)
+            self.calls.append(Call(COMPILED_CODE, part or OTHER, module, own, [], None))
+        self.returned |= span.name.startswith(f"{MODULE}|")
+
+    def _call(self, span: Span, part: str | None, module: str) -> None:
+        if part is None and self.returned:
+            part = "solver"
+            _node(self.root, part, "", "operators", part)["ms"] += span.time
+        time = span.time
+        if self.launched is not None:
+            time = sum(self.launched.get(inner.args.get("External id", -1), 0.0) for inner in span.walk())
+        written = [span.args.get(key, []) for key in ("Input Dims", "Input type", "Concrete Inputs")]
+        self.calls.append(Call(span.name, part or OTHER, module, time, written[0], work_of(span.name, *written)))
+
+
+def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ()) -> dict[str, Any]:
+    """What a step consists of: parts, operators, modules and memory, in milliseconds (bytes, flops) per step.
+
+    ahead: (steps, seconds) of draws of noise for several steps at once: each step has the mean, whichever it was that
+    drew. parts: time in which an operator (on CUDA a kernel) ran for that part; `gaps` is the rest of the step:
+    Python, dispatch and launches. They add up to step_ms. modules: wall time, on CUDA of the launching thread.
+    """
+    steps = steps_of(trace)
+    ran = [event for event in trace["traceEvents"] if event.get("ph") == "X" and event.get("cat") in KERNELS]
+    launched: dict[int, float] = defaultdict(float)
+    for event in ran:
+        launched[event.get("args", {}).get("External id")] += event["dur"]
+    count = len(steps)
+    reading = _Reading(steps, launched if ran else None)
+    calls, root = reading.calls, reading.root
+    drawn = 0.0
+    if ahead:
+        drawn = sum(seconds for _, seconds in ahead) / sum(rows for rows, _ in ahead) * 1e6 * count
+        calls.append(Call("noise, drawn ahead", "noise", "", drawn, [], None))
+        _node(root, "noise", "", "range", "noise")["ms"] += drawn
+    root["ms"] += drawn - reading.ahead
+    _scale(root, 1e-3 / count)
+    step_ms = (steps[-1].end - steps[0].begin + drawn - reading.ahead) / count / 1e3
+    total = sum(call.time for call in calls)
+    # Kernels of several streams may overlap: the parts share the time in which the device was busy.
+    busy = union([(event["ts"], event["ts"] + event["dur"]) for event in ran]) if ran else total
+    scale = busy / total / count / 1e3 if total else 0.0
+    parts = {name: scale * sum(call.time for call in calls if call.part == name) for name in (*PARTS, OTHER)}
+    parts[GAPS] = max(0.0, step_ms - sum(parts.values()))
+    whole = sum(parts.values())
+    rows = [{"name": name, "ms": round(ms, 4), "share": round(ms / whole, 6)} for name, ms in parts.items() if ms > 0]
+    middle = steps[count // 2]
+    memory = _memory(trace, middle, bool(ran))
+    return {
+        "parts": rows,
+        "operators": _operators(calls, count, whole),
+        "modules": root,
+        "step_ms": round(step_ms, 4),
+        "memory": memory,
+        "memory_peak_in": _module_at(middle, max(memory, key=lambda point: point[1])[0]) if memory else None,
+    }
 
 
 def _scale(node: dict[str, Any], factor: float) -> None:
@@ -206,7 +210,37 @@ def _scale(node: dict[str, Any], factor: float) -> None:
         _scale(child, factor)
 
 
-def memory_of(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[float, float]]:
+def _operators(calls: Sequence[Call], count: int, step_ms: float) -> list[dict[str, Any]]:
+    """Calls by name and shapes, the most expensive first, per step."""
+    groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
+    for call in calls:
+        groups[call.name, str(call.dims)].append(call)
+    rows = []
+    for (name, _), group in groups.items():
+        ms = sum(call.time for call in group) / count / 1e3
+        flops, moved = None, None
+        if all(call.work is not None for call in group):
+            flops, moved = (sum(amounts) / count for amounts in zip(*(call.work for call in group), strict=True))
+        of_part = {part: sum(call.time for call in group if call.part == part) for part in (*PARTS, OTHER)}
+        rows.append(
+            {
+                "name": name.removeprefix("aten::"),
+                "shapes": [shape for shape in group[0].dims if shape],
+                "parts": sorted({call.part for call in group}, key=lambda part: -of_part[part]),
+                "modules": sorted({call.module for call in group})[:8],
+                "calls": round(len(group) / count, 3),
+                "ms": round(ms, 5),
+                "share": round(ms / step_ms, 6),
+                "flops": flops,
+                "bytes": moved,
+                "gflop_per_s": round(flops / ms / 1e6, 3) if flops is not None and ms else None,
+                "gb_per_s": round(moved / ms / 1e6, 3) if moved is not None and ms else None,
+            }
+        )
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[float, float]]:
     """(milliseconds since the step's start, bytes held above what the step started with), by allocator event."""
     events = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
@@ -217,11 +251,10 @@ def memory_of(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[fl
     if not inside:
         return []
     base = inside[0][1] - inside[0][2]
-    points = [(round((time - step.begin) / 1e3, 4), total - base) for time, total, _ in inside]
-    return [(0.0, 0), *points]
+    return [(0.0, 0), *((round((time - step.begin) / 1e3, 4), total - base) for time, total, _ in inside)]
 
 
-def module_at(step: Span, milliseconds: float) -> str | None:
+def _module_at(step: Span, milliseconds: float) -> str | None:
     """The innermost module, by its path, that runs at this time after the step's start."""
     time = step.begin + milliseconds * 1e3
     found = [span.name for span in step.walk() if span.begin <= time <= span.end and span.name.startswith(MODULE)]

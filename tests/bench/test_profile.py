@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from bench.cli import main
 from bench.measure import Convolution, convolution_ceiling
 from bench.profile import by_operator, floor
 from bench.profiling import measure, trace
-from bench.profiling.charts import linear_ticks, spread
+from bench.profiling.charts import Number
 from bench.profiling.operators import work_of
+from bench.profiling.page import render
 from bench.profiling.ranges import RangedNoise
 from ddpm import Trajectory, load_run
 from ddpm.networks import ContextUnet, PointMLP
@@ -168,10 +170,10 @@ def test_the_trace_is_whole_and_names_no_machine(profiled):
 
 def test_the_page_needs_nothing_but_itself(profiled):
     page = profiled[2]
-    assert not re.findall(r"https?://|//[a-z]|@import|url\(", page)
+    assert not re.findall(r"https?://|//[a-z]|@import|url\((?!#)", page)
     assert not re.findall(r"<(?:link|img|iframe|object|embed)\b|\bsrc=", page)
     assert page.count("<svg") == page.count("</svg>") >= 8
-    for heading in ("Where a step", "Step by step", "Module by module", "Memory"):
+    for heading in ("Where a step", "Latency of every step", "Time by module", "Roofline", "Memory"):
         assert heading in page
     for number in re.findall(r'\s(?:x|y|cx|cy|r|x1|y1|x2|y2)="([^"]*)"', page):
         assert abs(float(number)) < 1e4  # no NaN, nothing far outside
@@ -199,28 +201,38 @@ def test_flops_of_a_context_unet_equal_its_layers_count(tmp_path):
         handle.remove()
     schedule = NoiseSchedule.make("linear", 500)
     table = make_table(schedule, "ddpm", 4)
-    sampler = measure.make_sampler(network, schedule, table, 1, torch.zeros(1, 5), 1.0, 0, "eager")
-    events, wall = measure.profiled(sampler, steps=1)
-    operators = measure.breakdown(events, wall)["operators"]
+    trajectory = Trajectory(network, schedule, table, engine="eager")
+    events, _ = measure.profiled(measure.Sampler(trajectory, 1, torch.zeros(1, 5)), steps=1)
+    operators = trace.breakdown(events)["operators"]
     matrix = [row for row in operators if row["name"] in ("conv2d", "conv_transpose2d", "linear")]
     assert sum(row["flops"] for row in matrix) == expected
     assert expected / 1e9 == pytest.approx(0.301, abs=0.002)
 
 
+STRIDED = ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]"]
+UP = ["", "", "", "[2, 2]", "[0, 0]"]
+
+
 @pytest.mark.parametrize(
     ("name", "dims", "concrete", "flops", "moved"),
     [
-        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2, 2]", "[1, 1]", "[1, 1]", "1"], 21600, 4440),
-        ("convolution", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], ["", "", "", "[2]", "[1]", "[1]", "True"], None, None),
-        ("conv_transpose2d", [[1, 4, 5, 5], [4, 6, 2, 2], [6]], ["", "", "", "[2, 2]", "[0, 0]"], 4800, 3208),
+        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], [*STRIDED, "1"], 21600, 4440),
+        ("convolution", [[2, 3, 9, 9], [8, 3, 3, 3], [8]], [*STRIDED, "False", "[0, 0]", "1"], 21600, 4440),
+        ("conv_transpose2d", [[1, 4, 5, 5], [4, 6, 2, 2], [6]], [*UP, "[0, 0]", "1", "[1, 1]"], 4800, 3208),
+        ("convolution", [[1, 4, 5, 5], [4, 6, 2, 2], [6]], [*UP, "[1, 1]", "True", "[0, 0]", "1"], 4800, 3208),
+        ("conv2d", [[2, 3, 9, 9], [8, 3, 3, 3], []], ["", "", "", "[1, 1]", "same", "[1, 1]", "1"], 69984, 7992),
         ("linear", [[7, 3], [5, 3], [5]], ["", "", ""], 210, 304),
+        ("addmm", [[5], [7, 3], [3, 5]], ["", "", "", "1", "1"], 210, 304),
         ("add", [[4, 1, 3], [2, 1], []], ["", "", "1"], 24, 152),
+        ("max_pool2d", [[1, 2, 4, 4]], ["", "[2, 2]", "[2, 2]", "[0, 0]", "[1, 1]", "False"], 32, 160),
         ("cat", [[[2, 3], [2, 5]], []], ["", "1"], 0, 128),
-        ("view", [[2, 3]], [""], 0, 0),
+        ("copy_", [[2, 3], [3]], ["", "", "False"], 0, 36),
+        ("view", [[2, 3]], ["", "[-1]"], 0, 0),
     ],
 )
 def test_work_by_hand(name, dims, concrete, flops, moved):
     """Counted by hand in float32; the convolution's output is 5x5, the transposed one's 10x10."""
+    dims = [*dims, *[[]] * (len(concrete) - len(dims))]
     types = ["TensorList" if shape and isinstance(shape[0], list) else "float" if shape else "Scalar" for shape in dims]
     work = work_of(f"aten::{name}", dims, types, concrete)
     assert (work and work.flops, work and work.bytes) == (flops, moved)
@@ -238,9 +250,7 @@ def test_products_of_winograd_by_hand():
 def test_an_unknown_operator_has_no_count():
     assert work_of("aten::mystery", [[2, 2]], ["float"], [""]) is None
     assert work_of("fused_ddpm::solver_step", [[2, 2]], ["float"], [""]) is None
-    same = ["", "", "", "[1, 1]", "same", "[1, 1]", "1"]
-    shapes = [[2, 3, 9, 9], [8, 3, 3, 3], [], [], [], [], []]
-    assert work_of("aten::conv2d", shapes, ["float", "float", *[""] * 5], same) is None
+    assert work_of("aten::einsum", [[], [[2, 2], [2, 2]], []], ["", "TensorList", ""], ["ij,jk->ik", "", ""]) is None
 
 
 def _event(category, name, begin, duration, **arguments):
@@ -271,7 +281,7 @@ def test_on_cuda_the_parts_are_kernels_and_the_gaps_are_the_rest():
         _event("kernel", "mul", 60, 10, **{"External id": 3}),
         _event("kernel", "sin", 65, 10, **{"External id": 4}),
     ]
-    figures = measure.breakdown({"traceEvents": events}, wall_ms=0.1)
+    figures = trace.breakdown({"traceEvents": events})
     # Busy 20..50 and 60..75 of 100 us; the kernels' 50 us share these 45.
     parts = {part["name"]: part["ms"] for part in figures["parts"]}
     assert parts == pytest.approx({"encoder": 0.027, "solver": 0.009, "noise": 0.009, "gaps": 0.055})
@@ -288,17 +298,38 @@ def test_an_engine_may_name_its_parts_itself():
         _event("cpu_op", "Torch-Compiled Region: 0/0", 80, 10),
         _event("cpu_op", "aten::mm", 81, 4),
     ]
-    figures = measure.breakdown({"traceEvents": events}, wall_ms=0.1)
+    figures = trace.breakdown({"traceEvents": events})
     parts = {part["name"]: part["ms"] for part in figures["parts"]}
     assert parts == pytest.approx({"encoder": 0.03, "solver": 0.01, "other": 0.01, "gaps": 0.05})
     assert {row["name"] for row in figures["operators"]} >= {"compiled code", "mm"}
 
 
+def test_noise_drawn_ahead_belongs_to_every_step():
+    """Of two steps the second draws the noise of eight: in 40 of its 140 us, 8 us a step by the clock."""
+    events = [
+        _event("user_annotation", "step 0", 0, 100),
+        _event("cpu_op", "aten::mul", 10, 50),
+        _event("user_annotation", "step 1", 100, 140),
+        _event("user_annotation", "noise ahead", 110, 40),
+        _event("user_annotation", "noise", 110, 40),
+        _event("cpu_op", "aten::sin", 110, 30),
+        _event("cpu_op", "aten::mul", 160, 50),
+    ]
+    figures = trace.breakdown({"traceEvents": events}, ahead=[(8, 64e-6)])
+    parts = {part["name"]: part["ms"] for part in figures["parts"]}
+    assert parts == pytest.approx({"other": 0.05, "noise": 0.008, "gaps": 0.05})
+    assert (figures["step_ms"], figures["modules"]["ms"]) == pytest.approx((0.108, 0.108))
+    assert {row["name"]: row["ms"] for row in figures["operators"]}.keys() == {"mul", "noise, drawn ahead"}
+
+
+def test_the_stored_profile_has_a_page():
+    page = render(json.loads((Path(__file__).parents[2] / "docs/profile/profile.json").read_text()))
+    assert "63.5" in page
+    assert "{" not in re.sub(r"<style.*?</style>|<script>.*?</script>", "", page, flags=re.S)
+
+
 def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.profiling.ceilings.measure", lambda *arguments: TINY_CEILINGS)
-    monkeypatch.setattr(
-        "ddpm.noise.NOISE_BATCH_ELEMENTS", 1
-    )  # else noise is drawn for many steps at once, before the profiled ones
     flops, parts = {}, {}
     for engine in ("eager", "fused"):
         out = tmp_path / engine
@@ -398,10 +429,10 @@ def test_the_convolution_ceiling_is_that_of_run(monkeypatch):
     assert set(best) == set(TINY_CEILINGS)
 
 
-def test_labels_are_moved_apart():
-    assert spread([10, 11, 50], 15, 0, 100) == [10, 25, 50]
-    assert spread([98, 99], 15, 0, 100) == [85, 100]
-    assert linear_ticks(0, 96, 4) == [0, 50]
+def test_numbers_have_three_digits_and_no_exponent():
+    shown = [f"{Number(value)}" for value in (0, 0.01234, 1.234, 21.0, 123.4, 12345.6)]
+    assert shown == ["0", "0.0123", "1.23", "21.0", "123", "12,346"]
+    assert f"{Number(4.83e9):giga} {Number(0.305):.0%}" == "4.83 30%"
 
 
 @pytest.mark.parametrize(
