@@ -214,22 +214,13 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
     timed = latency(sampler, trajectories)
     peak = peak_bytes(sampler.device)  # before the profiler adds its own
     trace, ahead = profiled(sampler)
-    figures = traces.breakdown(trace, ahead)
-    operators, step_ms, median = figures["operators"], figures.pop("step_ms"), timed["step_ms"]["p50"]
-    whole = sum(row["ms"] for row in operators) or 1.0
+    figures, median = traces.breakdown(trace, ahead), timed["step_ms"]["p50"]
     working = sum(part["ms"] for part in figures["parts"] if part["name"] != GAPS)
-    figures["profiler"] = {
-        "steps": len(traces.steps_of(trace)),
-        "step_ms": step_ms,
-        "overhead": round(step_ms / median, 4),
+    figures["profiler"] |= {
+        "overhead": round(figures["profiler"]["step_ms"] / median, 4),
         "gaps_without_ms": round(max(0.0, median - working), 4),
-        "counted": round(sum(row["ms"] for row in operators if row["bytes"] is not None) / whole, 4),
     }
-    within = figures.pop("memory")
-    figures["memory"] = {
-        "step": within,
-        "step_peak_in": figures.pop("memory_peak_in"),
-        "step_peak_bytes": max((held for _, held in within), default=None),
+    figures["memory"] |= {
         "held_bytes": timed.pop("held_bytes"),
         "peak_bytes": peak,
         "weights_bytes": sum(p.numel() * p.element_size() for p in sampler.trajectory.model.parameters()),

@@ -79,23 +79,24 @@ def _winograd(x: Sequence[int], weights: Sequence[Sequence[int]]) -> Work:
     return Work(float(2 * tiles * numbers), 4.0 * (math.prod(x) + numbers + outputs))
 
 
-def _run_without_data(name: str, arguments: Sequence[Any]) -> tuple[torch.FunctionSchema, list[Tensor]] | None:
-    """(schema, results) of "space::name" for these arguments, or None where PyTorch takes no such call."""
+def _run_without_data(name: str, arguments: Sequence[Any]) -> tuple[list[Tensor], bool] | None:
+    """(results, whether they are views) of "space::name" for these arguments; None where PyTorch takes no such call."""
     space, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, space), short, None)
     for overload in packet.overloads() if packet else ():
         schema = getattr(packet, overload)._schema
         if len(schema.arguments) != len(arguments):
             continue
-        if short.endswith("_"):  # in place; mkldnn's cannot be run without data
-            return schema, _tensors(arguments)[:1]
+        alias = schema.returns[0].alias_info if schema.returns else None
+        if alias is not None and alias.is_write:  # in place; mkldnn's cannot be run without data
+            return _tensors(arguments)[:1], False
         given = {}
         for one, value in zip(schema.arguments, arguments, strict=True):
             if value is not None or not one.has_default_value():
                 # Text is not recorded; where some must be given, it names what mkldnn does afterwards.
                 given[one.name] = "none" if value is None and str(one.type) == "str" else value
         with suppress(Exception), torch.no_grad():  # whatever it raises for arguments of another overload
-            return schema, _tensors([getattr(packet, overload)(**given)])
+            return _tensors([getattr(packet, overload)(**given)]), alias is not None
     return None
 
 
@@ -126,13 +127,10 @@ def work_of(name: str, dims: Dims, types: Sequence[str], concrete: Sequence[str]
         return Work(0, 0)
     arguments = [_argument(*written) for written in zip(dims, types, concrete, strict=True)]
     found = _run_without_data(name, arguments)
-    if found is None or not found[1]:
+    if found is None or not found[0]:
         return None
-    schema, results = found
-    alias = schema.returns[0].alias_info
-    inputs = _tensors(arguments)
-    copied = short in MAY_COPY and results[0] is not inputs[0]
-    if alias is not None and not alias.is_write and not copied:
+    (results, views), inputs = found, _tensors(arguments)
+    if views and (short not in MAY_COPY or results[0] is inputs[0]):
         return Work(0, 0)
     transposed = "transpose" in short or (short == "convolution" and concrete[6] == "True")
     flops = _flops(short.removesuffix("_"), inputs, results[0], transposed)

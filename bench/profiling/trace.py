@@ -3,10 +3,10 @@
 The trace file is the one source: what the report says can be checked in Perfetto. Its times are microseconds.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench.profiling.operators import Work, work_of
 from bench.profiling.ranges import AHEAD, GAPS, MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
@@ -40,15 +40,16 @@ class Span:
             yield from child.walk()
 
 
-class Call(NamedTuple):
-    """One outermost operator call of a step. time: on the CPU its own, on CUDA that of the kernels it launched."""
+@dataclass
+class Group:
+    """Outermost operator calls of one name and shapes. times: on the CPU their own, on CUDA of the kernels launched."""
 
     name: str
-    part: str
-    module: str
-    time: float
-    dims: Sequence[Any]
-    work: Work | None
+    shapes: list[Any]
+    calls: int = 0
+    times: Counter[str] = field(default_factory=Counter)  # by part
+    modules: set[str] = field(default_factory=set)
+    works: list[Work | None] = field(default_factory=list)
 
 
 def slim(trace: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _node(parent: dict[str, Any] | None, name: str, path: str, kind: str, part: 
 
 
 class _Reading:
-    """The steps of a trace, summed up: `calls`, the outermost operator calls, and `root`, nested times of modules.
+    """The steps of a trace, summed up: `groups` of operator calls, and `root`, nested times of modules.
 
     A call belongs to the innermost range around it that is a part or a module. Outside of both it is the solver's if
     the network has already returned, else `other`. launched: on CUDA, operator id -> microseconds of its kernels.
@@ -119,7 +120,8 @@ class _Reading:
     """
 
     def __init__(self, steps: Sequence[Span], launched: Mapping[int, float] | None) -> None:
-        self.launched, self.calls, self.ahead = launched, list[Call](), 0.0
+        self.launched, self.ahead = launched, 0.0
+        self.groups: dict[tuple[str, str], Group] = {}
         self.root = _node(None, "step", "", "step", OTHER)
         for step in steps:
             self.root["ms"] += step.time
@@ -131,6 +133,7 @@ class _Reading:
         if span.name == AHEAD:
             self.ahead += span.time
             return
+        compiled = span.name.startswith(COMPILED)
         if span.category == RANGE and span.name in PARTS:
             part, node = span.name, _node(node, span.name, "", "range", span.name)
             node["ms"] += span.time
@@ -140,14 +143,14 @@ class _Reading:
             name = path.removeprefix(f"{module}.") if path else "network"
             module, node = path, _node(node, name, path, kind, part if path else OTHER)
             node["ms"] += span.time
-        elif span.category == OPERATOR and not span.name.startswith(COMPILED):
+        elif span.category == OPERATOR and not compiled:
             self._call(span, OPERATORS.get(span.name, part), module)
             return
         for child in span.children:
             self._visit(child, part, module, node)
-        if span.name.startswith(COMPILED) and self.launched is None:
+        if compiled and self.launched is None:
             own = span.time - sum(child.time for child in span.children)
-            self.calls.append(Call(COMPILED_CODE, part or OTHER, module, own, [], None))
+            self.add(COMPILED_CODE, part or OTHER, own, module)
         self.returned |= span.name.startswith(f"{MODULE}|")
 
     def _call(self, span: Span, part: str | None, module: str) -> None:
@@ -158,7 +161,18 @@ class _Reading:
         if self.launched is not None:
             time = sum(self.launched.get(inner.args.get("External id", -1), 0.0) for inner in span.walk())
         written = [span.args.get(key, []) for key in ("Input Dims", "Input type", "Concrete Inputs")]
-        self.calls.append(Call(span.name, part or OTHER, module, time, written[0], work_of(span.name, *written)))
+        self.add(span.name, part or OTHER, time, module, written[0], work_of(span.name, *written))
+
+    def add(
+        self, name: str, part: str, time: float, module: str, dims: Sequence[Any] = (), work: Work | None = None
+    ) -> None:
+        """Count a call."""
+        shapes = [shape for shape in dims if shape]
+        group = self.groups.setdefault((name, str(dims)), Group(name.removeprefix("aten::"), shapes))
+        group.calls += 1
+        group.times[part] += time
+        group.modules.add(module)
+        group.works.append(work)
 
 
 def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ()) -> dict[str, Any]:
@@ -166,7 +180,7 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
 
     ahead: (steps, seconds) of draws of noise for several steps at once: each step has the mean, whichever it was that
     drew. parts: time in which an operator (on CUDA a kernel) ran for that part; `gaps` is the rest of the step:
-    Python, dispatch and launches. They add up to step_ms. modules: wall time, on CUDA of the launching thread.
+    Python, dispatch and launches. They add up to profiler.step_ms. modules: wall time, on CUDA of the launching thread.
     """
     steps = steps_of(trace)
     ran = [event for event in trace["traceEvents"] if event.get("ph") == "X" and event.get("cat") in KERNELS]
@@ -175,32 +189,42 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
         launched[event.get("args", {}).get("External id")] += event["dur"]
     count = len(steps)
     reading = _Reading(steps, launched if ran else None)
-    calls, root = reading.calls, reading.root
-    drawn = 0.0
+    root, drawn = reading.root, 0.0
     if ahead:
         drawn = sum(seconds for _, seconds in ahead) / sum(rows for rows, _ in ahead) * 1e6 * count
-        calls.append(Call("noise, drawn ahead", "noise", "", drawn, [], None))
+        reading.add("noise, drawn ahead", "noise", drawn, "")
         _node(root, "noise", "", "range", "noise")["ms"] += drawn
     root["ms"] += drawn - reading.ahead
     _scale(root, 1e-3 / count)
-    step_ms = (steps[-1].end - steps[0].begin + drawn - reading.ahead) / count / 1e3
-    total = sum(call.time for call in calls)
+    times = sum((group.times for group in reading.groups.values()), Counter())
     # Kernels of several streams may overlap: the parts share the time in which the device was busy.
-    busy = union([(event["ts"], event["ts"] + event["dur"]) for event in ran]) if ran else total
-    scale = busy / total / count / 1e3 if total else 0.0
-    parts = {name: scale * sum(call.time for call in calls if call.part == name) for name in (*PARTS, OTHER)}
+    busy = union([(event["ts"], event["ts"] + event["dur"]) for event in ran]) if ran else times.total()
+    scale = busy / times.total() / count / 1e3 if times else 0.0
+    step_ms = (steps[-1].end - steps[0].begin + drawn - reading.ahead) / count / 1e3
+    parts = {name: scale * times[name] for name in (*PARTS, OTHER)}
     parts[GAPS] = max(0.0, step_ms - sum(parts.values()))
     whole = sum(parts.values())
-    rows = [{"name": name, "ms": round(ms, 4), "share": round(ms / whole, 6)} for name, ms in parts.items() if ms > 0]
+    operators = sorted((_row(group, count, whole) for group in reading.groups.values()), key=lambda row: -row["ms"])
+    counted = sum(row["ms"] for row in operators if row["bytes"] is not None)
     middle = steps[count // 2]
-    memory = _memory(trace, middle, bool(ran))
+    held = _memory(trace, middle, bool(ran))
+    peak = max(held, key=lambda point: point[1], default=None)
     return {
-        "parts": rows,
-        "operators": _operators(calls, count, whole),
+        "parts": [
+            {"name": name, "ms": round(ms, 4), "share": round(ms / whole, 6)} for name, ms in parts.items() if ms > 0
+        ],
+        "operators": operators,
         "modules": root,
-        "step_ms": round(step_ms, 4),
-        "memory": memory,
-        "memory_peak_in": _module_at(middle, max(memory, key=lambda point: point[1])[0]) if memory else None,
+        "profiler": {
+            "steps": count,
+            "step_ms": round(step_ms, 4),
+            "counted": round(counted / (sum(row["ms"] for row in operators) or 1.0), 4),
+        },
+        "memory": {
+            "step": held,
+            "step_peak_in": None if peak is None else _module_at(middle, peak[0]),
+            "step_peak_bytes": None if peak is None else peak[1],
+        },
     }
 
 
@@ -210,34 +234,25 @@ def _scale(node: dict[str, Any], factor: float) -> None:
         _scale(child, factor)
 
 
-def _operators(calls: Sequence[Call], count: int, step_ms: float) -> list[dict[str, Any]]:
-    """Calls by name and shapes, the most expensive first, per step."""
-    groups: dict[tuple[str, str], list[Call]] = defaultdict(list)
-    for call in calls:
-        groups[call.name, str(call.dims)].append(call)
-    rows = []
-    for (name, _), group in groups.items():
-        ms = sum(call.time for call in group) / count / 1e3
-        flops, moved = None, None
-        if all(call.work is not None for call in group):
-            flops, moved = (sum(amounts) / count for amounts in zip(*(call.work for call in group), strict=True))
-        of_part = {part: sum(call.time for call in group if call.part == part) for part in (*PARTS, OTHER)}
-        rows.append(
-            {
-                "name": name.removeprefix("aten::"),
-                "shapes": [shape for shape in group[0].dims if shape],
-                "parts": sorted({call.part for call in group}, key=lambda part: -of_part[part]),
-                "modules": sorted({call.module for call in group})[:8],
-                "calls": round(len(group) / count, 3),
-                "ms": round(ms, 5),
-                "share": round(ms / step_ms, 6),
-                "flops": flops,
-                "bytes": moved,
-                "gflop_per_s": round(flops / ms / 1e6, 3) if flops is not None and ms else None,
-                "gb_per_s": round(moved / ms / 1e6, 3) if moved is not None and ms else None,
-            }
-        )
-    return sorted(rows, key=lambda row: -row["ms"])
+def _row(group: Group, count: int, step_ms: float) -> dict[str, Any]:
+    """A group's figures per step, of `count` steps."""
+    ms = group.times.total() / count / 1e3
+    flops, moved = None, None
+    if None not in group.works:
+        flops, moved = (sum(amounts) / count for amounts in zip(*group.works, strict=True))
+    return {
+        "name": group.name,
+        "shapes": group.shapes,
+        "parts": [part for part, _ in group.times.most_common()],
+        "modules": sorted(group.modules)[:8],
+        "calls": round(group.calls / count, 3),
+        "ms": round(ms, 5),
+        "share": round(ms / step_ms, 6),
+        "flops": flops,
+        "bytes": moved,
+        "gflop_per_s": round(flops / ms / 1e6, 3) if flops is not None and ms else None,
+        "gb_per_s": round(moved / ms / 1e6, 3) if moved is not None and ms else None,
+    }
 
 
 def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[float, float]]:
