@@ -48,7 +48,7 @@ def render(content: Mapping[str, Any]) -> str:
     page = {kind: (files(__package__) / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
     recipe, machine, best, bound = (content[key] for key in ("recipe", "machine", "ceilings", "floor"))
     latency, memory, model = content["latency"], content["memory"], content["run"]["model"]
-    cuda, peak_in = machine["device"] != "cpu", memory["step_peak_in"]
+    cuda, peak_in, gaps = machine["device"] != "cpu", memory["step_peak_in"], content["profiler"]["gaps_without_ms"]
     guided = f", guidance {recipe['guidance']:g} (the network sees {recipe['rows']} rows)"
     facts = [
         f"{recipe['batch']} image{'s' if recipe['batch'] > 1 else ''}",
@@ -64,6 +64,7 @@ def render(content: Mapping[str, Any]) -> str:
         "floor_ms": Number(max(bound["arithmetic_ms"], bound["traffic_ms"])),
         "bar": "".join(BAR.format(**part) for part in _shown(content["parts"])),
         "legend": "".join(LEGEND.format(**part, meaning=MEANING[part["name"]]) for part in _shown(content["parts"])),
+        "gaps": f"about {Number(gaps)} ms" if gaps else "next to nothing",
         "timeline": _both(lambda width: charts.timeline(latency, width)),
         "warm_up": ", ".join(f"{Number(value)}" for value in latency["warm_up_ms"]),
         "icicle": _icicle(content["modules"]),

@@ -46,7 +46,7 @@ class Group:
 
     name: str
     shapes: list[Any]
-    calls: int = 0
+    calls: float = 0
     times: Counter[str] = field(default_factory=Counter)  # by part
     modules: set[str] = field(default_factory=set)
     works: list[Work | None] = field(default_factory=list)
@@ -163,16 +163,15 @@ class _Reading:
         written = [span.args.get(key, []) for key in ("Input Dims", "Input type", "Concrete Inputs")]
         self.add(span.name, part or OTHER, time, module, written[0], work_of(span.name, *written))
 
-    def add(
-        self, name: str, part: str, time: float, module: str, dims: Sequence[Any] = (), work: Work | None = None
-    ) -> None:
-        """Count a call."""
+    def add(self, name: str, part: str, time: float, module: str, dims: Any = (), work: Work | None = None) -> Group:
+        """Count a call and return the group that it is in."""
         shapes = [shape for shape in dims if shape]
         group = self.groups.setdefault((name, str(dims)), Group(name.removeprefix("aten::"), shapes))
         group.calls += 1
         group.times[part] += time
         group.modules.add(module)
         group.works.append(work)
+        return group
 
 
 def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ()) -> dict[str, Any]:
@@ -191,8 +190,9 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
     reading = _Reading(steps, launched if ran else None)
     root, drawn = reading.root, 0.0
     if ahead:
-        drawn = sum(seconds for _, seconds in ahead) / sum(rows for rows, _ in ahead) * 1e6 * count
-        reading.add("noise, drawn ahead", "noise", drawn, "")
+        rows, seconds = map(sum, zip(*ahead, strict=True))
+        drawn = seconds / rows * 1e6 * count
+        reading.add("noise, drawn ahead", "noise", drawn, "").calls = count * len(ahead) / rows
         _node(root, "noise", "", "range", "noise")["ms"] += drawn
     root["ms"] += drawn - reading.ahead
     _scale(root, 1e-3 / count)
