@@ -6,7 +6,7 @@ module may emit ranges named like PARTS itself; they are read the same way.
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -74,13 +74,10 @@ class RangedNoise(PhiloxNoise):
     ahead: list[tuple[int, float]] = field(default_factory=list)
 
     def __call__(self, samples: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-        with record_function("noise"):
-            return super().__call__(samples, step, stream, shape)
-
-    def of_steps(self, samples: Tensor, steps: Sequence[int], shape: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """As in `PhiloxNoise`."""
+        steps = step.unique().numel() if isinstance(step, Tensor) else 1
         began = time.perf_counter()
-        with record_function(AHEAD):
-            draws = super().of_steps(samples, steps, shape)
-        self.ahead.append((len(steps), time.perf_counter() - began))
-        return draws
+        with record_function("noise" if steps == 1 else AHEAD):
+            drawn = super().__call__(samples, step, stream, shape)
+        if steps > 1:
+            self.ahead.append((steps, time.perf_counter() - began))
+        return drawn
