@@ -84,7 +84,7 @@ class Trainer(TrainingState):
         self.data, self.resident = self._placed_data()
         count, where = len(dataset), self.data[0].device
         self.order = lru_cache(maxsize=2)(lambda epoch: philox.epoch_order(options.seed, epoch, count).to(where))
-        self.objective = Objective(self.network, schedule, options, device, redraw=self.moves_data)
+        self.objective = Objective(self.network, schedule, options, device, plain=not self.moves_data)
         self.parallel = world.wrap(self._executed(self.objective), device)
 
     def _adam(self) -> torch.optim.Adam:

@@ -47,16 +47,16 @@ class Objective(nn.Module):
     """The training loss of rows of a data set, a scalar with gradient.
 
     Args: the network, on the device; its schedule; the run's options.
-    redraw: whether noise prediction under mse draws its target again from the noise contract where a kernel does it,
-        which is faster than storing it (its reference on the CPU is not: 6 ms for forward and backward, batch 100 of
-        3x16x16).
+    plain: as the eager engine computes: x_t in the strides of its data, the noise stored. Else noise prediction under
+        mse draws its target again from the noise contract where a kernel does it, which is faster than storing it (its
+        reference on the CPU is not: 6 ms for forward and backward, batch 100 of 3x16x16).
     """
 
     def __init__(
-        self, network: nn.Module, schedule: NoiseSchedule, options: TrainOptions, device: torch.device, redraw: bool
+        self, network: nn.Module, schedule: NoiseSchedule, options: TrainOptions, device: torch.device, plain: bool
     ) -> None:
         super().__init__()
-        self.network, self.options = network, options
+        self.network, self.options, self.plain = network, options, plain
         self.alpha_bars = schedule.alpha_bars.to(device, torch.float32)
         self.weights = None
         if options.min_snr:
@@ -64,12 +64,17 @@ class Objective(nn.Module):
             self.weights = weights.to(device, torch.float32)
         self.seed = torch.tensor(options.seed, device=device)
         is_noise_mse = options.prediction == "eps" and options.loss == "mse"
-        self.redraws = redraw and is_noise_mse and backend.runs_triton(self.alpha_bars)
+        self.redraws = not plain and is_noise_mse and backend.runs_triton(self.alpha_bars)
 
     def diffused(self, values: Tensor, rows: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x_t [n, ...], t int64 [n], noise like x_t or None where the loss draws it again)."""
         keep_noise, flip = not self.redraws, self.options.flip
-        return q_sample_rows(values, rows, self.alpha_bars, self.seed, samples, flip=flip, keep_noise=keep_noise)
+        more = {"flip": flip, "keep_noise": keep_noise}
+        x_t, t, noise = q_sample_rows(values, rows, self.alpha_bars, self.seed, samples, **more)
+        if self.plain:
+            # Of a single channel the strides may be those of either layout, by which PyTorch chooses its convolution.
+            x_t, noise = (backend.like(tensor, values[rows]) for tensor in (x_t, noise))
+        return x_t, t, noise
 
     def clean(self, values: Tensor, rows: Tensor, samples: Tensor) -> Tensor:
         """x0 float32 [n, ...], mirrored as `diffused` does."""
