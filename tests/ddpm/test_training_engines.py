@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,14 @@ def test_batches_have_the_bits_of_the_contract(make, tiny_data, monkeypatch, fli
         assert torch.equal(objective.clean(values, rows, samples), pixels_to_unit(x0))
         context = torch.where(philox.condition_dropped(5, samples, 0.5)[:, None], 0.0, tiny_data.labels[expected])
         assert torch.equal(objective.context(labels, rows, samples), context)
+
+
+def test_eager_keeps_the_strides_of_its_data(make, tiny_data):
+    """Of one channel they may be those of either layout, and PyTorch rounds a convolution by them."""
+    values = tiny_data.values.as_strided(tiny_data.values.shape, (256, 1, 16, 1))
+    trainer = make(replace(tiny_data, values=values), "eager")
+    x_t, _, noise = trainer.objective.diffused(trainer.data[0], *trainer.inputs(0)[2:])
+    assert x_t.stride() == noise.stride() == values.stride() == (256, 1, 16, 1)
 
 
 @pytest.mark.parametrize("batch_size", [7, 24, 100])
