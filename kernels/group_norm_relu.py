@@ -203,9 +203,12 @@ def check_images(x: Tensor, groups: int, eps: float) -> None:
 
 
 def check_vectors(channels: int, **vectors: Tensor) -> None:
-    """Raise TypeError unless each is a floating tensor [channels]."""
+    """Raise TypeError or ValueError unless each is a floating tensor [channels]."""
     for name, vector in vectors.items():
-        backend.check_floats(name, vector, vector.shape == (channels,), f"a floating tensor [{channels}]")
+        needs = f"a floating tensor [{channels}]"
+        backend.check_floats(name, vector, True, needs)
+        if vector.shape != (channels,):
+            raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs {needs}")
 
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, eps: float = 1e-5) -> Tensor:
