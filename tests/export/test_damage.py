@@ -175,7 +175,7 @@ def test_class_accuracy_and_frechet_distance_of_a_trained_run(tmp_path, export, 
         assert 0 < measured["accuracy_fp32"] <= 1
         assert measured["frechet"] > 0
         assert set(measured["trajectories"]) == {"sampler.onnx", "step.onnx"}
-        assert "read as the class asked for" in answer.out
+        assert "class accuracy (SVM)" in answer.out
         assert "Frechet distance" in answer.out
         if precision == "fp16":
             assert abs(measured["accuracy"] - measured["accuracy_fp32"]) <= 1 / 60
