@@ -34,7 +34,7 @@ class OursFirst(MetaPathFinder):
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a checkout is one of this project: the one that runs, or its pyproject.toml says so."""
+    """Whether a checkout is one of this project: the one that runs, or its pyproject.toml is told."""
     if folder == ROOT:
         return True
     try:

@@ -166,10 +166,13 @@ def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dic
     found, skipped = [], {}
     for name in SUITES if suite == "all" else [suite]:
         try:
-            found += load(name, quick)
-            skipped |= getattr(_module(name), "unavailable", dict)()
+            loaded = load(name, quick)
         except Unavailable as error:
             if suite != "all":
                 raise BadInput(f"--suite: {error}") from error
             skipped[name] = str(error)
+            continue
+        found += loaded
+        if any(expression.search(workload.name) for workload in loaded):
+            skipped |= getattr(_module(name), "unavailable", dict)()
     return matching(found, expression), skipped

@@ -98,8 +98,9 @@ def summary_table() -> str:
     headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
     caption = (
         f"ContextUnet with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
-        f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) of whole "
-        "trajectories. Others run the same network and as many images in a process with eager (suite `peers`)."
+        f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) after the "
+        "steps that were timed (10; 20 of `sampler.onnx`). Others run the same network and as many images, measured in "
+        "one process with eager (suite `peers`)."
     )
     return f"{Table(headings, 'lrrrrl', rows).markdown()}\n\n{caption}"
 
@@ -183,7 +184,7 @@ def proof_table() -> str:
     rows = [_proof_row(*key, list(lines)) for key, lines in groupby(sorted(record["comparisons"], key=kind), key=kind)]
     headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
     processes = record["comparisons"][0]["processes"]
-    recipe = f"{record['machine']['processor']}, torch {record['machine']['torch']}, {processes} processes a side"
+    recipe = f"{record['machine']['processor']}, torch {record['machine']['torch']}, {processes} processes each"
     return f"{recipe}:\n\n{_markdown(headings, rows, 1)}"
 
 

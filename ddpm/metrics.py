@@ -18,7 +18,11 @@ PIXEL_RANGE = 2.0  # of images in [-1, 1]
 
 
 def _compared(
-    actual: Values, expected: Values, measure: Callable[[Tensor, Tensor], Tensor | float], otherwise: float = math.inf
+    actual: Values,
+    expected: Values,
+    measure: Callable[[Tensor, Tensor], Tensor | float],
+    otherwise: float = math.inf,
+    empty: float = 0.0,
 ) -> float:
     """The measure of both in float64, on the device that they share or else the CPU; `otherwise` where it has none."""
     if tuple(actual.shape) != tuple(expected.shape):
@@ -28,7 +32,9 @@ def _compared(
     first, second = (value.to(device, torch.float64) for value in (first, second))
     if not bool(first.isfinite().all() and second.isfinite().all()):
         return otherwise
-    return float(measure(first, second)) if first.numel() else 0.0
+    if not first.numel():
+        return empty
+    return float(measure(first, second))
 
 
 def distance(actual: Values, expected: Values) -> float:
@@ -52,7 +58,7 @@ def psnr(actual: Values, expected: Values) -> float:
     def decibels(a: Tensor, b: Tensor) -> Tensor:
         return 10 * torch.log10(PIXEL_RANGE**2 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean())
 
-    return _compared(actual, expected, decibels, otherwise=-math.inf)
+    return _compared(actual, expected, decibels, otherwise=-math.inf, empty=math.inf)
 
 
 def worst(errors: Iterable[float]) -> float:

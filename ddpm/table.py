@@ -121,7 +121,8 @@ class StepTable:
         """The table as JSON has it; numbers keep all their digits."""
         content = {part.name: getattr(self, part.name) for part in fields(self)}
         plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in content.items()}
-        return {"kind": KIND, "format_version": FORMAT_VERSION, **plain, "made_for": dict(self.made_for)}
+        first = {"kind": KIND, "format_version": FORMAT_VERSION, "prediction": self.prediction, "clip": self.clip}
+        return first | plain | {"made_for": dict(self.made_for)}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "StepTable":

@@ -103,12 +103,20 @@ def same_device(first: Tensor, **others: Tensor | None) -> None:
             raise ValueError(f"{name}: is on {other.device}, needs {first.device} like the first argument")
 
 
-def check_floats(name: str, tensor: Tensor, fits: bool, needs: str, types: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Raise TypeError unless the tensor has one of the types and `fits`, what it `needs`; float64 on CUDA is none."""
+def check_floats(
+    name: str,
+    tensor: Tensor,
+    fits: bool,
+    needs: str,
+    types: tuple[torch.dtype, ...] = FLOATS,
+    error: type[Exception] = TypeError,
+) -> None:
+    """Raise an error unless the tensor has one of the types and `fits`, what it `needs`; float64 on CUDA is none."""
     if not fits or tensor.dtype not in types:
-        raise TypeError(f"{name}: got {tensor.dtype} {list(tensor.shape)}, needs {needs}")
+        raise error(f"{name}: got {tensor.dtype} {list(tensor.shape)}, needs {needs}")
     if tensor.is_cuda and tensor.dtype == torch.float64:
-        raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16 or bfloat16 there")
+        also = " or uint8" if torch.uint8 in types else ""
+        raise TypeError(f"{name}: got float64 on CUDA, needs float32, float16, bfloat16{also} there")
 
 
 def check_layout(name: str, tensor: Tensor) -> None:

@@ -286,7 +286,7 @@ def bottleneck(
     films = {"film_scale": film_scale, "film_shift": film_shift}
     for name, film in films.items():
         if film is not None:
-            backend.check_floats(name, film, True, "a floating tensor")
+            backend.check_floats(name, film, True, "a floating tensor", error=ValueError)
     backend.same_device(x, up_weight=up_weight, **films, **vectors)
     arguments = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
     if not torch.compiler.is_compiling():

@@ -18,9 +18,10 @@ of the step's:
     this           1.5-2       1.5-2         2        16
     saved   3-8 (4-11%)     3-8       3-10     24-55 (3-6%)
 
-So it pays. One program is one group of one image, so that a batch of one still has 8 of them; narrow groups (16 bytes
-per pixel in bf16) fetch each 32-byte sector twice from L2 for it, modelled below the time of the copy. A group
-of more than TILE elements is read twice, by one program: at batch 1 large images would want more programs per group.
+So the kernel is the faster one. One program is one group of one image, so that a batch of one still has 8 of them;
+narrow groups (16 bytes per pixel in bf16) fetch each 32-byte sector twice from L2 for it, modelled below the time of
+the copy. A group of more than TILE elements is read twice, by one program: at batch 1 large images would want more
+programs per group.
 """
 
 import torch
@@ -203,12 +204,10 @@ def check_images(x: Tensor, groups: int, eps: float) -> None:
 
 
 def check_vectors(channels: int, **vectors: Tensor) -> None:
-    """Raise TypeError or ValueError unless each is a floating tensor [channels]."""
+    """Raise ValueError unless each is a floating tensor [channels]."""
     for name, vector in vectors.items():
-        needs = f"a floating tensor [{channels}]"
-        backend.check_floats(name, vector, True, needs)
-        if vector.shape != (channels,):
-            raise ValueError(f"{name}: got {vector.dtype} {list(vector.shape)}, needs {needs}")
+        fits = vector.shape == (channels,)
+        backend.check_floats(name, vector, fits, f"a floating tensor [{channels}]", error=ValueError)
 
 
 def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, eps: float = 1e-5) -> Tensor:

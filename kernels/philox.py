@@ -90,7 +90,7 @@ def check_counter(step: int | Tensor, stream: int, n: int = 1) -> None:
 def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
     """Raise unless `samples` is an integer tensor [n] of indices in [0, 2^56), one per row `of` an argument.
 
-    Their values are read where `backend.reads_values` says so.
+    Their values are read where `backend.reads_values` is true.
     """
     if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
@@ -103,17 +103,34 @@ def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
 
 
 def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndarray:
-    """The first `numel` words of one sample: uint32 array [numel].
+    """The first `numel` words of one sample: uint32 array [numel]. Plain NumPy, the readable definition.
 
     Raises ValueError for a seed, sample, step or stream outside its range.
     """
+    check_seed(seed)
+    check_counter(step, stream)
     if not 0 <= sample < SAMPLE_LIMIT:
         raise ValueError(f"sample: got {sample}, needs 0 <= sample < 2^56")
-    return word_tensor(seed, torch.tensor([sample], device="cpu"), step, stream, numel)[0].numpy().astype(np.uint32)
+    block = np.arange((numel + 3) // 4, dtype=np.uint64)
+    rest = (step, sample & MASK, stream | (sample >> 32) << 8)
+    counter = [block, *(np.full_like(block, value) for value in rest)]
+    key = [np.uint64(seed & MASK), np.uint64(seed >> 32)]
+    mask, half = np.uint64(MASK), np.uint64(32)
+    for _ in range(ROUNDS):
+        product0 = counter[0] * np.uint64(MULTIPLIERS[0])
+        product1 = counter[2] * np.uint64(MULTIPLIERS[1])
+        counter = [
+            (product1 >> half) ^ counter[1] ^ key[0],
+            product1 & mask,
+            (product0 >> half) ^ counter[3] ^ key[1],
+            product0 & mask,
+        ]
+        key = [(word + np.uint64(weyl)) & mask for word, weyl in zip(key, WEYL, strict=True)]
+    return np.stack(counter, axis=1).reshape(-1)[:numel].astype(np.uint32)
 
 
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
-    """The words of many samples: int64 tensor [n, numel] of values in [0, 2^32).
+    """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
 
     samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
     of n, for each sample its own.

@@ -179,12 +179,12 @@ def q_sample_rows(
     Returns: (x_t [n, ...], t int64 [n], noise [n, ...] or None); `noise_mse` needs no noise.
     Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
-    backend.check_floats("data", data, data.ndim > 1, "uint8 or float32 [N, ...]", (*FLOATS, torch.uint8))
+    backend.check_floats("data", data, data.ndim > 1, "uint8 or floating [N, ...]", (*FLOATS, torch.uint8))
     backend.check_layout("data", data)
     if rows.dtype != torch.int64 or rows.ndim != 1:
         raise TypeError(f"rows: got {rows.dtype} {list(rows.shape)}, needs int64 [n]")
     check_diffusion(data, alpha_bars, dtype)
-    philox.check_samples(samples, rows.shape[0], "rows")
+    philox.check_samples(samples, rows.shape[0], "the batch")
     backend.same_device(data, rows=rows, alpha_bars=alpha_bars, samples=samples)
     seed = philox.seed_tensor(seed, data.device)
     x_t, t, noise = operator(data, rows, alpha_bars, seed, samples, flip, keep_noise, dtype)

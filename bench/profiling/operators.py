@@ -3,7 +3,7 @@
 flops = 2 per multiply-accumulate of a convolution or matrix product; of the rest one per element of the largest tensor,
 the convention of torch.profiler for add and mul, 0 where only data moves. bytes = every input read once and the output
 written once: what must move, whatever a cache keeps. The output's shape is what PyTorch finds for tensors without data
-(device meta). Operators for which it finds none, and those of other packages, have no count, and say so.
+(device meta). Operators for which it finds none, and those of other packages, have no count, which is shown.
 """
 
 import math

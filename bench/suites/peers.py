@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from bench.registry import Bench, Candidate, Workload
-from bench.suites import export
 from bench.suites.networks import (
     REST_S,
     SCHEDULE,
@@ -41,15 +40,15 @@ STEPS, QUICK_STEPS = 10, 2
 BATCHES, QUICK_BATCHES = (1, 8, 32, 64), (1,)
 SOLVERS = ("ddim", "ddpm")
 GUIDED = 32, 2.0  # the batch that also runs with guidance, and its w
-PACKAGES = ("diffusers", "openvino")  # of the extra `peers`
-RUNTIMES = {"onnxruntime": export.denoiser_call, "openvino": export.openvino_call}
+PACKAGES = {"diffusers": "peers", "openvino": "peers", "onnxruntime": "onnx"}  # and their extras
+RUNTIMES = {"onnxruntime": "denoiser_call", "openvino": "openvino_call"}  # functions of suite `export`
 
 
 def unavailable() -> dict[str, str]:
     """Who cannot compete in this installation, and why."""
     return {
-        package: f"suite peers: {package} is not installed, needs pip install 'fused-ddpm[peers]'"
-        for package in PACKAGES
+        package: f"suite peers: {package} is not installed, needs pip install 'fused-ddpm[{extra}]'"
+        for package, extra in PACKAGES.items()
         if find_spec(package) is None
     }
 
@@ -117,8 +116,11 @@ def _build(solver: str, steps: int, batch: int, guidance: float, device: torch.d
         makes[theirs] = partial(loop, diffusers, "")
         makes[f"Fused{solver.upper()}Scheduler"] = partial(loop, schedulers, "Fused")
     for name, runtime in RUNTIMES.items():
-        if device.type == "cpu" and name not in lacking:
-            makes[name] = lambda runtime=runtime: call(export.elsewhere(runtime()))
+        if device.type == "cpu" and not lacking.keys() & {"onnxruntime", name}:
+            from bench.suites import export
+
+            started = getattr(export, runtime)
+            makes[name] = lambda started=started: call(export.elsewhere(started()))
     makes |= {name: partial(call, model, engine=name) for name in competitors(device)}
     eager = call(model)
     candidates = judged(eager, makes)

@@ -11,7 +11,7 @@ A subclass states the first two and overrides `prepare`, `run` and `refresh`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,17 @@ class Engine:
         """What it lacks to run there in a type, with a noise of the caller's own or with Philox; None if nothing."""
         return None
 
-    def __call__(self, *arguments: Any, **more: Any) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        samples: Tensor,
+        context: Tensor | None,
+        guidance: float,
+        noise: Noise,
+        callback: Callback | None = None,
+    ) -> Tensor:
         """The fields of a `Chunk` -> x [n, ...] at 0."""
-        return self.run(Chunk(*arguments, **more))
+        return self.run(Chunk(x, samples, context, guidance, noise, callback))
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         """What is done once, before the first chunk."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ddpm.networks.protocol import in_type, null_condition
 from ddpm.precision import computed_in
-from ddpm.registry import register
 
 Rows = tuple[Tensor, ...] | None
 
@@ -127,8 +126,13 @@ FORMS: dict[type[nn.Module], type[Form]] = {}
 
 
 def form_of(network: type[nn.Module]) -> Callable[[type[Form]], type[Form]]:
-    """Register the form of a network's class."""
-    return register(FORMS, network, "form")
+    """Register the form of a network's class, in place of another that it may have."""
+
+    def decorate(kind: type[Form]) -> type[Form]:
+        FORMS[network] = kind
+        return kind
+
+    return decorate
 
 
 def at(tables: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:

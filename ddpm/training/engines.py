@@ -52,7 +52,7 @@ class Trainer(TrainingState):
 
     engine: ClassVar[str] = "eager"
     moves_data: ClassVar[bool] = False  # to the device, for the whole run, where there is room
-    layout: ClassVar[torch.memory_format] = torch.contiguous_format  # of images and weights
+    layout: ClassVar[torch.memory_format | None] = None  # of images and weights; None: their own
 
     def __init__(
         self,
@@ -109,7 +109,11 @@ class Trainer(TrainingState):
 
     def _dense(self, values: Tensor) -> Tensor:
         """Images in the engine's layout, points contiguous: x_t has the layout of its data."""
-        return values.contiguous(memory_format=self.layout if values.ndim == 4 else torch.contiguous_format)
+        layouts = (self.layout,) if self.layout else (torch.contiguous_format, torch.channels_last)
+        layouts = layouts if values.ndim == 4 else (torch.contiguous_format,)
+        if any(values.is_contiguous(memory_format=layout) for layout in layouts):
+            return values
+        return values.contiguous(memory_format=layouts[0])
 
     @property
     def done(self) -> bool:

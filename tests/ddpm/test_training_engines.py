@@ -96,12 +96,15 @@ def test_batches_have_the_bits_of_the_contract(make, tiny_data, monkeypatch, fli
         assert torch.equal(objective.context(labels, rows, samples), context)
 
 
-def test_eager_keeps_the_strides_of_its_data(make, tiny_data):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_eager_keeps_the_strides_of_its_data(make, tiny_data, channels):
     """Of one channel they may be those of either layout, and PyTorch rounds a convolution by them."""
-    values = tiny_data.values.as_strided(tiny_data.values.shape, (256, 1, 16, 1))
+    values = tiny_data.values.as_strided(tiny_data.values.shape, (256, 1, 16, 1)).expand(-1, channels, -1, -1)
+    if channels > 1:
+        values = values.contiguous(memory_format=torch.channels_last)
     trainer = make(replace(tiny_data, values=values), "eager")
     x_t, _, noise = trainer.objective.diffused(trainer.data[0], *trainer.inputs(0)[2:])
-    assert x_t.stride() == noise.stride() == values.stride() == (256, 1, 16, 1)
+    assert x_t.stride() == noise.stride() == values.stride() == (256 * channels, 1, 16 * channels, channels)
 
 
 @pytest.mark.parametrize("batch_size", [7, 24, 100])

@@ -165,3 +165,5 @@ def test_bad_input_is_one_line(change, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
         group_norm_relu(**given)
     assert "\n" not in str(error.value)
+    if change.keys() & {"weight", "bias"}:
+        assert error.type is ValueError
