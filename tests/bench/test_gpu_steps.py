@@ -75,26 +75,26 @@ def test_without_time_everything_is_named_as_not_measured(tmp_path, capsys):
     assert f"note: step: cuda/tiny/engines skipped, {OUT_OF_TIME}" in capsys.readouterr().err
 
 
-def test_a_workload_that_would_take_too_long_is_not_begun(tmp_path):
-    """What a workload took is expected of the next one of its kind; the first has a guess."""
-    seconds = {"a/quick": 0.2, "b/quick": 0.2, "c/quick": 0.2, "d/short": 0.0, "e/engines": 0.0}
-    begun = []
+def test_a_workload_that_would_take_too_long_is_not_begun(tmp_path, monkeypatch):
+    """What a workload took is expected of the next one of its kind; the first has a guess. By a clock of the test's."""
+    seconds = {"a/quick": 2.0, "b/quick": 2.0, "c/quick": 2.0, "d/short": 0.0, "e/engines": 0.0}
+    begun, clock = [], [100.0]
+    monkeypatch.setattr(measured, "time", lambda: clock[0])
+    monkeypatch.setattr(measured, "matrix_ceiling", lambda device: 1.0)
 
     def building(name):
         def build(device):
             begun.append(name)
-            time.sleep(seconds[name])
+            clock[0] += seconds[name]
             raise RuntimeError("no more is needed")
 
         return measured.Workload(name, "kernels", build)
 
     record = Record(tmp_path, "step").start(CPU)
-    measured.matrix_ceiling(CPU)
-    until = time.time() + measured.TAKES["engines"]
-    measured.measure_all(record, [building("e/engines")], CPU, until)
+    measured.measure_all(record, [building("e/engines")], CPU, clock[0] + measured.TAKES["engines"] - 1)
     assert begun == []
     slow = [building(name) for name in seconds]
-    measured.measure_all(record, slow, CPU, time.time() + 0.4)
+    measured.measure_all(record, slow, CPU, clock[0] + 3)
     assert begun == ["a/quick", "d/short"]
     assert record.content["failures"] == [
         "out of time: 1 workloads not measured",
