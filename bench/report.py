@@ -16,7 +16,7 @@ from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
 from bench.profile import summary
 from bench.show import Table, ladder_notes, ladder_plot, ladder_table, microseconds, run_table
-from bench.suites.networks import N_FEAT
+from bench.suites.networks import N_FEAT, NAME
 from ddpm.errors import WorkFailed
 from ddpm.files import read_json, replacing, write_text
 
@@ -97,7 +97,7 @@ def summary_table() -> str:
     content = contents[STEP]
     headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
     caption = (
-        f"ContextUnet with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
+        f"{NAME} with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
         f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) after the "
         "steps that were timed (10; 20 of `sampler.onnx`). Others run the same network and as many images, measured in "
         "one process with eager (suite `peers`)."

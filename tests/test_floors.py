@@ -49,3 +49,20 @@ def test_no_module_imports_itself_by_way_of_others():
         for name, path in MODULES.items()
     }
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_one_network_is_named_where_it_is_described():
+    """What comes above a network takes it by the protocol; the last three are its sibling, a benchmark, old metadata."""
+    words = ("ContextUnet", "n_cfeat")
+    naming = {name for name, path in MODULES.items() if any(word in path.read_text(encoding="utf-8") for word in words)}
+    assert naming == {
+        "ddpm",
+        "ddpm.networks",
+        "ddpm.networks.context_unet",
+        "ddpm.inference",
+        "ddpm.inference.context_unet",
+        "ddpm.commands.importing",
+        "ddpm.networks.mlp",
+        "bench.suites.networks",
+        "export.run",
+    }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.networks.blocks import EmbedFC, ResidualConvBlock, UnetDown, UnetUp
-from ddpm.networks.protocol import VectorConditioned, check_call, fit_state_dict, network
+from ddpm.networks.protocol import ZeroIsNone, check_call, fit_state_dict, network
 from kernels.philox import is_integer
 
 GROUPS = 8
@@ -19,7 +19,7 @@ SHORTCUT_PREFIX = "init_conv.shortcut."
 
 
 @network("context_unet")
-class ContextUnet(VectorConditioned):
+class ContextUnet(ZeroIsNone):
     """The context- and time-conditioned U-Net.
 
     Args:
@@ -65,6 +65,7 @@ class ContextUnet(VectorConditioned):
         if any(side < 2**depth or side % 2**depth for side in sides):
             raise ValueError(f"height: got {height}, needs a multiple of {2**depth} for {depth} halvings")
         self.in_channels, self.n_feat, self.n_cfeat = in_channels, n_feat, n_cfeat
+        self.condition_shape = (n_cfeat,) if n_cfeat else None
         self.height, self.width, self.multipliers = *sides, multipliers
 
         widths = [n_feat, *(n_feat * multiplier for multiplier in multipliers)]

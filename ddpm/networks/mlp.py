@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.networks.blocks import EmbedFC
-from ddpm.networks.protocol import VectorConditioned, check_call, network
+from ddpm.networks.protocol import ZeroIsNone, check_call, network
 
 
 @network("mlp")
-class PointMLP(VectorConditioned):
+class PointMLP(ZeroIsNone):
     """A small residual MLP for points: forward(x [n, features], t [n], c [n, n_cfeat] or None) -> [n, features].
 
     t enters as sines and cosines of 2^k pi t, k = 0..7 (Mildenhall et al. 2020, equation 4), added in each block.
@@ -23,6 +23,7 @@ class PointMLP(VectorConditioned):
         if features < 1 or n_feat < 1 or n_cfeat < 0:
             raise ValueError(f"features, n_feat, n_cfeat: got {features}, {n_feat}, {n_cfeat}, needs >= 1, >= 1, >= 0")
         self.features, self.n_feat, self.n_cfeat = features, n_feat, n_cfeat
+        self.condition_shape = (n_cfeat,) if n_cfeat else None
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(self.FREQUENCIES), persistent=False)
         self.inp = nn.Linear(features, n_feat)
         self.embed = EmbedFC(2 * self.FREQUENCIES + n_cfeat, n_feat)

@@ -67,19 +67,14 @@ def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: 
     return made
 
 
-class VectorConditioned(nn.Module):
-    """The base of networks whose condition is a vector of `n_cfeat` numbers, zeros for none; 0 = unconditional."""
+class ZeroIsNone(nn.Module):
+    """The base of networks to which zeros are no condition. A subclass sets `condition_shape`, None without one."""
 
-    n_cfeat: int
-
-    @property
-    def condition_shape(self) -> tuple[int] | None:
-        """(n_cfeat,), or None for an unconditional network."""
-        return (self.n_cfeat,) if self.n_cfeat else None
+    condition_shape: tuple[int, ...] | None
 
     def null_condition(self, n: int) -> Tensor:
-        """Zeros [n, n_cfeat], made where the network is: a captured graph copies nothing from the host."""
-        return torch.zeros(n, self.n_cfeat, device=next(self.parameters()).device)
+        """Zeros [n, ...], made where the network is: a captured graph copies nothing from the host."""
+        return torch.zeros(n, *(self.condition_shape or (0,)), device=next(self.parameters()).device)
 
 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
