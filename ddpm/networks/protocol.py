@@ -68,7 +68,7 @@ def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: 
 
 
 class ZeroIsNone(nn.Module):
-    """The base of networks to which zeros are no condition. A subclass sets `condition_shape`, None without one."""
+    """The base of networks to which zeros are no condition. A subclass sets `condition_shape`."""
 
     condition_shape: tuple[int, ...] | None
 
