@@ -52,7 +52,7 @@ def test_no_module_imports_itself_by_way_of_others():
 
 
 def test_one_network_is_named_where_it_is_described():
-    """What comes above a network takes it by the protocol; the last three are its sibling, a benchmark, old metadata."""
+    """What comes above a network takes it by the protocol; the last three: its sibling, a benchmark, old metadata."""
     words = ("ContextUnet", "n_cfeat")
     naming = {name for name, path in MODULES.items() if any(word in path.read_text(encoding="utf-8") for word in words)}
     assert naming == {
