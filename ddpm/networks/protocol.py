@@ -138,10 +138,14 @@ def null_condition(model: nn.Module, condition: Tensor) -> Tensor:
     return nothing.to(condition)
 
 
+def broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """[n] -> [n, 1, ...] with as many dimensions as `like`."""
+    return values.reshape(-1, *(1,) * (like.ndim - 1))
+
+
 def without_condition(model: nn.Module, condition: Tensor, dropped: Tensor) -> Tensor:
     """The condition [n, ...], "no condition" in the rows where dropped [n] is true: training for guidance."""
-    rows = dropped.reshape(-1, *(1,) * (condition.ndim - 1))
-    return torch.where(rows, null_condition(model, condition), condition)
+    return torch.where(broadcast(dropped, condition), null_condition(model, condition), condition)
 
 
 def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: torch.device) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks import network_times, without_condition
-from ddpm.networks.protocol import in_type
+from ddpm.networks.protocol import broadcast, in_type
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.options import TrainOptions
 from kernels import backend, noise_mse, philox
@@ -36,11 +36,6 @@ def per_sample_loss(kind: str, output: Tensor, target: Tensor) -> Tensor:
     """mse, l1 or huber (delta 1), averaged over each sample: [n]."""
     function = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[kind]
     return function(output, target, reduction="none").flatten(1).mean(dim=1)
-
-
-def broadcast(values: Tensor, like: Tensor) -> Tensor:
-    """[n] -> [n, 1, ...] with as many dimensions as `like`."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
 class Objective(nn.Module):
@@ -73,7 +68,8 @@ class Objective(nn.Module):
         x_t, t, noise = q_sample_rows(values, rows, self.alpha_bars, self.seed, samples, **more)
         if self.plain:
             # Of a single channel the strides may be those of either layout, by which PyTorch chooses its convolution.
-            x_t, noise = (backend.like(tensor, values[rows]) for tensor in (x_t, noise))
+            x0 = values[rows]
+            x_t, noise = (backend.like(tensor, x0) for tensor in (x_t, noise))
         return x_t, t, noise
 
     def clean(self, values: Tensor, rows: Tensor, samples: Tensor) -> Tensor:
