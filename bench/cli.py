@@ -7,7 +7,6 @@ import typer
 
 from bench.compare import compare
 from bench.gpu.command import gpu
-from bench.ladder import ladder
 from bench.profile import profile
 from bench.report import report
 from bench.run import run
@@ -16,7 +15,6 @@ from ddpm import command_line
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(run)
-app.command()(ladder)
 app.command()(compare)
 app.command()(static)
 app.command()(profile)

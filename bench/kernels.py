@@ -1,7 +1,7 @@
 """The kernel benchmark: every operator against the eager sequence it replaces and against a copy of the same bytes.
 
-The eager sequence is what people write, `torch.randn_like` and elementwise operators. Its noise is another noise, so
-parity is checked against the operator's own reference, on the same device, and a row without parity has no ratio.
+The eager sequence is what people write, `torch.randn_like` and elementwise operators. Parity is checked in float64, on
+the same device: with the eager sequence, or, as its noise is another noise, with the operator's own reference.
 """
 
 import math
@@ -46,8 +46,7 @@ class Workload:
     """One row of the kernel benchmark.
 
     elements: of one call; per_element: its cost for each. make(k): the k-th arguments of fused and eager.
-    exact: (rows, *arguments) -> what the operator's outputs are in these rows, in float64. judged: what is compared
-    with it, default `fused`.
+    exact: (rows, *arguments) -> what the operator's first outputs are in these rows, in float64.
     """
 
     name: str
@@ -58,7 +57,6 @@ class Workload:
     fused: Callable[..., Any]
     eager: Callable[..., Any]
     exact: Callable[..., Any]
-    judged: Callable[..., Any] | None = None
 
     @property
     def cost(self) -> Cost:
@@ -67,12 +65,12 @@ class Workload:
 
     def error(self, arguments: tuple) -> float:
         """The parity error, in chunks of rows, which depend on nothing but themselves; a scalar is compared whole."""
-        outputs = _tuple((self.judged or self.fused)(*arguments))
-        chunks = _rows(len(outputs[0])) if outputs[0].ndim else [...]
+        given = (value.clone() if isinstance(value, Tensor) else value for value in arguments)  # some work in place
+        outputs = _tuple(self.fused(*given))
         errors = []
-        for rows in chunks:
-            exact = _tuple(self.exact(rows, *arguments))  # of the first outputs; the noise behind them may be left out
-            errors += [elementwise(outputs[k][rows], expected) for k, expected in enumerate(exact)]
+        for rows in _chunks(len(outputs[0])) if outputs[0].ndim else [...]:
+            exact = _tuple(self.exact(rows, *arguments))
+            errors += [elementwise(output[rows], expected) for output, expected in zip(outputs, exact, strict=False)]
         return worst(errors)
 
 
@@ -80,21 +78,21 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _rows(n: int) -> Iterator[slice]:
+def _chunks(n: int) -> Iterator[slice]:
     """All rows in chunks, so that references of 10^8 elements fit the device."""
     return (slice(start, min(start + CHUNK_ROWS, n)) for start in range(0, n, CHUNK_ROWS))
 
 
-def data_set_rows(device: torch.device) -> int:
-    """Images of a data set of twice the L2 cache, so that gathered rows come from memory; 1 on the CPU.
+def _cache(device: torch.device) -> int:
+    """Bytes of L2; 0 on the CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
-    Fewer where they would take more than a quarter of the free memory.
-    """
+
+def sets_for(workload: Workload, device: torch.device) -> int:
+    """How many argument sets rotate: enough to exceed twice the L2 cache on CUDA, at least four."""
     if device.type != "cuda":
-        return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    wanted = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return int(min(wanted, free // 4) // math.prod(ROW)) + 1
+        return 2
+    return int(min(SETS_MOST, max(4, 2 * _cache(device) // workload.cost.bytes + 1)))
 
 
 @contextmanager
@@ -112,15 +110,15 @@ def full_precision(convolutions: bool = True) -> Iterator[None]:
 
 
 def workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows: int | None = None) -> list[Workload]:
-    """All operators on about this many elements; data_rows: images of the data set, default `data_set_rows`."""
-    return [
-        *image_workloads(elements, dtype, device, data_set_rows(device) if data_rows is None else data_rows),
-        *network_workloads(elements, dtype, device),
-        *convolution_workloads(elements, dtype, device),
-    ]
+    """All operators on about this many elements.
+
+    data_rows: images of the data set, by default so many that gathered rows come from memory: of twice the L2 cache.
+    """
+    rows = 2 * _cache(device) // math.prod(ROW) + 1 if data_rows is None else data_rows
+    return image_workloads(elements, dtype, device, rows) + network_workloads(elements, dtype, device)
 
 
-def normal(dtype: torch.dtype, device: torch.device, k: int, *shape: int) -> Tensor:
+def seeded(dtype: torch.dtype, device: torch.device, k: int, *shape: int) -> Tensor:
     """The k-th normals of a shape; images are channels_last."""
     values = torch.randn(shape, generator=torch.Generator(device).manual_seed(k), device=device).to(dtype)
     return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
@@ -137,90 +135,78 @@ CONVOLUTIONS = {
 }
 
 
-def convolution_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """The kernel against the library's convolution and the operators after it; at most so many elements in or out."""
-    randn = partial(normal, dtype, device)
-
-    def row(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
-        n = max(1, elements // (max(channels + skipped, columns) * side**2))
-        size = 1 if then == "spread" else 3
-        scale = (size**2 * (channels + skipped)) ** -0.5
-        weight, bias = randn(1, columns, channels, size, size) * scale, randn(2, columns)
-        skip_weight = randn(3, columns, skipped, size, size) * scale if skipped else None
-
-        def make(k: int) -> tuple[Tensor, ...]:
-            return (randn(k, n, channels, side, side), *([randn(k + 1000, n, skipped, side, side)] if skipped else []))
-
-        def run(x: Tensor, skip: Tensor | None = None, *, kernel: bool) -> Tensor:
-            of_x, added, of_skip = (each if each is None else each.to(x.dtype) for each in (weight, bias, skip_weight))
-            more = {"skip": skip, "skip_weight": of_skip, "gelu": not skipped and columns > 3}
-            return kernels.convolution(x, of_x, added, then=then, kernel=kernel, **more)
-
-        def exact(rows: slice, *sources: Tensor) -> Tensor:
-            return run(*(source[rows].double() for source in sources), kernel=False)
-
-        cost = operator_file("convolution").cost(dtype, channels + skipped, columns, size**2, then)
-        kernel, library = partial(run, kernel=True), partial(run, kernel=False)
-        return Workload(name, dtype, n * columns * side**2, cost, make, kernel, library, exact)
-
-    # On tensor cores its products of float32 would be TF32, which it does not take: it is for 16-bit types there.
-    shapes = {} if dtype == torch.float32 and device.type == "cuda" else CONVOLUTIONS
-    return [row(name, *shape) for name, shape in shapes.items()]
-
-
-def _eager_bottleneck(x: Tensor, up_weight: Tensor, up_bias: Tensor, *others: Tensor) -> Tensor:
-    norm_weight, norm_bias, scale, shift = others
-    up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
-    return scale[:, :, None, None] * F.relu(F.group_norm(up, 8, norm_weight, norm_bias)) + shift[:, :, None, None]
-
-
-def _eager_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.conv2d(x, weight, bias, padding=1))
-
-
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """Operators inside the U-Net with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
-    where its kernel runs, the convolution most frequent there.
+    where their kernels run, the convolution most frequent there and those of CONVOLUTIONS; at most so many elements in
+    or out.
     """
-    randn = partial(normal, dtype, device)
-    norm, middle = operator_file("group_norm_relu"), operator_file("bottleneck")
+    randn = partial(seeded, dtype, device)
 
-    def row(name: str, cost: Cost, sizes: tuple, weights: list, fused: Callable, eager: Callable, reference: Callable):  # noqa: ANN202
-        def exact(rows: slice, x: Tensor, *others: Tensor) -> Tensor:
-            return reference(x[rows].double(), *(other.double() for other in others))
+    def row(
+        name: str, cost: Cost, count: int, shapes: list[tuple | None], weights: list, fused: Callable, eager: Callable
+    ) -> Workload:
+        """shapes: of the first arguments, each [n, ...]. What is exact is eager in float64."""
 
-        count = math.prod(sizes)
-        return Workload(name, dtype, count, cost, lambda k: (randn(k, *sizes), *weights), fused, eager, exact)
+        def make(k: int) -> tuple[Tensor | None, ...]:
+            return (*(shape and randn(k + 1000 * i, *shape) for i, shape in enumerate(shapes)), *weights)
+
+        def exact(rows: slice, *arguments: Tensor | None) -> Tensor:
+            images, others = arguments[: len(shapes)], arguments[len(shapes) :]
+            given = (*(value if value is None else value[rows] for value in images), *others)
+            return eager(*(value if value is None else value.double() for value in given))
+
+        return Workload(name, dtype, count, cost, make, fused, eager, exact)
 
     def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.relu(F.group_norm(x, 8, weight, bias))
 
-    def exact_norm(*a: Tensor) -> Tensor:
-        return norm.reference(*a, 8, 1e-5, None, None)
+    def eager_bottleneck(x: Tensor, up_weight: Tensor, up_bias: Tensor, *others: Tensor) -> Tensor:
+        *affine, scale, shift = others
+        up = F.conv_transpose2d(F.gelu(F.avg_pool2d(x, 4)), up_weight, up_bias, stride=4)
+        return scale[:, :, None, None] * eager_norm(up, *affine) + shift[:, :, None, None]
 
-    def exact_bottleneck(*a: Tensor) -> Tensor:
-        return middle.reference(*a, 8, 1e-5)
+    def convolution(name: str, channels: int, skipped: int, columns: int, side: int, then: str) -> Workload:
+        n = max(1, elements // (max(channels + skipped, columns) * side**2))
+        size = 1 if then == "spread" else 3
+        scale = (size**2 * (channels + skipped)) ** -0.5
+        skip_weight = randn(3, columns, skipped, size, size) * scale if skipped else None
+        weights = [randn(1, columns, channels, size, size) * scale, randn(2, columns), skip_weight]
+        shapes = [(n, channels, side, side), (n, skipped, side, side) if skipped else None]
+
+        def run(x: Tensor, skip: Tensor | None, *others: Tensor | None, kernel: bool = False) -> Tensor:
+            weight, bias, of_skip = others
+            more = {"skip": skip, "skip_weight": of_skip, "gelu": not skipped and columns > 3}
+            return kernels.convolution(x, weight, bias, then=then, kernel=kernel, **more)
+
+        cost = operator_file("convolution").cost(dtype, channels + skipped, columns, size**2, then)
+        return row(name, cost, n * columns * side**2, shapes, weights, partial(run, kernel=True), run)
 
     head, deep = (max(1, elements // (64 * 256)), 64, 16, 16), (max(1, elements // (128 * 16)), 128, 4, 4)
+    of_head, of_deep = (math.prod(head), [head]), (math.prod(deep), [deep])
     affine = [randn(k, 64) for k in (1, 2)]
     # Gains around one, as in trained networks: they multiply what rounding the pooled vector to the type costs.
     film = [1 + randn(7, 1, 128) / 8, randn(8, 1, 128)]
     weights = [randn(3, 128, 128, 4, 4), randn(4, 128), 1 + randn(5, 128) / 8, randn(6, 128), *film]
-    cost = middle.cost(dtype, 128, deep[0])
+    norm, middle = operator_file("group_norm_relu").cost(dtype), operator_file("bottleneck").cost(dtype, 128, deep[0])
     found = [
-        row("group_norm_relu", norm.cost(dtype), head, affine, kernels.group_norm_relu, eager_norm, exact_norm),
-        row("bottleneck", cost, deep, weights, kernels.bottleneck, _eager_bottleneck, exact_bottleneck),
+        row("group_norm_relu", norm, *of_head, affine, kernels.group_norm_relu, eager_norm),
+        row("bottleneck", middle, *of_deep, weights, kernels.bottleneck, eager_bottleneck),
     ]
     if device.type == "cpu" and dtype == torch.float32 and missing() is None:
         weights = [randn(9, 64, 64, 3, 3) / 24, randn(10, 64)]
         transformed = transform(weights[0])
+        cost = operator_file("winograd").cost(64, 64, 256, head[0])
 
         def fused(x: Tensor, _: Tensor, bias: Tensor) -> Tensor:
             return kernels.winograd(x, [transformed], [bias], gelu=True)
 
-        cost = operator_file("winograd").cost(64, 64, 256, head[0])
-        found.append(row(WINOGRAD, cost, head, weights, fused, _eager_convolution, _eager_convolution))
-    return found
+        def eager(*arguments: Tensor) -> Tensor:
+            return F.gelu(F.conv2d(*arguments, padding=1))
+
+        found.append(row(WINOGRAD, cost, *of_head, weights, fused, eager))
+    # On tensor cores its products of float32 would be TF32, which it does not take: it is for 16-bit types there.
+    shapes = {} if dtype == torch.float32 and device.type == "cuda" else CONVOLUTIONS
+    return found + [convolution(name, *shape) for name, shape in shapes.items()]
 
 
 def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows: int) -> list[Workload]:
@@ -229,25 +215,24 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
     alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=device)
     samples = torch.arange(n, device=device)
     seed, index = torch.tensor(SEED, device=device), torch.tensor(0, device=device)
-    one = torch.ones((), device=device)
     c = [1.1, -0.4, 0.6, 0.4, 0.1, -0.2, 0.3, 250.0]
     table = torch.tensor([c], device=device)
 
-    def seeded(make: Callable[..., Tensor], k: int, *arguments: Any, **options: Any) -> Tensor:
+    def draws(make: Callable[..., Tensor], k: int, *arguments: Any, **options: Any) -> Tensor:
         return make(*arguments, generator=torch.Generator(device).manual_seed(k), device=device, **options)
 
     images = max(n, data_rows)
-    data = seeded(torch.randint, SEED, 0, 256, (images, *ROW), dtype=torch.uint8)
+    data = draws(torch.randint, SEED, 0, 256, (images, *ROW), dtype=torch.uint8)
 
     def two(k: int) -> tuple[Tensor, Tensor]:
-        return seeded(torch.randn, k, (n, *ROW)).to(dtype), seeded(torch.randn, k + 1000, (n, *ROW)).to(dtype)
+        return draws(torch.randn, k, (n, *ROW)).to(dtype), draws(torch.randn, k + 1000, (n, *ROW)).to(dtype)
 
     def contract(rows: slice, step: int = 0, stream: int = Stream.TRAINING_NOISE) -> Tensor:
         return philox.normal(SEED, samples[rows], step, stream, ROW, device=device, dtype=torch.float64)
 
     def q_sample(k: int) -> tuple:
-        t = seeded(torch.randint, k, 1, TIMESTEPS + 1, (n,))
-        return seeded(torch.randn, k, (n, *ROW)).to(dtype), t, alpha_bars, seed, samples, dtype
+        t = draws(torch.randint, k, 1, TIMESTEPS + 1, (n,))
+        return draws(torch.randn, k, (n, *ROW)).to(dtype), t, alpha_bars, seed, samples, dtype
 
     def eager_diffusion(x0: Tensor, t: Tensor, *_: object) -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(x0)
@@ -258,9 +243,6 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
         noise = contract(rows)
         return operator_file("q_sample").reference(x0[rows].double(), t[rows], alpha_bars.double(), noise), noise
 
-    def q_sample_rows(rows: Tensor) -> tuple:
-        return kernels.q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype)
-
     def eager_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.randint(1, TIMESTEPS + 1, (n,), device=device)
         return eager_diffusion((data[rows].float() / 127.5 - 1).to(dtype), t)
@@ -270,27 +252,13 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
         given = (data, rows[chunk], alpha_bars.double(), chosen, samples[chunk], False, torch.float64)
         return operator_file("q_sample_rows").reference(*given)[:2]
 
-    def loss(pred: Tensor, _: Tensor) -> Tensor:
-        return kernels.noise_mse(pred, seed, samples)
-
     def exact_loss(_: slice, pred: Tensor, *others: Tensor) -> Tensor:
         """A mean over all rows, by chunks."""
-        mean = operator_file("noise_mse").reference
-        parts = [mean(pred[rows].double(), contract(rows)) * (rows.stop - rows.start) for rows in _rows(n)]
-        return torch.stack(parts).sum() / n
+        squares = [(pred[rows].double() - contract(rows)).square().sum() for rows in _chunks(n)]
+        return torch.stack(squares).sum() / pred.numel()
 
-    def gradient(pred: Tensor, _: Tensor, scale: float = 1.0) -> Tensor:
-        return backward_operator(one * scale, pred, seed, samples, None)
-
-    def eager_gradient(pred: Tensor, noise: Tensor) -> Tensor:
-        return (pred - noise) * (2 / pred.numel())
-
-    def exact_gradient(rows: slice, pred: Tensor, _: Tensor) -> Tensor:
-        """Times the number of elements, as what is judged."""
-        return 2 * (pred[rows].double() - contract(rows))
-
-    def step(x: Tensor, m: Tensor) -> Tensor:
-        return kernels.solver_step(x, m, table, index, seed, samples)
+    # Times the number of elements: of a mean's gradients nothing would be left to compare.
+    grad = torch.tensor(float(n * 768), device=device)
 
     def eager_step(x: Tensor, m: Tensor) -> Tensor:
         x0 = c[0] * x + c[1] * m
@@ -300,9 +268,9 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
         row, z = [float(value) for value in table[0]], contract(rows, 250, Stream.SAMPLING)
         return operator_file("solver_step").reference(x[rows].double(), m[rows].double(), row, z, None, None)[0]
 
-    def row(name: str, cost: tuple, *others: Any, judged: Callable | None = None) -> Workload:
+    def row(name: str, cost: tuple, *functions: Callable) -> Workload:
         of = operator_file(name.removesuffix("_backward")).cost
-        return Workload(name, dtype, n * 768, of(*cost), *others, judged=judged)
+        return Workload(name, dtype, n * 768, of(*cost), *functions)
 
     # The arguments of the operator's cost, what makes arguments, the operator, the eager sequence, what is exact.
     return [
@@ -310,28 +278,26 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
         row(
             "q_sample_rows",
             (torch.uint8, dtype),
-            lambda k: (seeded(torch.randperm, k, images)[:n],),
-            q_sample_rows,
+            lambda k: (draws(torch.randperm, k, images)[:n],),
+            lambda rows: kernels.q_sample_rows(data, rows, alpha_bars, seed, samples, dtype=dtype),
             eager_rows,
             exact_rows,
         ),
-        row("noise_mse", (dtype,), two, loss, F.mse_loss, exact_loss),
+        row("noise_mse", (dtype,), two, lambda pred, _: kernels.noise_mse(pred, seed, samples), F.mse_loss, exact_loss),
         row(
             "noise_mse_backward",
             (dtype, True),
             two,
-            gradient,
-            eager_gradient,
-            exact_gradient,
-            judged=lambda pred, _: gradient(pred, _, pred.numel()),
+            lambda pred, _: backward_operator(grad, pred, seed, samples, None),
+            lambda pred, noise: (pred - noise) * 2.0,
+            lambda rows, pred, _: 2 * (pred[rows].double() - contract(rows)),
         ),
-        row("solver_step", (dtype, dtype), two, step, eager_step, exact_step, judged=lambda x, m: step(x.clone(), m)),
+        row(
+            "solver_step",
+            (dtype, dtype),
+            two,
+            lambda x, m: kernels.solver_step(x, m, table, index, seed, samples),
+            eager_step,
+            exact_step,
+        ),
     ]
-
-
-def sets_for(workload: Workload, device: torch.device) -> int:
-    """How many argument sets rotate: enough to exceed twice the L2 cache on CUDA, at least four."""
-    if device.type != "cuda":
-        return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return int(min(SETS_MOST, max(4, 2 * cache // workload.cost.bytes + 1)))

@@ -22,7 +22,9 @@ from bench.timing import Call
 from ddpm.errors import BadInput
 from kernels.backend import Cost
 
-SUITES = {name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers")}
+SUITES = {
+    name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers", "ladder")
+}
 # Where SEED is, if not in the suite's own module.
 SEEDS = {"kernels": "bench.kernels"}
 

@@ -4,34 +4,28 @@
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench import store
 from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
 from bench.profile import summary
-from bench.show import Table, ladder_notes, ladder_plot, ladder_table, microseconds, run_table
+from bench.show import Table, microseconds, middle, run_table, where
 from bench.suites.networks import N_FEAT, NAME
 from ddpm.errors import WorkFailed
-from ddpm.files import read_json, replacing, write_text
+from ddpm.files import read_json, write_text
 
-RESULTS = ROOT / "bench" / "results"
+RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 # The machine whose records the documents show; others have a folder of their own beside it.
 MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
-RUN, PEERS, STEP, EXPORT, LADDER = (MACHINE / f"{name}.json" for name in ("run", "peers", "step", "export", "ladder"))
+RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.json" for name in ("run", "peers", "step", "export"))
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 PROOF = MACHINE / "compare_proof.json"
-STATIC = RESULTS / "static.json"
-DOCS = ROOT / "docs"
-LADDER_PLOT = DOCS / "ladder.png"
-SPRITES = DOCS / "sprites.json"
-PROFILE = DOCS / "profile" / "profile.json"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -50,54 +44,44 @@ SUMMARY = (
     ("8 images, `sampler.onnx` in ONNX Runtime", EXPORT, "export/sampler/ddpm20/n8", "sampler.onnx", "batch8"),
 )
 THEIRS = ("diffusers", "torch.compile", "onnxruntime", "openvino")  # how the names of others in PEERS begin
+Rows = Mapping[str, list[Mapping[str, Any]]]
 
 
-def _stored(path: Path) -> store.Content:
-    """A stored file, all of it measured. Raises WorkFailed if a row failed or lost parity."""
+def _stored(path: Path) -> tuple[store.Content, Rows]:
+    """(a stored file, its records by row), all of it measured. Raises WorkFailed if a row failed or lost parity."""
     content = store.load(path)
     bad = [store.row_of(record) for record in content["records"] if not store.is_good(record)]
     if bad:
         raise WorkFailed(f"{path.name}: no figures for {', '.join(bad)}; needs a run without failures")
-    return content
-
-
-def _on(machine: Mapping[str, Any]) -> str:
-    return f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    return content, store.rows(content["records"])
 
 
 def _recipe(content: store.Content) -> str:
     """The command of a stored run, where it ran and how often."""
     how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
-    return f"`{content['command']}` on {_on(content['machine'])}{how}"
-
-
-def _markdown(headings: Sequence[str], rows: list[Sequence[str]], names: int) -> str:
-    """The first columns, `names` of them, hold words."""
-    return Table(headings, "l" * names + "r" * (len(headings) - names), rows).markdown()
+    return f"`{content['command']}` on {where(content['machine'])}{how}"
 
 
 def summary_table() -> str:
     """The README's first figures: what a step takes, how that compares with eager, and what others bring."""
-    contents = {path: _stored(path) for path in (STEP, EXPORT, PEERS)}
+    (content, _), (peers, _) = _stored(STEP), _stored(PEERS)
     rows = []
     for what, path, workload, candidate, same in SUMMARY:
-        records = [record for record in contents[path]["records"] if record["workload"] == workload]
-        eager, ours = ([r for r in records if r["candidate"] == name] for name in ("eager", candidate))
+        _, found = _stored(path)
+        eager, ours = (found[f"{workload} {name}"] for name in ("eager", candidate))
         beside = [
             f"{name} {record['speed_up']:.2f}"
-            for record in contents[PEERS]["records"]
+            for record in peers["records"]
             for name in THEIRS
             if record["candidate"].startswith(name) and re.fullmatch(rf"peers/ddpm\d+/{same}", record["workload"])
         ]
-        times = (median(record["kernel_us"] for record in some) * 1e-3 for some in (eager, ours))
+        times = (f"{middle(some, 'kernel_us') * 1e-3:.1f}" for some in (eager, ours))
         ratio = median_interval([record["speed_up"] for record in ours]).text()
         error = max(record["error"] for record in ours)
-        others = "; ".join(beside) or "not measured"
-        rows.append([what, *(f"{time:.1f}" for time in times), ratio, f"{error:.1e}", others])
-    content = contents[STEP]
+        rows.append([what, *times, ratio, f"{error:.1e}", "; ".join(beside) or "not measured"])
     headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
     caption = (
-        f"{NAME} with {N_FEAT} features, 3x16x16 images, float32, on {_on(content['machine'])}: "
+        f"{NAME} with {N_FEAT} features, 3x16x16 images, float32, on {where(content['machine'])}: "
         f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) after the "
         "steps that were timed (10; 20 of `sampler.onnx`). Others run the same network and as many images, measured in "
         "one process with eager (suite `peers`)."
@@ -107,7 +91,7 @@ def summary_table() -> str:
 
 def kernel_table() -> str:
     """Instructions per element, spills and what binds, of the main kernels on one architecture."""
-    records = {r["kernel"]: r for r in read_json(STATIC)["records"] if r["arch"] == KERNEL_ARCH}
+    records = {r["kernel"]: r for r in read_json(RESULTS / "static.json")["records"] if r["arch"] == KERNEL_ARCH}
     rows = [
         [
             record["kernel"],
@@ -121,95 +105,85 @@ def kernel_table() -> str:
         for record in map(records.__getitem__, KERNELS)
     ]
     headings = (f"kernel ({KERNEL_ARCH})", "SASS instructions per element", "x bare", "registers", "spills")
-    return _markdown((*headings, "bytes per element", f"binds on an {KERNEL_CARD}"), rows, 1)
+    return Table((*headings, "bytes per element", f"binds on an {KERNEL_CARD}"), "l", rows).markdown()
 
 
 def sprites_table() -> str:
     """`ddpm evaluate` of the sprites run."""
-    record = read_json(SPRITES)
+    record = read_json(DOCS / "sprites.json")
     recipe = f"{record['n']} samples, {record['solver']}, {record['steps']} steps, guidance {record['guidance']:g}"
     rows = [
         ["Frechet distance of pixel features", f"{record['frechet']:.2f}", f"{record['frechet_real']:.2f}"],
         ["class accuracy (SVM)", f"{record['accuracy']:.1%}", f"{record['accuracy_real']:.1%}"],
     ]
-    return _markdown((f"sprites ({recipe})", "samples", "real data"), rows, 1)
+    return Table((f"sprites ({recipe})", "samples", "real data"), "l", rows).markdown()
 
 
 def profile_block() -> str:
     """What `ddpm-bench profile` printed."""
-    record = read_json(PROFILE)
+    record = read_json(DOCS / "profile" / "profile.json")
     return f"`{record['command']}`:\n\n```text\n{summary(record)}\n```"
 
 
 def run_block(path: Path) -> str:
     """A stored `ddpm-bench run`."""
-    content = _stored(path)
+    content, _ = _stored(path)
     return f"{_recipe(content)}:\n\n{run_table(content)[0].markdown()}"
 
 
 def peers_table() -> str:
     """The stored `ddpm-bench run --suite peers`: time per step, and times eager."""
-    content = _stored(PEERS)
-    cells: dict[tuple[str, str], dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for record in content["records"]:
-        _, *solver, batch = record["workload"].split("/")
-        cells[" ".join(solver), record["candidate"]][batch].append(record)
+    content, found = _stored(PEERS)
+    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for records in found.values():
+        _, *solver, batch = records[0]["workload"].split("/")
+        ratio = middle(records, "speed_up")
+        beside = "" if ratio is None else f" ({ratio:.2f}x)"
+        time = microseconds(middle(records, "kernel_us"))
+        cells[" ".join(solver), records[0]["candidate"]][batch] = f"{time}{beside}"
     batches = list(dict.fromkeys(batch for row in cells.values() for batch in row))
-
-    def cell(records: list[Mapping[str, Any]]) -> str:
-        ratios = [record["speed_up"] for record in records]
-        ratio = "" if None in ratios else f" ({median(ratios):.2f}x)"
-        return f"{microseconds(median(record['kernel_us'] for record in records))}{ratio}"
-
-    rows = [[*key, *(cell(row[batch]) if batch in row else "" for batch in batches)] for key, row in cells.items()]
+    rows = [[*key, *(row.get(batch, "") for batch in batches)] for key, row in cells.items()]
     headings = ("solver and steps", "a step (times eager)", *(batch.replace("batch", "batch ") for batch in batches))
     notes = "".join(f" {reason}." for reason in content["skipped"].values())
-    return f"{_recipe(content)}.{notes}\n\n{_markdown(headings, rows, 2)}"
-
-
-def ladder_block() -> str:
-    """The stored `ddpm-bench ladder`: the table under what was measured, and its notes."""
-    content = store.load(LADDER)
-    shown = ladder_table(content)
-    return "\n".join([f"{shown.title}:", "", shown.markdown(), "", *(f"- {line}" for line in ladder_notes(content))])
+    return f"{_recipe(content)}.{notes}\n\n{Table(headings, 'll', rows).markdown()}"
 
 
 def proof_table() -> str:
-    """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows."""
+    """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows.
+
+    The changes are the smallest and largest of the planted operator's row, of all rows where nothing is planted.
+    """
     record = read_json(PROOF)
-
-    def kind(line: Mapping[str, Any]) -> tuple[str, str]:
-        return line["kind"], line["operator"] or ""
-
-    rows = [_proof_row(*key, list(lines)) for key, lines in groupby(sorted(record["comparisons"], key=kind), key=kind)]
+    rows = []
+    lines = sorted(record["comparisons"], key=lambda line: (line["kind"], line["operator"] or ""))
+    for operator, group in groupby(lines, key=lambda line: line["operator"]):
+        some = list(group)
+        found = [row for line in some for row in line["rows"]]
+        own = [row for row in found if re.fullmatch(rf"kernels/{operator}/.*operator", row["row"])]
+        slower, own_slower = ([row for row in group if row["status"] == "slower"] for group in (found, own))
+        changes = [row["ratio"] - 1 for row in (own if operator else found)]
+        rows.append(
+            [
+                f"10% planted in `{operator}`" if operator else "nothing planted",
+                str(len(some)),
+                str(sum(line["exit"] == 1 for line in some)),
+                str(len(own_slower)) if operator else "",
+                str(len(slower) - len(own_slower)),
+                str(sum(row["status"] == "unconfirmed" for row in found)),
+                f"{min(changes):+.1%} to {max(changes):+.1%}",
+            ]
+        )
     headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
-    processes = record["comparisons"][0]["processes"]
-    recipe = f"{record['machine']['processor']}, torch {record['machine']['torch']}, {processes} processes each"
-    return f"{recipe}:\n\n{_markdown(headings, rows, 1)}"
-
-
-def _proof_row(kind: str, operator: str, lines: list[dict]) -> list[str]:
-    """changes: the smallest and largest of the planted operator's row, of all operators' rows where nothing is."""
-    rows = [row for line in lines for row in line["rows"]]
-    own = re.compile(rf"kernels/{operator}/.*operator")
-    slower = [bool(own.fullmatch(row["row"])) for row in rows if row["status"] == "slower"]
-    changes = [row["ratio"] - 1 for row in rows if not operator or own.fullmatch(row["row"])]
-    return [
-        "nothing planted" if kind == "same" else f"10% planted in `{operator}`",
-        str(len(lines)),
-        str(sum(line["exit"] == 1 for line in lines)),
-        str(sum(slower)) if operator else "",
-        str(len(slower) - sum(slower)),
-        str(sum(row["status"] == "unconfirmed" for row in rows)),
-        f"{min(changes):+.1%} to {max(changes):+.1%}",
-    ]
+    machine, processes = record["machine"], lines[0]["processes"]
+    recipe = f"{machine['processor']}, torch {machine['torch']}, {processes} processes each"
+    return f"{recipe}:\n\n{Table(headings, 'l', rows).markdown()}"
 
 
 def export_parity_table() -> str:
     """fp32's distances from the eager run, and what the lower precisions cost."""
     manifests = read_json(MANIFESTS)
     rows = [[part["name"], f"{part['error']:.1e}", f"{part['tolerance']:.0e}"] for part in manifests["fp32"]["parity"]]
-    exact = _markdown(("fp32 against eager PyTorch", "max difference / max(1, max value)", "allowed"), rows, 1)
+    exact = Table(("fp32 against eager PyTorch", "max difference / max(1, max value)", "allowed"), "l", rows).markdown()
     lower = {precision: manifest for precision, manifest in manifests.items() if manifest["quality"]}
     each = [manifest["quality"] for manifest in lower.values()]
     first, steps = each[0], manifests["fp32"]["table"]["steps"]
@@ -224,7 +198,7 @@ def export_parity_table() -> str:
         ["to open it", *(f"{file['open_s']:.2g} s" for file in files)],
     ]
     recipe = f"{first['samples']} samples, {first['solver']}, {first['steps']} steps, guidance {first['guidance']:g}"
-    return f"{exact}\n\n{_markdown((recipe, 'fp32', *lower), rows, 1)}"
+    return f"{exact}\n\n{Table((recipe, 'fp32', *lower), 'l', rows).markdown()}"
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -234,12 +208,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bench": lambda: run_block(RUN),
     "profile": profile_block,
     "peers": peers_table,
-    "ladder": ladder_block,
     "compare": proof_table,
     "export-parity": export_parity_table,
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)
+BLOCK = re.compile(r"^<!-- ([a-z-]+) -->\n.*?^<!-- /\1 -->$", re.S | re.M)
 
 
 def documents() -> dict[Path, str]:
@@ -254,17 +228,14 @@ def filled(texts: Mapping[Path, str]) -> dict[Path, str]:
     """
     missing, result = set(BLOCKS), {}
     for path, text in texts.items():
-        names = MARK.findall(text)
-        for name in dict.fromkeys(names):
-            block = re.compile(rf"^(<!-- {name} -->\n).*?^(<!-- /{name} -->)$", re.S | re.M)
-            if name not in BLOCKS:
-                raise WorkFailed(f"{path.name}: has the mark {name!r}, needs one of {', '.join(BLOCKS)}")
-            if names.count(name) != 2 * len(block.findall(text)):
-                raise WorkFailed(f"{path.name}: {name!r} needs <!-- {name} --> and <!-- /{name} --> in this order")
-            made = BLOCKS[name]()
-            text = block.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
-            missing.discard(name)
-        result[path] = text
+        marks, paired = Counter(MARK.findall(text)), [match[1] for match in BLOCK.finditer(text)]
+        for name in marks.keys() - BLOCKS.keys():
+            raise WorkFailed(f"{path.name}: has the mark {name!r}, needs one of {', '.join(BLOCKS)}")
+        for name in marks - Counter(2 * paired):
+            raise WorkFailed(f"{path.name}: {name!r} needs <!-- {name} --> and <!-- /{name} --> in this order")
+        made = {name: f"<!-- {name} -->\n\n{BLOCKS[name]()}\n\n<!-- /{name} -->" for name in paired}
+        result[path] = BLOCK.sub(lambda match, made=made: made[match[1]], text)
+        missing -= made.keys()
     if missing:
         raise WorkFailed(f"README.md and docs/*.md: have no block {', '.join(sorted(missing))}")
     return result
@@ -274,5 +245,3 @@ def report() -> None:
     """Regenerate the figures in README.md and docs/*.md from the stored records."""
     for path, text in filled(documents()).items():
         write_text(path, text)
-    with replacing(LADDER_PLOT) as partial:
-        ladder_plot(store.load(LADDER), partial)

@@ -1,8 +1,7 @@
-"""Tables for people, on the terminal and as Markdown: what `run` and `ladder` measured, what `compare` concludes."""
+"""Tables for people, on the terminal and as Markdown: what `run` measured, what `compare` concludes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -10,14 +9,14 @@ from rich import box, table
 from rich.console import Console
 
 from bench import store
-from bench.interval import Interval, measured_by, median_interval
+from bench.interval import median_interval
 
 WIDTH = 150
 
 
 @dataclass
 class Table:
-    """Cells under headings. align: "l" or "r" for each column. title: a line above it, on the terminal.
+    """Cells under headings. align: "l" or "r" for each column, "r" where it ends. title: above it, on the terminal.
 
     styles: rich's, by the number of a row.
     """
@@ -28,6 +27,9 @@ class Table:
     title: str = ""
     styles: Mapping[int, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.align = self.align.ljust(len(self.headings), "r")
+
     def markdown(self) -> str:
         """The table without its title."""
         marks = "|".join({"l": "---", "r": "--:"}[side] for side in self.align)
@@ -35,7 +37,7 @@ class Table:
         first, *rest = (f"| {' | '.join(row)} |" for row in cells)
         return "\n".join((first, f"|{marks}|", *rest))
 
-    def show(self, notes: Sequence[str] = (), style: str = "", width: int = WIDTH) -> None:
+    def show(self, notes: Sequence[str] = (), style: str = "") -> None:
         """Print it, and notes in a style below it. A last column of words, beside figures, may be wrapped."""
         grid = table.Table(title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
         for column, (heading, side) in enumerate(zip(self.headings, self.align, strict=True)):
@@ -44,7 +46,7 @@ class Table:
         for number, row in enumerate(self.rows):
             grid.add_row(*row, style=self.styles.get(number, ""))
         console = Console()
-        console.width = max(console.width, width)
+        console.width = max(console.width, WIDTH)
         console.print(grid, highlight=False)
         for note in notes:
             console.print(note, style=style, highlight=False, markup=False)
@@ -63,17 +65,28 @@ def device_of(machine: Mapping[str, Any]) -> str:
     return machine["processor"] if machine["device"] == "cpu" else machine["device"]
 
 
-def _rate(value: float, unit: float, share: float) -> str:
-    if not value:
-        return "-"
-    scaled = value / unit
-    return f"{scaled:.0f} ({share:.0%})" if scaled >= 10 else f"{scaled:.2g} ({share:.0%})"
+def where(machine: Mapping[str, Any]) -> str:
+    """The device and what computed on it."""
+    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
+    return f"{device_of(machine)}{threads}, torch {machine['torch']}"
+
+
+def middle(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The median over the processes of one row; None where a record has no value."""
+    values = [record[key] for record in records]
+    return None if None in values else median(values)
+
+
+def _rate(value: float, share: float) -> str:
+    """In units of 10^9."""
+    scaled = value / 1e9
+    digits = ".0f" if scaled >= 10 else ".2g"
+    return f"{scaled:{digits}} ({share:.0%})" if value else "-"
 
 
 RUN_HEADINGS = (
     "workload", "", "time", "wall", "warm-up", "x eager", "images/s", "peak MB", "GB/s (of copy)", "GFLOP/s (of mm)",
 )  # fmt: skip
-RUN_ALIGN = "ll" + "r" * 8
 
 
 def _trouble(record: Mapping[str, Any]) -> str:
@@ -86,21 +99,15 @@ def _trouble(record: Mapping[str, Any]) -> str:
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """The cells under RUN_HEADINGS beside the names: medians over the processes of one row."""
-
-    def mid(key: str) -> float | None:
-        values = [record[key] for record in records]
-        return None if None in values else median(values)
-
-    ratios, images, memory = [r["speed_up"] for r in records], mid("images_per_s"), mid("peak_memory_bytes")
+    ratios, images, memory = (middle(records, key) for key in ("speed_up", "images_per_s", "peak_memory_bytes"))
     return [
-        microseconds(mid("kernel_us")),
-        microseconds(mid("wall_us")),
-        microseconds(mid("warm_up_s") * 1e6),
-        "" if None in ratios else median_interval(ratios).text(),
+        *(microseconds(middle(records, key)) for key in ("kernel_us", "wall_us")),
+        microseconds(middle(records, "warm_up_s") * 1e6),
+        "" if ratios is None else median_interval([record["speed_up"] for record in records]).text(),
         "" if images is None else f"{images:.3g}",
         "-" if memory is None else f"{memory / 2**20:.1f}",
-        _rate(mid("bytes_per_s"), 1e9, mid("share_of_copy")),
-        _rate(mid("flops_per_s"), 1e9, mid("share_of_product")),
+        _rate(middle(records, "bytes_per_s"), middle(records, "share_of_copy")),
+        _rate(middle(records, "flops_per_s"), middle(records, "share_of_product")),
     ]
 
 
@@ -113,9 +120,7 @@ def run_table(content: store.Content) -> tuple[Table, list[str]]:
             wrong.append(f"{name}: {_trouble(bad)}")
         figures = _figures(records) if bad is None else ["none, see below", *[""] * 7]
         rows.append([records[0]["workload"], records[0]["candidate"], *figures])
-    machine = content["machine"]
-    threads = f", {machine['threads']} threads" if machine["device"] == "cpu" else ""
-    return Table(RUN_HEADINGS, RUN_ALIGN, rows, f"{device_of(machine)}{threads}, torch {machine['torch']}"), wrong
+    return Table(RUN_HEADINGS, "ll", rows, where(content["machine"])), wrong
 
 
 CONCLUSION = {0: "no row is slower", 1: "REGRESSION", 3: "SOMETHING DID NOT RUN"}
@@ -176,119 +181,3 @@ def compare_markdown(result: Mapping[str, Any]) -> str:
         shown = _compared(same).markdown()
         parts.append(f"<details><summary>{len(same)} rows the same</summary>\n\n{shown}\n\n</details>\n")
     return "\n".join((*parts, EXPLANATION, ""))
-
-
-LADDER_HEADINGS = (
-    "optimisation",
-    "ms per step",
-    "x eager",
-    "peak MB",
-    "to eager",
-    "to float64",
-    "PSNR",
-    "what it adds",
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One optimisation of `ladder`: times over processes (None without parity), or why there are none, and quality."""
-
-    name: str
-    quality: Mapping[str, Any]
-    milliseconds: Interval | None = None
-    ratio: Interval | None = None
-    memory: float | None = None
-    wrong: str = ""
-
-    def cells(self) -> list[str]:
-        """As LADDER_HEADINGS, less the last."""
-        distances = [self.quality[key] for key in ("to_eager", "to_float64")]
-        picture = "" if None in distances else "the same"
-        if self.quality["psnr_db"] is not None:
-            picture = f"{self.quality['psnr_db']:.0f} dB"
-        return [
-            self.name,
-            self.milliseconds.text(1) if self.milliseconds else self.wrong,
-            self.ratio.text() if self.ratio else "1" if self.milliseconds else "",
-            "" if self.memory is None else f"{self.memory / 2**20:.1f}",
-            *("not finite" if value is None else f"{value:.1e}" for value in distances),
-            picture,
-        ]
-
-
-def _without_times(quality: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Why an optimisation has no times; empty if it has. They need every process to have been good."""
-    if not quality["parity"]:
-        limit = "needs finite values" if quality["tolerance"] is None else f"needs {quality['tolerance']:.1e}"
-        return f"parity lost ({limit})"
-    failed = next((record["failed"] for record in records if "failed" in record), None)
-    if failed is not None:
-        return f"failed: {failed}"
-    return "" if records and all(map(store.is_good, records)) else "parity of the timed steps lost"
-
-
-def ladder_rows(content: store.Content) -> list[Row]:
-    """One per optimisation, in their order."""
-    found = []
-    for name, quality in content["quality"].items():
-        records = [record for record in content["records"] if record["candidate"] == name]
-        wrong = _without_times(quality, records)
-        if wrong:
-            found.append(Row(name, quality, wrong=wrong))
-            continue
-        times = median_interval([record["kernel_us"] * 1e-3 for record in records])
-        ratios = [record["speed_up"] for record in records]  # None: eager's own
-        memory = records[0]["peak_memory_bytes"]
-        found.append(Row(name, quality, times, None if None in ratios else median_interval(ratios), memory))
-    return found
-
-
-def ladder_table(content: store.Content) -> Table:
-    """The ablation, under a title that says what was measured."""
-    machine, sampling, rows = content["machine"], content["sampling"], ladder_rows(content)
-    title = (
-        f"{sampling['solver']}, {sampling['steps']} steps, batch {sampling['batch']},"
-        f" guidance {sampling['guidance']:g}; {device_of(machine)}, {machine['threads']} threads,"
-        f" torch {machine['torch']}; {measured_by(content['processes'])}"
-    )
-    styles = {number: "red bold" for number, row in enumerate(rows) if row.wrong}
-    cells = [[*row.cells(), content["rungs"][row.name]] for row in rows]
-    return Table(LADDER_HEADINGS, "lrrrrrrl", cells, title, styles)
-
-
-def ladder_notes(content: store.Content) -> list[str]:
-    """What the table does not say."""
-    lines = []
-    if not content.get("bfloat16_in_hardware", True):  # of records in which `bf16` was measured all the same
-        lines.append("This CPU has neither AVX512-BF16 nor AMX: `bf16` emulates it here, engines take float32.")
-    return lines + [f"`{name}` is left out: it needs {lack}." for name, lack in content["left_out"].items()]
-
-
-def ladder_plot(content: store.Content, path: Path) -> None:
-    """Milliseconds per step beside the distances of each optimisation, as a picture file."""
-    from matplotlib.figure import Figure
-
-    rows, sampling = ladder_rows(content), content["sampling"]
-    figure = Figure(figsize=(9, 0.45 * len(rows) + 1.4), layout="constrained")
-    times, errors = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    for place, row in enumerate(rows):
-        if row.milliseconds is None:
-            times.text(0, place, f" {row.wrong}", va="center", color="tab:red")
-            continue
-        middle, low, high, _ = row.milliseconds
-        color = "tab:blue" if row.ratio else "0.6"
-        times.barh(place, middle, xerr=[[middle - low], [high - middle]], color=color, height=0.65, capsize=3)
-        ratio = f"   {row.ratio.median:.2f}x" if row.ratio else ""
-        times.text(high, place, f"  {microseconds(middle * 1e3)}{ratio}", va="center", fontsize=9)
-    times.set_yticks(range(len(rows)), [row.name for row in rows])
-    times.invert_yaxis()
-    times.margins(x=0.28)
-    times.set(xlim=(0, None), xlabel=f"ms per step, batch {sampling['batch']}, guidance {sampling['guidance']:g}")
-    for key, marker, label in (("to_float64", "o", "to a float64 run"), ("to_eager", "x", "to eager")):
-        shown = [(row.quality[key], place) for place, row in enumerate(rows) if row.quality[key]]
-        errors.plot(*zip(*shown, strict=True), marker, label=label)
-    errors.set(xscale="log", xlabel="distance after the whole trajectory")
-    errors.grid(axis="x", color="0.9")
-    errors.legend(fontsize=8, loc="upper right")
-    figure.savefig(path, dpi=130)

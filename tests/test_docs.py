@@ -43,16 +43,15 @@ SMALLER = {
     r"ddpm evaluate": "--n 20",
     r"ddpm-export onnx": "--steps 10",
     r"ddpm-bench run --quick|pytest bench": "--suite kernels --filter q_sample/",
-    r"ddpm-bench run --suite (step|peers)": "--quick --rounds 1",
+    r"ddpm-bench run --suite (step|peers|ladder)": "--quick --rounds 1 --processes 1",
     r"ddpm-bench run --suite \w+\.py": "--quick --rounds 2",
-    r"ddpm-bench ladder": "--batch 2 --steps 2 --processes 1 --rounds 1",
     r"ddpm-bench profile": "--trajectories 1 --steps 5",
 }
 LONG = (
     r"ddpm train .*--engine compile",
     r"torchrun",
-    r"ddpm-bench (ladder|profile|static)",
-    r"ddpm-bench run --suite (peers|step)",
+    r"ddpm-bench (profile|static)",
+    r"ddpm-bench run --suite (peers|step|ladder)",
     r"ddpm-bench run .*--processes",
     r"ddpm-export (torch|verify)",
     # Their like is run in docs/engines.md and docs/export.md.

@@ -16,56 +16,38 @@ import torch
 from torch import Tensor, nn
 
 from bench.kernels import full_precision
-from bench.registry import Bench, Candidate, Unavailable, Workload
-from bench.suites.networks import (
-    AUTOTUNE,
-    CHANNELS,
-    PARITY,
-    SEED,
-    TIMESTEPS,
-    contexts,
-    forward_flops,
-    network,
-    step_bytes,
-)
-from ddpm import NoiseSchedule, StepTable, Trajectory, make_table
+from bench.registry import Bench, Unavailable, Workload
+from bench.suites import networks
+from bench.suites.networks import AUTOTUNE, SCHEDULE, SEED, TIMESTEPS, contexts, judged, network, sampling_call
+from bench.timing import Call
+from ddpm import StepTable, make_table
 from ddpm.engines import unavailable_reason
 from ddpm.inference import KERNELS as KERNELS_LAYOUT
-from ddpm.inference import Form, make_form
-from ddpm.metrics import engine_error
+from ddpm.inference import make_form
 from ddpm.networks import network_times
 from ddpm.networks.protocol import in_type, null_condition
-from ddpm.noise import PhiloxNoise
 from kernels import philox
-from kernels.backend import Cost
 from kernels.solver_step import guide, reference
 
-# What a call does once (the conditions of all steps, copies into a graph: 0.4 ms by estimate) is spread over so many
-# steps: 500 in use, and 500 of them take eager seconds.
-STEPS = 100
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 TF32 = "eager tf32"  # candidate
 KERNELS = "kernels"  # the graph engine on the form with one kernel per convolution, which no engine takes by itself
-QUICK = (
-    ("graph", "bf16"),
-    (KERNELS, "bf16"),
-    ("graph", "fp32"),
-    ("graph", "fp16"),
-    (KERNELS, "fp16"),
-    ("fused", "bf16"),
-    ("fused", "fp32"),
-)
+ENGINES = ("graph bf16", "kernels bf16", "graph fp32", "graph fp16", "kernels fp16", "fused bf16", "fused fp32")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is sampled: images at a time, their side, w of guidance, rows of the table."""
+    """What is sampled: images at a time, their side, w of guidance, rows of the table.
+
+    What a call does once (the conditions of all steps, copies into a graph: 0.4 ms by estimate) is spread over the
+    rows: 500 in use, and 500 of them take eager seconds.
+    """
 
     name: str
     batch: int
     side: int = 16
     guidance: float = 1.0
-    steps: int = STEPS
+    steps: int = 100
 
 
 # In the order of importance; at 1024 images and at 256x256 a step is long.
@@ -77,7 +59,6 @@ ROWS = (
     Row("256x256-batch16", 16, side=256, steps=10),
 )
 CHUNK = 256  # images at a time of `ddpm.sample` at 16x16
-SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)
 
 
 class Step(nn.Module):
@@ -86,16 +67,15 @@ class Step(nn.Module):
     Its buffers are where CUDA graphs of torch.compile need no copies.
     """
 
-    def __init__(
-        self, row: Row, table: StepTable, dtype: torch.dtype, samples: Tensor, context: Tensor, device: torch.device
-    ) -> None:
+    def __init__(self, row: Row, table: StepTable, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.model = network(device, row.side).to(dtype, memory_format=torch.channels_last)
         self.guidance, self.dtype, self.clip = row.guidance, dtype, table.clip
+        context = contexts(row.batch, device)
         if row.guidance != 1.0:
             context = torch.cat((context, null_condition(self.model, context)))
         self.register_buffer("context", context.to(dtype))
-        self.register_buffer("samples", samples)
+        self.register_buffer("samples", torch.arange(row.batch, device=device))
         self.register_buffer("table", table.rows(device))
         times = network_times(self.model, table.timesteps, TIMESTEPS)
         self.register_buffer("times", in_type(times, dtype).to(device))
@@ -120,19 +100,6 @@ def compiled(step: Step) -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(step, mode=AUTOTUNE, fullgraph=True, dynamic=False)
 
 
-def _setting(row: Row, device: torch.device, steps: int) -> tuple[StepTable, Tensor, Tensor, Tensor]:
-    """(table, sample indices, context, x_T)."""
-    table = make_table(SCHEDULE, "ddpm", steps)
-    samples = torch.arange(row.batch, device=device)
-    x = PhiloxNoise(SEED)(samples, 0, philox.Stream.INITIAL, (CHANNELS, row.side, row.side))
-    return table, samples, contexts(row.batch, device), x
-
-
-def kernels_form(model: nn.Module, dtype: torch.dtype) -> Form:
-    """The form with one kernel per convolution."""
-    return make_form(model, dtype, KERNELS_LAYOUT)
-
-
 def trajectory(
     row: Row,
     engine: str,
@@ -141,77 +108,57 @@ def trajectory(
     steps: int,
     chunk: int | None = None,
     tf32: bool = False,
-) -> Callable[[], Tensor]:
+) -> Call:
     """A call that samples with an engine or KERNELS, `chunk` images at a time [all]. tf32: of convolutions."""
-    table, _, context, x = _setting(row, device, steps)
-    model, kind, form = network(device, row.side), engine, make_form
+    table, model, how = make_table(SCHEDULE, "ddpm", steps), network(device, row.side), {}
     if engine == KERNELS:
-        kind, form = "graph", kernels_form
-    run = Trajectory(model, SCHEDULE, table, engine=kind, dtype=dtype, guided=row.guidance != 1.0, form=form)
-
-    def call() -> Tensor:
-        with full_precision(convolutions=not tf32):
-            return run(row.batch, context, row.guidance, SEED, batch_size=chunk or row.batch, x_T=x)
-
-    return call
+        engine, how = "graph", {"form": partial(make_form, layout=KERNELS_LAYOUT)}
+    run = sampling_call(model, table, row.batch, row.guidance, engine, chunk, dtype=dtype, **how)
+    return full_precision(convolutions=not tf32)(run)
 
 
-def autotuned(row: Row, dtype: torch.dtype, device: torch.device, steps: int) -> Callable[[], Tensor]:
+def autotuned(row: Row, dtype: torch.dtype, device: torch.device) -> Call:
     """A call that samples with the compiled `Step`, as its users are told to: a new iteration each step, a copy."""
-    table, samples, context, x = _setting(row, device, steps)
-    step = compiled(Step(row, table, dtype, samples, context, device))
-    indices = [torch.full((1,), i, device=device) for i in range(steps)]
+    step = Step(row, make_table(SCHEDULE, "ddpm", row.steps), dtype, device)
+    x, advance = networks.initial(step.model, row.batch, device), compiled(step)
+    indices = [torch.full((1,), i, device=device) for i in range(row.steps)]
 
+    @torch.no_grad()
+    @full_precision()
     def call() -> Tensor:
-        with torch.no_grad(), full_precision():
-            state = x
-            for index in indices:
-                torch.compiler.cudagraph_mark_step_begin()
-                state = step(state, index).clone()
-            return state
+        state = x
+        for index in indices:
+            torch.compiler.cudagraph_mark_step_begin()
+            state = advance(state, index).clone()
+        return state
 
     return call
 
 
 def _build(row: Row, kind: str, device: torch.device) -> Bench:
     """kind: "engines" or a key of TYPES."""
-    model = network(device, row.side)
     eager = trajectory(row, "eager", torch.float32, device, row.steps)
     expected = cache(eager)
-
-    def entry(make: Callable[[], Callable[[], Tensor]], dtype: torch.dtype) -> Candidate:
-        return Candidate(make, lambda call: engine_error(call(), expected(), dtype), PARITY[dtype])
-
-    def engine(name: str, dtype: torch.dtype, **how: int) -> Candidate:
-        return entry(partial(trajectory, row, name, dtype, device, row.steps, **how), dtype)
-
-    candidates: dict[str, Candidate] = {}
     if kind == "engines":
-        candidates = {f"{name} {label}": engine(name, TYPES[label]) for name, label in QUICK if _runs(name, device)}
-        for name in ("graph", KERNELS):
-            if row.batch > CHUNK and _runs(name, device):
-                candidates[f"{name} bf16 {CHUNK} at a time"] = engine(name, torch.bfloat16, chunk=CHUNK)
+        chunked = ("graph", KERNELS) if row.batch > CHUNK else ()
+        names = [*ENGINES, *(f"{engine} bf16 {CHUNK} at a time" for engine in chunked), TF32]
+    else:  # the form with kernels is for 16-bit types
+        names = [f"{engine} {kind}" for engine in ("graph", KERNELS, AUTOTUNE, "compile")]
+        names = [name for name in names if name != f"{KERNELS} fp32"]
+    candidates = {}
+    for name in names:
+        engine, label, *chunk = name.split()
+        dtype = TYPES.get(label, torch.float32)
+        how = {"chunk": CHUNK if chunk else None, "tf32": name == TF32}
+        make = partial(trajectory, row, engine, dtype, device, row.steps, **how)
+        if engine == AUTOTUNE:
+            make = partial(autotuned, row, dtype, device)
+        elif unavailable_reason("graph" if engine == KERNELS else engine, device) is not None:
+            continue
         # TF32 keeps ten bits of a product's factors, as float16 does.
-        candidates[TF32] = Candidate(
-            partial(trajectory, row, "eager", torch.float32, device, row.steps, tf32=True),
-            lambda call: engine_error(call(), expected(), torch.float16),
-            PARITY[torch.float16],
-        )
-    else:
-        dtype = TYPES[kind]
-        # The form with kernels is for 16-bit types.
-        for name in ("graph", KERNELS) if kind == "bf16" else ("graph",):
-            if _runs(name, device):
-                candidates[f"{name} {kind}"] = engine(name, dtype)
-        candidates[f"{AUTOTUNE} {kind}"] = entry(partial(autotuned, row, dtype, device, row.steps), dtype)
-        candidates[f"compile {kind}"] = engine("compile", dtype)
-    calls = row.steps * (1 if row.guidance == 1.0 else 2)
-    cost = Cost(row.steps * step_bytes(model, row.batch, torch.float32), calls * row.batch * forward_flops(row.side))
+        candidates |= judged(expected, {name: make}, torch.float16 if name == TF32 else dtype)
+    cost = networks.sampling_cost(network(device, row.side), row.batch, row.steps, row.guidance)
     return Bench([()], eager, candidates, cost, calls=row.steps, images=row.batch)
-
-
-def _runs(engine: str, device: torch.device) -> bool:
-    return unavailable_reason("graph" if engine == KERNELS else engine, device) is None
 
 
 def workloads(quick: bool, device: torch.device | None = None, rows: Sequence[Row] = ROWS) -> list[Workload]:
@@ -221,9 +168,7 @@ def workloads(quick: bool, device: torch.device | None = None, rows: Sequence[Ro
     """
     if device is None and not torch.cuda.is_available():
         raise Unavailable("suite cuda: needs a CUDA device, this PyTorch sees none")
-    kinds = (
-        {"engines": "engines"} if quick else {"engines": "engines", "bf16": "autotune-bf16", "fp32": "autotune-fp32"}
-    )
+    kinds = {"engines": "engines"} | ({} if quick else {"bf16": "autotune-bf16", "fp32": "autotune-fp32"})
     return [
         Workload(f"cuda/{row.name}/{label}", "cuda", partial(_build, row, kind))
         for kind, label in kinds.items()

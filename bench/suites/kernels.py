@@ -6,7 +6,6 @@ library's, its eager sequence: there is nothing to compare without a GPU. `winog
 """
 
 from functools import partial
-from math import log10
 
 import torch
 
@@ -14,8 +13,6 @@ from bench import kernels
 from bench.registry import Bench, Candidate, Workload
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SIZES = (10**5, 10**6)
-QUICK_SIZES = (10**5,)
 
 
 def bench_of(found: kernels.Workload, device: torch.device) -> Bench:
@@ -32,15 +29,11 @@ def _build(name: str, elements: int, dtype: torch.dtype, device: torch.device) -
 
 def workloads(quick: bool) -> list[Workload]:
     """Every operator of `bench.kernels` by size and type. Its names come from a tiny instance on the CPU."""
-    types = {"fp32": torch.float32} if quick else TYPES
-    names = {
-        label: [w.name for w in kernels.workloads(1, dtype, torch.device("cpu"))] for label, dtype in types.items()
-    }
-    elsewhere = {kernels.WINOGRAD} if torch.cuda.is_available() else set(kernels.CONVOLUTIONS)
+    elsewhere = {kernels.WINOGRAD} if torch.cuda.is_available() else kernels.CONVOLUTIONS
     return [
-        Workload(f"kernels/{name}/{label}/1e{round(log10(size))}", "kernels", partial(_build, name, size, dtype))
-        for label, dtype in types.items()
-        for name in names[label]
-        if name not in elsewhere
-        for size in (QUICK_SIZES if quick else SIZES)
+        Workload(f"kernels/{w.name}/{label}/1e{exponent}", "kernels", partial(_build, w.name, 10**exponent, w.dtype))
+        for label in (("fp32",) if quick else TYPES)
+        for w in kernels.workloads(1, TYPES[label], torch.device("cpu"))
+        if w.name not in elsewhere
+        for exponent in ((5,) if quick else (5, 6))
     ]

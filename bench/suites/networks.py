@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,17 @@ def sampling_call(
     batch: int,
     guidance: float = 1.0,
     engine: str = "eager",
-    dtype: torch.dtype = torch.float32,
+    chunk: int | None = None,
+    **how: Any,
 ) -> Call:
-    """A function without arguments that runs the table on a shared network; all that can be prepared is."""
+    """A function without arguments that runs the table on a shared network; all that can be prepared is.
+
+    chunk: images at a time, default all. how: dtype and form of `Trajectory`.
+    """
     device = next(model.parameters()).device
-    prepared = Trajectory(model, SCHEDULE, table, engine=engine, dtype=dtype, guided=guidance != 1.0)
+    prepared = Trajectory(model, SCHEDULE, table, engine=engine, guided=guidance != 1.0, **how)
     x = initial(model, batch, device)
-    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=batch, x_T=x)
+    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=chunk or batch, x_T=x)
 
 
 def judged(
@@ -87,22 +92,12 @@ def flops_of(model: nn.Module) -> float:
     return float(counter.get_total_flops())
 
 
-@cache
-def forward_flops(side: int = SIDE) -> float:
-    """Those of the shared network."""
-    with torch.device("meta"):
-        return flops_of(ContextUnet(CHANNELS, N_FEAT, CLASSES, side))
-
-
-def step_bytes(model: nn.Module, batch: int, dtype: torch.dtype) -> float:
-    """The least a step can move: weights read once, the float32 state read and written."""
-    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    return weights + 2 * 4 * batch * math.prod(sample_shape(model))
-
-
 def sampling_cost(
     model: nn.Module, batch: int, steps: int = 1, guidance: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Cost:
-    """Of so many steps of a network with weights of a type; guidance evaluates it twice."""
+    """Of so many steps, guidance evaluates the network twice; bytes are the least that a step can move: weights of a
+    type are read once, the float32 state is read and written.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     evaluations = steps * batch * (1 if guidance == 1.0 else 2)
-    return Cost(steps * step_bytes(model, batch, dtype), evaluations * flops_of(model))
+    return Cost(steps * (weights + 2 * 4 * batch * math.prod(sample_shape(model))), evaluations * flops_of(model))

@@ -8,26 +8,16 @@ it, or as ONNX Runtime or OpenVINO runs the exported denoiser.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from bench.registry import Bench, Candidate, Workload
-from bench.suites.networks import (
-    REST_S,
-    SCHEDULE,
-    SEED,
-    TIMESTEPS,
-    contexts,
-    initial,
-    judged,
-    network,
-    sampling_call,
-    sampling_cost,
-)
+from bench.suites import networks
+from bench.suites.networks import SCHEDULE, SEED, TIMESTEPS, contexts, network, sampling_call
 from bench.timing import Call
 from ddpm import StepTable, make_table
 from ddpm.engines import competitors
@@ -36,10 +26,6 @@ from ddpm.networks.protocol import in_type
 from kernels import philox
 from kernels.solver_step import guide
 
-STEPS, QUICK_STEPS = 10, 2
-BATCHES, QUICK_BATCHES = (1, 8, 32, 64), (1,)
-SOLVERS = ("ddim", "ddpm")
-GUIDED = 32, 2.0  # the batch that also runs with guidance, and its w
 PACKAGES = {"diffusers": "peers", "openvino": "peers", "onnxruntime": "onnx"}  # and their extras
 RUNTIMES = {"onnxruntime": "denoiser_call", "openvino": "openvino_call"}  # functions of suite `export`
 
@@ -66,14 +52,14 @@ def _field(model: nn.Module, context: Tensor, guidance: float) -> Call:
     return field
 
 
-def _scheduler_loop(module: ModuleType, prefix: str, solver: str, table: StepTable, field: Call, x: Tensor) -> Call:
-    """The loop of diffusers' pipelines with a scheduler of theirs, or (prefix "Fused") of ours."""
-    kind = getattr(module, f"{prefix}{solver.upper()}Scheduler")
+def _scheduler_loop(module: str, name: str, options: dict[str, int], table: StepTable, field: Call, x: Tensor) -> Call:
+    """The loop of diffusers' pipelines with a scheduler; options: of its `set_timesteps`."""
     betas = SCHEDULE.betas[1:].tolist()
-    scheduler = kind(trained_betas=betas, num_train_timesteps=TIMESTEPS, clip_sample=False, timestep_spacing="trailing")
-    scheduler.set_timesteps(len(table), x.device, **({"seed": SEED} if prefix else {}))
+    common = {"clip_sample": False, "timestep_spacing": "trailing"}
+    scheduler = getattr(import_module(module), name)(trained_betas=betas, num_train_timesteps=TIMESTEPS, **common)
+    scheduler.set_timesteps(len(table), x.device, **options)
     if (scheduler.timesteps.cpu() + 1).tolist() != table.timesteps.tolist():
-        raise ValueError(f"timesteps of {kind.__name__}: differ from ours, needs steps that divide T")
+        raise ValueError(f"timesteps of {name}: differ from ours, needs steps that divide T")
 
     @torch.no_grad()
     def loop() -> Tensor:
@@ -103,42 +89,35 @@ def _given_our_noise(candidate: Candidate, table: StepTable) -> Candidate:
 
 def _build(solver: str, steps: int, batch: int, guidance: float, device: torch.device) -> Bench:
     model, table = network(device), make_table(SCHEDULE, solver, steps)
-    field, x = _field(model, contexts(batch, device), guidance), initial(model, batch, device)
+    field, x = _field(model, contexts(batch, device), guidance), networks.initial(model, batch, device)
     call = partial(sampling_call, table=table, batch=batch, guidance=guidance)
-    loop = partial(_scheduler_loop, solver=solver, table=table, field=field, x=x)
-    theirs, lacking = f"diffusers {solver.upper()}Scheduler", unavailable()
     makes: dict[str, Callable[[], Call]] = {"torch.compile of eager": lambda: call(torch.compile(model))}
+    scheduler, lacking = f"{solver.upper()}Scheduler", unavailable()
+    theirs = f"diffusers {scheduler}"
     if "diffusers" not in lacking:
-        import diffusers
-
-        from ddpm import schedulers
-
-        makes[theirs] = partial(loop, diffusers, "")
-        makes[f"Fused{solver.upper()}Scheduler"] = partial(loop, schedulers, "Fused")
+        loop = partial(_scheduler_loop, table=table, field=field, x=x)
+        makes[theirs] = partial(loop, "diffusers", scheduler, {})
+        makes[f"Fused{scheduler}"] = partial(loop, "ddpm.schedulers", f"Fused{scheduler}", {"seed": SEED})
     for name, runtime in RUNTIMES.items():
         if device.type == "cpu" and not lacking.keys() & {"onnxruntime", name}:
             from bench.suites import export
 
-            started = getattr(export, runtime)
-            makes[name] = lambda started=started: call(export.elsewhere(started()))
+            makes[name] = lambda runtime=runtime: call(export.elsewhere(getattr(export, runtime)()))
     makes |= {name: partial(call, model, engine=name) for name in competitors(device)}
     eager = call(model)
-    candidates = judged(eager, makes)
+    candidates = networks.judged(eager, makes)
     if theirs in candidates:
         candidates[theirs] = _given_our_noise(candidates[theirs], table)
-    cost = sampling_cost(model, batch, steps, guidance)
-    return Bench([()], eager, candidates, cost, calls=steps, images=batch, rest_s=REST_S)
+    cost = networks.sampling_cost(model, batch, steps, guidance)
+    return Bench([()], eager, candidates, cost, calls=steps, images=batch, rest_s=networks.REST_S)
 
 
 def workloads(quick: bool) -> list[Workload]:
     """Solver x batch, and ddpm with guidance at one batch size."""
-    steps = QUICK_STEPS if quick else STEPS
-    plain = [(solver, batch, 1.0) for batch in (QUICK_BATCHES if quick else BATCHES) for solver in SOLVERS]
+    steps, batches = (2, (1,)) if quick else (10, (1, 8, 32, 64))
+    settings = [(solver, "", batch, 1.0) for batch in batches for solver in ("ddim", "ddpm")]
+    settings += [] if quick else [("ddpm", "/guided", 32, 2.0)]
     return [
-        Workload(
-            f"peers/{solver}{steps}{'' if w == 1.0 else '/guided'}/batch{batch}",
-            "peers",
-            partial(_build, solver, steps, batch, w),
-        )
-        for solver, batch, w in (*plain, *(() if quick else (("ddpm", *GUIDED),)))
+        Workload(f"peers/{solver}{steps}{mark}/batch{batch}", "peers", partial(_build, solver, steps, batch, w))
+        for solver, mark, batch, w in settings
     ]

@@ -12,27 +12,21 @@ from bench.suites.networks import SCHEDULE, SEED, contexts, judged, network, sam
 from ddpm import sample
 from ddpm.engines import competitors
 
-SIZES = ((20, 64),)  # ddim steps, images
-QUICK_SIZES = ((5, 8),)
-SHORT = (4, 1)
-
 
 def _build(steps: int, n: int, device: torch.device) -> Bench:
-    model, context = network(device), contexts(n, device)
+    model = network(device)
+    options = {"solver": "ddim", "steps": steps, "context": contexts(n, device), "seed": SEED}
 
     def draw(engine: str) -> torch.Tensor:
-        return sample(model, SCHEDULE, n, solver="ddim", steps=steps, context=context, seed=SEED, engine=engine)
+        return sample(model, SCHEDULE, n, engine=engine, **options)
 
-    makes = {name: lambda name=name: partial(draw, name) for name in competitors(device)}
-    eager = partial(draw, "eager")
+    eager, makes = partial(draw, "eager"), {name: partial(partial, draw, name) for name in competitors(device)}
     return Bench([()], eager, judged(eager, makes), sampling_cost(model, n, steps), images=n)
 
 
 def workloads(quick: bool) -> list[Workload]:
     """By steps and images."""
-    sizes = {"sampling": QUICK_SIZES if quick else SIZES, "sampling/short": (SHORT,)}
     return [
         Workload(f"{head}/ddim{steps}/n{n}", "sampling", partial(_build, steps, n))
-        for head, some in sizes.items()
-        for steps, n in some
+        for head, steps, n in (("sampling", *((5, 8) if quick else (20, 64))), ("sampling/short", 4, 1))
     ]

@@ -18,28 +18,21 @@ from ddpm.precision import computed_in
 STEPS = 10
 GUIDANCE = {"plain": 1.0, "guided": 2.0}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCHES = (1, 8, 32)
-QUICK_BATCHES = (1, 32)
 
 
 def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:
-    table = make_table(SCHEDULE, "ddpm", STEPS)
-    eager = sampling_call(network(device), table, batch, guidance)
-    kind = computed_in(dtype, device)
-    makes = {
-        name: partial(sampling_call, network(device), table, batch, guidance, name, dtype)
-        for name in competitors(device)
-    }
-    cost = sampling_cost(network(device), batch, STEPS, guidance, kind)
+    model, kind = network(device), computed_in(dtype, device)
+    call = partial(sampling_call, model, make_table(SCHEDULE, "ddpm", STEPS), batch, guidance)
+    eager, makes = call(), {name: partial(call, name, dtype=dtype) for name in competitors(device)}
+    cost = sampling_cost(model, batch, STEPS, guidance, kind)
     return Bench([()], eager, judged(eager, makes, kind), cost, calls=STEPS)
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """Batch x type x guidance."""
-    types = {"fp32": torch.float32} if quick else TYPES
+    """Type x batch x guidance."""
     return [
-        Workload(f"step/{label}/batch{batch}/{kind}", "step", partial(_build, batch, dtype, guidance))
-        for label, dtype in types.items()
-        for batch in (QUICK_BATCHES if quick else BATCHES)
+        Workload(f"step/{label}/batch{batch}/{kind}", "step", partial(_build, batch, TYPES[label], guidance))
+        for label in (("fp32",) if quick else TYPES)
+        for batch in ((1, 32) if quick else (1, 8, 32))
         for kind, guidance in GUIDANCE.items()
     ]

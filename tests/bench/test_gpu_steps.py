@@ -12,7 +12,7 @@ from bench.gpu.measured import OUT_OF_TIME
 from bench.gpu.record import FAILED, PASSED, Record, verdict
 from bench.kernels import full_precision
 from bench.registry import Unavailable
-from bench.suites import cuda, training
+from bench.suites import cuda, networks, training
 from ddpm.engines import ENGINES, Engine, FusedEngine
 from ddpm.inference import KERNELS
 from ddpm.precision import computed_in
@@ -56,7 +56,7 @@ def test_the_step_part_measures(tmp_path):
 
 
 def test_lost_parity_fails_the_part_and_has_no_time(tmp_path, monkeypatch):
-    monkeypatch.setitem(cuda.PARITY, torch.bfloat16, 1e-9)
+    monkeypatch.setitem(networks.PARITY, torch.bfloat16, 1e-9)
     content = run_step(tmp_path)
     lost = next(record for record in content["records"] if record["candidate"] == "fused bf16")
     assert not lost["parity"]

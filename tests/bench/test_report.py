@@ -24,7 +24,7 @@ def test_the_documents_agree_with_the_records():
         "| q_sample bf16 | ",
         "| step/fp32/batch1/plain | eager | ",
         "| 1 image, engine `compile` | ",
-        "| channels_last | ",
+        "| ddim2 | fused | ",
         "| nothing planted | ",
     ],
 )

@@ -130,7 +130,7 @@ def test_the_seed_is_the_one_that_the_workloads_draw_with(small_registry, monkey
     assert store.content_of([], {}, {})["seed"] is None  # a caller that does not say is not believed to know
 
 
-@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training", "export", "peers"])
+@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training", "export", "peers", "ladder"])
 def test_the_seed_of_the_real_suites_is_that_of_their_noise(suite):
     assert seed_of(suite, []) == seed_of("all", [Workload("a", suite, None)]) == networks.SEED == kernels.SEED
 
@@ -158,7 +158,10 @@ def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--suite", "nonsense"], "got 'nonsense', needs one of kernels, step, sampling, training, export, peers, all"),
+        (
+            ["--suite", "nonsense"],
+            "needs one of kernels, step, sampling, training, export, peers, ladder, all",
+        ),
         (["--suite", "kernels"], "needs the package 'nobody_has_it'"),
         (["--suite", "training"], "not built yet"),
         (["--suite", "step", "--filter", "["], "'[' is no regular expression"),
@@ -225,7 +228,8 @@ def test_foreign_files_are_refused(tmp_path, text, words):
 
 # All but the kernels compile.
 @pytest.mark.parametrize(
-    "suite", ["kernels", *(pytest.param(name, marks=pytest.mark.long) for name in ("step", "sampling", "training"))]
+    "suite",
+    ["kernels", *(pytest.param(name, marks=pytest.mark.long) for name in ("step", "sampling", "training", "ladder"))],
 )
 def test_the_real_suites_build_and_are_named_after_themselves(suite):
     found = {quick: load(suite, quick) for quick in (True, False)}
