@@ -39,10 +39,7 @@ def _cases() -> Iterator[Any]:
             yield from (pytest.param(workload, name, id=f"{workload.name} {name}") for name in names)
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize(("workload", "name"), list(_cases()))
-
-
+@pytest.mark.parametrize(("workload", "name"), _cases())
 def test_benchmark(benchmark: Any, workload: Workload, name: str) -> None:
     """Time of one call, in this process, parity first."""
     bench = _built(workload)
