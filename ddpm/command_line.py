@@ -7,8 +7,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import typer
 
@@ -24,20 +25,20 @@ class Terminated(BaseException):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated, where a handler may be set: in the main thread."""
+def handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """The handler gets these signals, where one may be set: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set from Python
+        for number, held in before.items():
+            signal.signal(number, signal.SIG_DFL if held is None else held)  # None: not set from Python
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def debugging() -> bool:
@@ -49,16 +50,6 @@ def show_trace(error: BaseException) -> None:
     """Under `--debug` the traceback on stderr, for errors that are caught and go on as one line."""
     if debugging():
         traceback.print_exception(error)
-
-
-@contextmanager
-def _debugging(asked: bool) -> Iterator[None]:
-    before = os.environ.get(DEBUG, "")
-    os.environ[DEBUG] = "1" if asked else before
-    try:
-        yield
-    finally:
-        os.environ[DEBUG] = before
 
 
 def exit_code(error: BaseException) -> int:
@@ -77,8 +68,12 @@ def exit_code(error: BaseException) -> int:
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with _debugging("--debug" in arguments):
+    before = os.environ.get(DEBUG, "")
+    os.environ[DEBUG] = "1" if "--debug" in arguments else before
+    try:
         return _run(app, name, [word for word in arguments if word != "--debug"])
+    finally:
+        os.environ[DEBUG] = before
 
 
 def _run(app: typer.Typer, name: str, arguments: list[str]) -> int:
@@ -86,7 +81,7 @@ def _run(app: typer.Typer, name: str, arguments: list[str]) -> int:
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
-        with terminable():
+        with handling(_terminate, signal.SIGTERM):
             result = app(arguments, prog_name=name, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort, Terminated) as error:
         print("stopped", file=sys.stderr)

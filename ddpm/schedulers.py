@@ -9,7 +9,6 @@ size. diffusers counts t from 0; its t is our t - 1, and the noise of its step t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -28,37 +27,11 @@ try:
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 except ModuleNotFoundError as error:
-    if error.name != "diffusers":
-        raise
-
-    class _NoDiffusers:
-        """Stands in for diffusers' classes where it is not installed, so that this module can be imported."""
-
-        def __init__(self, *_: object, **__: object) -> None:
-            raise ImportError(f"{type(self).__name__} is a scheduler for diffusers, needs it: pip install diffusers")
-
-        @classmethod
-        def from_config(cls, *_: object, **__: object) -> None:
-            cls()
-
-        from_pretrained = from_config
-
-    DDIMScheduler = DDPMScheduler = _NoDiffusers
+    raise ImportError(f"ddpm.schedulers: {error}: they are for diffusers, needs it: pip install diffusers") from error
 
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The names with "_log" are the same standard deviation by a detour; fixed_large_log is NaN in diffusers.
 VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
-
-
-@dataclass
-class _Resident:
-    """What the steps of one batch read on its device: rows [S, 8], row numbers, global sample indices [n]."""
-
-    key: tuple[Any, ...]
-    rows: Tensor
-    indices: tuple[Tensor, ...]
-    samples: Tensor
-    noise: RowNoise | None = None  # of the present seed, on the CPU
 
 
 class _Fused:
@@ -85,21 +58,38 @@ class _Fused:
         check_integer("first_sample", first_sample, 0)
         self._asked_seed, self._first_sample = seed, first_sample
         self._seed: Tensor | None = None
+        self._draws: RowNoise | None = None  # of the present seed, on the CPU
         self._last = -1
         self._grid: list[int] = self.timesteps.tolist()
         self._positions = {t: i for i, t in enumerate(self._grid)}
         self._tables: dict[float, StepTable] = {}
-        self._resident: _Resident | None = None
+        self._held: tuple[Any, ...] = (None,)  # what the steps of one batch read on its device, behind its key
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+    ) -> None:
+        """As diffusers' (where DDIM takes no timesteps); seed and first_sample choose the noise of the noise contract.
+
+        seed: 0 <= seed < 2^63 for all runs over these timesteps, or None: each run draws one from `step`'s generator
+        (without one, from PyTorch's default generator). first_sample: global index of the batch's first row. A
+        scheduler runs one trajectory at a time: two that take turns would share their noise.
+        """
+        if timesteps is None:
+            check_integer("num_inference_steps", num_inference_steps)
+        super().set_timesteps(num_inference_steps, device, *([] if timesteps is None else [timesteps]))
+        self._begin(seed, first_sample)
 
     def _index(self, timestep: int | Tensor) -> int:
-        """The row of a timestep. A view of `timesteps`, as loops over it give, is located without reading the device.
-
-        Any other CUDA tensor is read, which waits for the device.
-        """
+        """The row of a timestep; a view of `timesteps`, as loops give, is located without waiting for the device."""
         own = self.timesteps
         if isinstance(timestep, Tensor) and timestep.is_cuda and timestep.dtype == own.dtype and timestep.ndim == 0:
-            offset = timestep.data_ptr() - own.data_ptr()
-            index = offset // own.element_size()
+            index = (timestep.data_ptr() - own.data_ptr()) // own.element_size()
             if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and 0 <= index < len(own):
                 return index
         index = self._positions.get(int(timestep))
@@ -113,9 +103,7 @@ class _Fused:
             past = max(self._grid)
             if past >= len(self._alpha_bars):
                 raise ValueError(f"timesteps: got {past}, needs t < {len(self._alpha_bars)} (see steps_offset)")
-            rows = [row for t, previous in zip(self._grid, self._previous(), strict=True)
-                    for row in self._rows(t, previous, eta)]  # fmt: skip
-            coefficients = torch.tensor(rows, dtype=torch.float64)
+            coefficients = torch.tensor(self._rows(eta), dtype=torch.float64)
             clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
             self._tables[eta] = StepTable(torch.tensor(self._grid) + 1, coefficients, clip)
         return self._tables[eta]
@@ -126,12 +114,13 @@ class _Fused:
         It begins when the row does not grow, so two runs over the same timesteps have different noise, as with randn.
         """
         if self._seed is None or index <= self._last or self._seed.device != device:
+            source = "cpu" if generator is None else generator.device
             if self._asked_seed is not None:
-                seed = torch.full((), self._asked_seed, dtype=torch.int64, device=device)
+                self._seed = torch.full((), self._asked_seed, dtype=torch.int64, device=device)
             else:
-                source = "cpu" if generator is None else generator.device
-                seed = torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=source).to(device)
-            self._seed, self._resident.noise = seed, None
+                drawn = torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=source)
+                self._seed = drawn.to(device)
+            self._draws = None
         self._last = index
         return self._seed
 
@@ -148,28 +137,23 @@ class _Fused:
         index, table = self._index(timestep), self._table(eta)
         n, device = sample.shape[0], sample.device
         key = sample.shape, sample.dtype, device, eta
-        if self._resident is None or self._resident.key != key:
-            self._resident = _Resident(
-                key,
-                table.rows(device) if sample.is_cuda else table.coefficients,
-                torch.arange(len(table), device=device).split(1),
-                torch.arange(self._first_sample, self._first_sample + n, device=device),
-            )
-        here = self._resident
+        if self._held[0] != key:
+            rows = table.rows(device) if sample.is_cuda else table.coefficients
+            indices = torch.arange(len(table), device=device).split(1)
+            self._held = key, rows, indices, torch.arange(self._first_sample, self._first_sample + n, device=device)
+            self._draws = None
+        _, rows, indices, samples = self._held
         noisy = bool(table.coefficients[index, 6])
         seed = self._seed_for(index, generator, device) if noisy else torch.zeros((), dtype=torch.int64, device=device)
         if sample.is_cuda:
             x_new, x0 = sample.clone(), torch.zeros_like(sample)
-            solver_step(x_new, m, here.rows, here.indices[index], seed, here.samples, x0_prev=x0, clip=table.clip)
+            solver_step(x_new, m, rows, indices[index], seed, samples, x0_prev=x0, clip=table.clip)
             return x_new, x0
         kind = torch.promote_types(sample.dtype, torch.float32)
-        z = None
-        if noisy:
-            if here.noise is None:
-                here.noise = RowNoise(PhiloxNoise(seed, kind), here.samples, table, tuple(sample.shape[1:]))
-            z = here.noise(index)
-        row = here.rows[index].tolist()
-        x_new, x0 = reference(sample.to(kind), m.to(kind), row[:7], z, None, table.clip)
+        if noisy and self._draws is None:
+            self._draws = RowNoise(PhiloxNoise(seed, kind), samples, table, tuple(sample.shape[1:]))
+        z = self._draws(index) if noisy else None
+        x_new, x0 = reference(sample.to(kind), m.to(kind), rows[index].tolist(), z, None, table.clip)
         return x_new.to(sample.dtype), x0.to(sample.dtype)
 
 
@@ -193,36 +177,12 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
 
     __init__ = _checked(DDPMScheduler.__init__)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: list[int] | None = None,
-        *,
-        seed: int | None = None,
-        first_sample: int = 0,
-    ) -> None:
-        """As diffusers'; seed and first_sample choose the noise of the noise contract.
-
-        seed: 0 <= seed < 2^63 for all runs over these timesteps, or None: each run draws one from `step`'s generator
-        (without one, from PyTorch's default generator). first_sample: global index of the batch's first row. A
-        scheduler runs one trajectory at a time: two that take turns would share their noise.
-        """
-        if timesteps is None:
-            check_integer("num_inference_steps", num_inference_steps)
-        super().set_timesteps(num_inference_steps, device, timesteps)
-        self._begin(seed, first_sample)
-
-    def _previous(self) -> list[int]:
-        """The timestep after each one; -1 is clean data."""
-        return [*self._grid[1:], -1]
-
-    def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
-        s = self._alpha_bars[previous] if previous >= 0 else 1.0
+    def _rows(self, _: float) -> list[list[float]]:
         prediction, variance = PREDICTIONS[self.config.prediction_type], VARIANCES[self.config.variance_type]
-        rows = ddpm([self._alpha_bars[t], s], prediction, variance=variance)
-        if t == 0:
-            rows[0][6] = 0.0  # diffusers adds no noise here, and with fixed_large at the end of every other grid
+        rows = ddpm([*(self._alpha_bars[t] for t in self._grid), 1.0], prediction, variance=variance)
+        for t, row in zip(self._grid, rows, strict=True):
+            if t == 0:
+                row[6] = 0.0  # diffusers adds no noise here, and with fixed_large at the end of every other grid
         return rows
 
     def step(
@@ -253,28 +213,13 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
 
     __init__ = _checked(DDIMScheduler.__init__)
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int,
-        device: str | torch.device | None = None,
-        *,
-        seed: int | None = None,
-        first_sample: int = 0,
-    ) -> None:
-        """As `FusedDDPMScheduler.set_timesteps`; the seed matters where eta > 0."""
-        check_integer("num_inference_steps", num_inference_steps)
-        super().set_timesteps(num_inference_steps, device)
-        self._begin(seed, first_sample)
-
-    def _previous(self) -> list[int]:
+    def _rows(self, eta: float) -> list[list[float]]:
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps: got None, needs a call of set_timesteps first")
         stride = self.config.num_train_timesteps // self.num_inference_steps
-        return [t - stride for t in self._grid]
-
-    def _rows(self, t: int, previous: int, eta: float) -> list[list[float]]:
-        s = self._alpha_bars[previous] if previous >= 0 else float(self.final_alpha_cumprod)
-        return ddim([self._alpha_bars[t], s], PREDICTIONS[self.config.prediction_type], eta=eta)
+        final, prediction = float(self.final_alpha_cumprod), PREDICTIONS[self.config.prediction_type]
+        steps = [(self._alpha_bars[t], self._alpha_bars[t - stride] if t >= stride else final) for t in self._grid]
+        return [row for step in steps for row in ddim(step, prediction, eta=eta)]
 
     def step(
         self,

@@ -18,8 +18,9 @@ import logging
 import math
 import time
 import types
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,12 @@ from ddpm.errors import BadInput
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.objective import Objective
 from ddpm.training.options import TrainOptions
-from ddpm.training.state import Ema, TrainingState
 from kernels import philox
 
 logger = logging.getLogger("ddpm")
 
 WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation asks for: they allocate, compile and tune
+ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def has_room(size: int, device: torch.device) -> bool:
@@ -44,11 +45,34 @@ def has_room(size: int, device: torch.device) -> bool:
     return device.type != "cuda" or size <= torch.cuda.mem_get_info(device)[0] // 2
 
 
-class Trainer(TrainingState):
-    """A network in training: `step()` until `done`. Its whole state is `state()`.
+class Ema:
+    """Moving average of weights and BatchNorm statistics with decay min(d, (1 + k) / (10 + k)) at update k."""
 
-    This is the eager engine, the reference for the others; `make_trainer` makes any of them.
-    """
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, k: int | Tensor) -> None:
+        """k: an integer, or a scalar tensor on the network's device, which is then not read on the host."""
+        averages, values = [], []
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                averages.append(self.tensors[name])
+                values.append(tensor)
+            else:
+                self.tensors[name].copy_(tensor)
+        if isinstance(k, Tensor):
+            share = 1 - ((1 + k) / (10 + k)).clamp(max=self.decay)
+            steps = torch._foreach_sub(values, averages)
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(averages, steps)
+        else:
+            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + k) / (10 + k)))
+
+
+class Trainer:
+    """A network in training: `step()` until `done`. This is the eager engine; `make_trainer` makes any of them."""
 
     engine: ClassVar[str] = "eager"
     moves_data: ClassVar[bool] = False  # to the device, for the whole run, where there is room
@@ -85,35 +109,30 @@ class Trainer(TrainingState):
         count, where = len(dataset), self.data[0].device
         self.order = lru_cache(maxsize=2)(lambda epoch: philox.epoch_order(options.seed, epoch, count).to(where))
         self.objective = Objective(self.network, schedule, options, device, plain=not self.moves_data)
-        self.parallel = world.wrap(self._executed(self.objective), device)
+        self.parallel = world.wrap(self.objective, device)
 
     def _adam(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.network.parameters(), lr=self.options.lr)
-
-    def _executed(self, objective: Objective) -> Objective:
-        """The objective as a step calls it, on every rank."""
-        return objective
 
     def _placed_data(self) -> tuple[tuple[Tensor, Tensor | None], bool]:
         """((values, labels) of the data set, whether they are on the device); what does not fit stays on the host."""
         data = self.dataset.values, self.dataset.labels
         size = sum(tensor.nbytes for tensor in data if tensor is not None)
         if has_room(size, self.device) if self.moves_data else self.device.type == "cpu":
-            values, labels = (None if tensor is None else tensor.to(self.device) for tensor in data)
-            return (self._dense(values), labels), True
+            return self._moved(*data), True
         if self.moves_data and self.world.is_main:
-            logger.info(
-                "engine %s: the data (%.1f GB) stay on the host, too many for %s", self.engine, size / 1e9, self.device
-            )
+            left = f"the data ({size / 1e9:.1f} GB) stay on the host, too many for {self.device}"
+            logger.info("engine %s: %s", self.engine, left)
         return data, False
 
-    def _dense(self, values: Tensor) -> Tensor:
-        """Images in the engine's layout, points contiguous: x_t has the layout of its data."""
+    def _moved(self, values: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """On the device, images in the engine's layout, points contiguous: x_t has the layout of its data."""
+        values, labels = values.to(self.device), None if labels is None else labels.to(self.device)
         layouts = (self.layout,) if self.layout else (torch.contiguous_format, torch.channels_last)
         layouts = layouts if values.ndim == 4 else (torch.contiguous_format,)
-        if any(values.is_contiguous(memory_format=layout) for layout in layouts):
-            return values
-        return values.contiguous(memory_format=layouts[0])
+        if not any(values.is_contiguous(memory_format=layout) for layout in layouts):
+            values = values.contiguous(memory_format=layouts[0])
+        return values, labels
 
     @property
     def done(self) -> bool:
@@ -148,8 +167,8 @@ class Trainer(TrainingState):
         samples, rows = torch.arange(*self.span(index), device=self.device), self.rows(index)
         if self.resident:
             return *self.data, rows, samples
-        values, labels = (None if tensor is None else tensor[rows].to(self.device) for tensor in self.data)
-        return self._dense(values), labels, torch.arange(len(rows), device=self.device), samples
+        here = self._moved(*(None if tensor is None else tensor[rows] for tensor in self.data))
+        return *here, torch.arange(len(rows), device=self.device), samples
 
     def optimise(self, loss: Tensor, k: int | Tensor) -> None:
         """Backward, clipping, Adam and the moving average of step k."""
@@ -169,6 +188,34 @@ class Trainer(TrainingState):
         self.losses[self.index] = self.world.mean(loss.detach())
         self.index += 1
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the rest of the run depends on: `network.*`, `ema.*`, `adam.*`, losses, step (steps done)."""
+        state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        state |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
+        for name, parameter in self.network.named_parameters():
+            for key, tensor in self.optimizer.state.get(parameter, {}).items():
+                state[f"adam.{name}.{key}"] = tensor
+        return state | {"losses": self.losses, "step": torch.tensor(self.index)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`. Raises BadInput if it is of another run."""
+        try:
+            self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
+            for name, tensor in self.ema.tensors.items():
+                tensor.copy_(state[f"ema.{name}"])
+            for name, parameter in self.network.named_parameters():
+                moments = {key: state[f"adam.{name}.{key}"] for key in ADAM_KEYS if f"adam.{name}.{key}" in state}
+                if moments:
+                    step = moments.pop("step").to(parameter.device if self.optimizer.defaults["fused"] else "cpu")
+                    # In the parameters' memory layout, which files do not keep and fused Adam takes for granted.
+                    moved = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in moments.items()}
+                    self.optimizer.state[parameter] = {"step": step, **moved}
+            self.losses.copy_(state["losses"])
+            self.index = int(state["step"])
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BadInput(f"training state does not fit this network or data: {reason}") from error
+
 
 def _call(objective: Objective, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:
     return Objective.forward(objective, values, labels, rows, samples)
@@ -186,25 +233,22 @@ class CompileTrainer(Trainer):
     compiler = "inductor"
     warm = False
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # torch.compile keeps what it made per code object and refuses after eight, so every objective gets its own.
+        own = types.MethodType(types.FunctionType(_call.__code__.replace(), _call.__globals__), self.objective)
+        self.objective.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compiler)
+
     def _adam(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.network.parameters(), lr=self.options.lr, fused=True)
 
-    def _executed(self, objective: Objective) -> Objective:
-        # torch.compile keeps what it made per code object and refuses after eight, so every objective gets its own.
-        own = types.MethodType(types.FunctionType(_call.__code__.replace(), _call.__globals__), objective)
-        objective.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compiler)
-        return objective
-
     def step(self) -> None:
-        if self.warm:
-            self._step()
-            return
-        if self.world.is_main:
+        began, logs = time.perf_counter(), self.world.is_main and not self.warm
+        if logs:
             logger.info("engine %s: compiling in the first step", self.engine)
-        began = time.perf_counter()
         self._step()
         self.warm = True
-        if self.world.is_main:
+        if logs:
             logger.info("engine %s: ready after %.1f s", self.engine, time.perf_counter() - began)
 
     def _step(self) -> None:
@@ -269,8 +313,8 @@ class GraphTrainer(CompileTrainer):
         self.graph.replay()
         self.index += 1
 
-    def _load_state(self, state: dict[str, Tensor]) -> None:
-        super()._load_state(state)
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state(state)
         # Adam's moments are new tensors now, the graph updates the old ones.
         self.graph, self.warm = None, False
 

@@ -1,10 +1,8 @@
 """The training loop: step until done, saving from time to time, at the end and when a signal stops it."""
 
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from ddpm import runs
+from ddpm.command_line import handling
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.files import locked
@@ -29,52 +28,36 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
-class _Stop:
-    """The first SIGINT or SIGTERM is remembered, a second SIGINT raises KeyboardInterrupt at once."""
-
-    number = 0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
-
-
-@contextmanager
-def _catching_signals() -> Iterator[_Stop]:
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run(trainer: Trainer, folder: Path, save_every: float) -> None:
     """Step to the end, saving every `save_every` seconds, at the end, and on SIGINT or SIGTERM.
 
-    Raises Interrupted after a signal, WorkFailed if the loss is not finite.
+    Raises Interrupted after a signal, KeyboardInterrupt at once after a second SIGINT, WorkFailed if the loss is not
+    finite.
     """
-    saved = time.monotonic()
+    saved, stopped_by = time.monotonic(), 0
     main = trainer.world.is_main
     size = trainer.options.batch_size
     unit = "images/s" if trainer.dataset.is_images else "points/s"
-    with _catching_signals() as stop, Bar("train", trainer.total, unit, size, trainer.index, quiet=not main) as bar:
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped_by
+        if stopped_by and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopped_by = number
+
+    bar = Bar("train", trainer.total, unit, size, trainer.index, quiet=not main)
+    with handling(stop, signal.SIGINT, signal.SIGTERM), bar:
         while not trainer.done:
             trainer.step()
             if bar.due(trainer.index):
                 window = trainer.losses[max(0, trainer.index - 50) : trainer.index]
                 bar.update(trainer.index, f"loss {float(window.mean()):.4f}")
-            halt = trainer.world.any(bool(stop.number), trainer.device)
+            halt = trainer.world.any(bool(stopped_by), trainer.device)
             if main and (trainer.done or halt or time.monotonic() - saved >= save_every):
                 state.save_checkpoint(folder, trainer)
                 saved = time.monotonic()
             if halt and not trainer.done:
-                raise Interrupted(stop.number or signal.SIGTERM, trainer.index)
+                raise Interrupted(stopped_by or signal.SIGTERM, trainer.index)
 
 
 def train(

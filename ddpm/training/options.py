@@ -2,21 +2,26 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import nn
+from typer import Option
 
 from ddpm.data import Dataset, load_data
 from ddpm.errors import BadInput
-from ddpm.networks import network_for
+from ddpm.networks import NETWORKS, network_for
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import PREDICTIONS
 from kernels import philox
 
-LOSSES = ("mse", "l1", "huber")
-PRECISIONS = ("fp32", "bf16")
 ENGINES = ("eager", "compile", "graph")
-CHOICES = {"loss": LOSSES, "precision": PRECISIONS, "prediction": PREDICTIONS, "engine": ENGINES}
+CHOICES = {
+    "loss": ("mse", "l1", "huber"),
+    "precision": ("fp32", "bf16"),
+    "prediction": PREDICTIONS,
+    "engine": ENGINES,
+}
 RANGES = {
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
@@ -30,40 +35,35 @@ RANGES = {
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """All that a training run was asked for; stored in config.json and compared by --resume.
+    """All that a training run was asked for; stored in config.json, compared by --resume, the options of `ddpm train`.
 
-    data, labels, image_size, classes: see `load_data`. network: by its name, None = the usual one for such data.
-    schedule, timesteps, beta_start, beta_end: see `NoiseSchedule`.
-    n_feat: width of the network. prediction: eps, v or x0. loss: mse, l1 or huber. min_snr: gamma, 0 = off.
-    epochs; batch_size over all ranks; lr of Adam, falling linearly per epoch; ema_decay; context_dropout: probability
-    of losing the condition; clip_grad: norm, 0 = off; precision: fp32 or bf16 (autocast); flip: mirror half of the
-    images; seed; engine: how steps are executed, see `ddpm.training.engines`, which changes results by rounding only.
-    Raises BadInput for values out of range.
+    data, labels, image_size, classes: see `load_data`. schedule, timesteps, betas: see `NoiseSchedule`. engine: see
+    `ddpm.training.engines`, it changes results by rounding only. Raises BadInput for values out of range.
     """
 
-    data: str = "digits"
-    labels: str | None = None
-    image_size: int | None = None
-    classes: str | None = None
-    network: str | None = None
-    n_feat: int = 64
-    schedule: str = "linear"
-    timesteps: int = 500
-    beta_start: float | None = None
-    beta_end: float | None = None
-    prediction: str = "eps"
-    loss: str = "mse"
-    min_snr: float = 0.0
-    epochs: int = 30
-    batch_size: int = 100
-    lr: float = 1e-3
-    ema_decay: float = 0.999
-    context_dropout: float = 0.1
-    clip_grad: float = 1.0
-    precision: str = "fp32"
-    flip: bool = False
-    seed: int = 0
-    engine: str = "eager"
+    data: Annotated[str, Option(help="digits, swiss-roll, images.npy, a folder of images, an idx file")] = "digits"
+    labels: Annotated[str | None, Option(help="labels.npy (one-hot or integer) or an idx file")] = None
+    image_size: Annotated[int | None, Option(help="crop to the central square, resize to this side")] = None
+    classes: Annotated[str | None, Option(help="names of the classes, comma-separated")] = None
+    network: Annotated[str | None, Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = None
+    n_feat: Annotated[int, Option(help="width of the network")] = 64
+    schedule: Annotated[str, Option(help="linear, quad, sigmoid, constant, cosine or context_unet")] = "linear"
+    timesteps: Annotated[int, Option(help="T")] = 500
+    beta_start: Annotated[float | None, Option(help="first beta [1e-4]")] = None
+    beta_end: Annotated[float | None, Option(help="last beta [0.02]")] = None
+    prediction: Annotated[str, Option(help="what the network outputs: eps, v or x0")] = "eps"
+    loss: Annotated[str, Option(help="mse, l1 or huber")] = "mse"
+    min_snr: Annotated[float, Option(help="gamma of min-SNR weighting, 5 is usual, 0 = off")] = 0.0
+    epochs: Annotated[int, Option()] = 30
+    batch_size: Annotated[int, Option(help="over all ranks")] = 100
+    lr: Annotated[float, Option(help="of Adam; falls linearly to 0")] = 1e-3
+    ema_decay: Annotated[float, Option(help="of the averaged weights that are sampled")] = 0.999
+    context_dropout: Annotated[float, Option(help="share trained without class, for guidance")] = 0.1
+    clip_grad: Annotated[float, Option(help="gradient norm, 0 = off")] = 1.0
+    precision: Annotated[str, Option(help="fp32 or bf16 (autocast)")] = "fp32"
+    flip: Annotated[bool, Option("--flip", help="mirror half of the images")] = False
+    seed: Annotated[int, Option(help="of weights, noise, order: 0 <= seed < 2^63")] = 0
+    engine: Annotated[str, Option(help="eager, compile (warms up first) or graph (CUDA)")] = "eager"
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

@@ -1,25 +1,17 @@
-"""The state of a training run: its tensors, and the run folder that keeps them over a kill at any moment."""
+"""The run folder of a training run, which keeps its state over a kill at any moment."""
 
-import csv
-import io
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor, nn
 
 from ddpm import runs
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import read_tensors, write_tensors, write_text
+from ddpm.training.engines import Trainer
 from ddpm.training.options import TrainOptions
 
-if TYPE_CHECKING:
-    from ddpm.training.engines import Trainer
-
-ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 # A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
@@ -29,73 +21,6 @@ LATER_OPTIONS = {"engine": "eager", "network": None}
 
 class OtherData(BadInput):
     """Data that a run was not trained on."""
-
-
-class Ema:
-    """Moving average of weights and BatchNorm statistics with decay min(d, (1 + k) / (10 + k)) at update k."""
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.tensors = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, k: int | Tensor) -> None:
-        """k: an integer, or a scalar tensor on the network's device, which is then not read on the host."""
-        averages, values = [], []
-        for name, tensor in network.state_dict().items():
-            if tensor.is_floating_point():
-                averages.append(self.tensors[name])
-                values.append(tensor)
-            else:
-                self.tensors[name].copy_(tensor)
-        if isinstance(k, Tensor):
-            share = 1 - ((1 + k) / (10 + k)).clamp(max=self.decay)
-            steps = torch._foreach_sub(values, averages)
-            torch._foreach_mul_(steps, share)
-            torch._foreach_add_(averages, steps)
-        else:
-            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + k) / (10 + k)))
-
-
-class TrainingState:
-    """Everything that the rest of a run depends on: network, moving average, Adam's moments, losses, steps done."""
-
-    network: nn.Module
-    optimizer: torch.optim.Adam
-    ema: Ema
-    losses: Tensor
-    index: int
-
-    def state(self) -> dict[str, Tensor]:
-        """It by name: `network.*`, `ema.*`, `adam.*`, losses, step."""
-        state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        state |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
-        for name, parameter in self.network.named_parameters():
-            for key, tensor in self.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = tensor
-        return state | {"losses": self.losses, "step": torch.tensor(self.index)}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`. Raises BadInput if it is of another run."""
-        try:
-            self._load_state(state)
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"training state does not fit this network or data: {reason}") from error
-
-    def _load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
-        for name, tensor in self.ema.tensors.items():
-            tensor.copy_(state[f"ema.{name}"])
-        for name, parameter in self.network.named_parameters():
-            moments = {key: state[f"adam.{name}.{key}"] for key in ADAM_KEYS if f"adam.{name}.{key}" in state}
-            if moments:
-                step = moments.pop("step").to(parameter.device if self.optimizer.defaults["fused"] else "cpu")
-                # In the parameters' memory layout, which files do not keep and fused Adam takes for granted.
-                moved = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in moments.items()}
-                self.optimizer.state[parameter] = {"step": step, **moved}
-        self.losses.copy_(state["losses"])
-        self.index = int(state["step"])
 
 
 def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
@@ -135,7 +60,7 @@ def training_data(run: runs.Run, data: str | None = None, labels: str | None = N
     return dataset
 
 
-def make_config(trainer: "Trainer") -> dict[str, object]:
+def make_config(trainer: Trainer) -> dict[str, object]:
     """The config.json of a training run: images are clipped while sampling, points are not."""
     options, dataset = trainer.options, trainer.dataset
     return runs.make_config(
@@ -145,23 +70,21 @@ def make_config(trainer: "Trainer") -> dict[str, object]:
         classes=dataset.classes,
         sampling={"clip": 1.0 if dataset.is_images else None},
         data={"name": dataset.name, "count": len(dataset), "digest": dataset.digest()},
-        training={field.name: getattr(options, field.name) for field in fields(options)},
+        training=asdict(options),
     )
 
 
-def loss_table(trainer: "Trainer") -> list[tuple[int, int, float, float]]:
+def loss_table(trainer: Trainer) -> list[tuple[int, int, float, float]]:
     """(epoch, its last step so far, mean loss, learning rate) of every epoch begun."""
-    by_epoch: dict[int, list[float]] = {}
-    for index, loss in enumerate(trainer.losses[: trainer.index].tolist()):
-        by_epoch.setdefault(trainer.epoch_of(index), []).append(loss)
-    table, step = [], 0
-    for epoch, values in by_epoch.items():
-        step += len(values)
-        table.append((epoch + 1, step, sum(values) / len(values), trainer.learning_rate(step - 1)))
+    losses, table = trainer.losses.tolist(), []
+    for epoch, indices in groupby(range(trainer.index), trainer.epoch_of):
+        own = [(index, losses[index]) for index in indices]
+        mean, last = sum(loss for _, loss in own) / len(own), own[-1][0]
+        table.append((epoch + 1, last + 1, mean, trainer.learning_rate(last)))
     return table
 
 
-def save_checkpoint(folder: Path, trainer: "Trainer") -> None:
+def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Write the training state, the weights for sampling and loss.csv, each atomically, in this order.
 
     The state comes first: it holds the weights too, so a kill in between costs nothing. Raises WorkFailed if the loss
@@ -175,14 +98,11 @@ def save_checkpoint(folder: Path, trainer: "Trainer") -> None:
     write_model(folder, trainer)
 
 
-def write_model(folder: Path, trainer: "Trainer") -> None:
+def write_model(folder: Path, trainer: Trainer) -> None:
     """What can be made from the training state: model.safetensors (the moving average) and loss.csv."""
     write_tensors(folder / runs.MODEL, trainer.ema.tensors, format_version=runs.FORMAT_VERSION, step=trainer.index)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("epoch", "step", "loss", "lr"))
-    writer.writerows((e, s, f"{loss:.6g}", f"{lr:.6g}") for e, s, loss, lr in loss_table(trainer))
-    write_text(folder / runs.LOSS_CSV, text.getvalue())
+    rows = [f"{epoch},{step},{loss:.6g},{lr:.6g}\n" for epoch, step, loss, lr in loss_table(trainer)]
+    write_text(folder / runs.LOSS_CSV, "".join(["epoch,step,loss,lr\n", *rows]))
 
 
 def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
@@ -194,7 +114,7 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     return resume and (folder / runs.TRAINING).exists()
 
 
-def resume_from(folder: Path, trainer: "Trainer") -> None:
+def resume_from(folder: Path, trainer: Trainer) -> None:
     """Load the training state of the folder. Raises BadInput if it is damaged or the data is not the same."""
     if runs.read_config(folder)["data"]["digest"] != trainer.dataset.digest():
         raise BadInput(f"{folder}: was trained on other data than {trainer.options.data}, needs the same to resume")

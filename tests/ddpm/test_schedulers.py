@@ -371,7 +371,7 @@ def test_wrong_calls_say_what_they_got():
 
 
 def test_diffusers_stays_optional():
-    """In a fresh process: ddpm does not import it; without it the module imports and a scheduler says what to do."""
+    """In a fresh process: ddpm does not import it; without it the import of the schedulers says what to do."""
     code = """
 import sys
 import ddpm
@@ -383,14 +383,12 @@ class Finder:
             raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
 del sys.modules["diffusers"]
 sys.meta_path.insert(0, Finder())
-from ddpm.schedulers import FusedDDIMScheduler, FusedDDPMScheduler
-for make in (FusedDDIMScheduler, FusedDDPMScheduler, FusedDDPMScheduler.from_pretrained):
-    try:
-        make()
-    except ImportError as error:
-        print(error)
+try:
+    import ddpm.schedulers
+except ImportError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    assert all(line.endswith("pip install diffusers") for line in lines)
+    assert done.stdout == (
+        "ddpm.schedulers: No module named 'diffusers': they are for diffusers, needs it: pip install diffusers\n"
+    )
