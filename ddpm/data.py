@@ -22,7 +22,7 @@ from ddpm.errors import BadInput
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 IDX_IMAGES, IDX_LABELS = 2051, 2049
-DIGITS_SIDE = 16
+GENERATED, DIGITS_SIDE = ("digits", "swiss-roll"), 16
 ALL = "all"  # what `--context` takes for every class in turn
 UNREADABLE_IMAGE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
@@ -70,38 +70,36 @@ def load_data(
     if image_size is not None and image_size < 1:
         raise BadInput(f"--image-size: got {image_size}, needs a side of at least 1 pixel")
     path = Path(source)
-    if labels is not None and (source in ("digits", "swiss-roll") or path.is_dir()):
+    if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
     if source == "digits":
         images, one_hot, names = _digits(image_size or DIGITS_SIDE)
     elif source == "swiss-roll":
         if image_size is not None:
             raise BadInput("--image-size: swiss-roll has points, not images")
-        if classes is not None:
-            raise BadInput(f"--classes: got {len(classes)} names, needs 0 for {source}")
-        return Dataset(source, _swiss_roll(), None, ())
+        images, one_hot, names = _swiss_roll(), None, ()
     elif path.is_dir():
         images, one_hot, names = _image_folder(path, image_size)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
-        raw = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES)
-        images = _check_images(path, raw)
+        images = _check_images(path, read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES))
         if image_size is not None:
             squeezed = images[..., 0] if images.shape[-1] == 1 else images
             images = np.stack([_fit(Image.fromarray(image), image_size) for image in squeezed])
         one_hot = None if labels is None else _read_labels(Path(labels), len(images), path)
         names = () if one_hot is None else tuple(str(k) for k in range(one_hot.shape[1]))
-    if images.shape[1] != images.shape[2]:
-        raise BadInput(f"{source}: images are {images.shape[2]}x{images.shape[1]}, needs squares (or --image-size)")
+    if images.ndim == 4:
+        if images.shape[1] != images.shape[2]:
+            raise BadInput(f"{source}: images are {images.shape[2]}x{images.shape[1]}, needs squares (or --image-size)")
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
     if classes is not None:
         if len(classes) != len(names):
             raise BadInput(f"--classes: got {len(classes)} names, needs {len(names)} for {source}")
         check_class_names(classes, "--classes")
         names = tuple(classes)
-    values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    name = source if source == "digits" else path.stem
-    return Dataset(name, values, None if one_hot is None else torch.from_numpy(one_hot), names)
+    name = source if source in GENERATED else path.stem
+    return Dataset(name, torch.from_numpy(images), None if one_hot is None else torch.from_numpy(one_hot), names)
 
 
 def check_class_names(names: Sequence[str], named_by: str) -> None:
@@ -142,13 +140,13 @@ def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     return images, one_hot(digits.target, 10), tuple("0123456789")
 
 
-def _swiss_roll() -> Tensor:
+def _swiss_roll() -> np.ndarray:
     """4,096 points of scikit-learn's Swiss roll seen along its axis, mean 0, variance 1: float32 [4096, 2]."""
     from sklearn.datasets import make_swiss_roll
 
     points = make_swiss_roll(4096, noise=0.3, random_state=0)[0][:, [0, 2]]
     points -= points.mean(axis=0)
-    return torch.from_numpy((points / points.std()).astype(np.float32))
+    return (points / points.std()).astype(np.float32)
 
 
 def _fit(image: Image.Image, side: int) -> np.ndarray:
@@ -174,37 +172,33 @@ def _check_images(path: Path, images: np.ndarray) -> np.ndarray:
 
 def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
     """Images of a folder in sorted order; subfolders are classes. All grey -> 1 channel, else RGB on white."""
-    subfolders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    found = [(path, k) for k, sub in enumerate(subfolders) for path in _images_in(sub)]
-    loose = _images_in(folder)
-    if found and loose:
+    by_class = {sub: _images_in(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
+    loose, names = _images_in(folder), tuple(sub.name for sub in by_class)
+    files = [path for paths in by_class.values() for path in paths]
+    if files and loose:
         raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
-    files = found or [(path, 0) for path in loose]
-    if not files:
-        raise BadInput(
-            f"{folder}: no images found, needs {', '.join(sorted(IMAGE_SUFFIXES))} (in class subfolders or not)"
-        )
-    if found:
-        check_class_names([sub.name for sub in subfolders], str(folder))
-    opened = [_open(path) for path, _ in files]
-    mode = "L" if all(image.mode in ("L", "1") for image in opened) else "RGB"
+    if files:
+        check_class_names(names, str(folder))
+    elif not loose:
+        known = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise BadInput(f"{folder}: no images found, needs {known} (in class subfolders or not)")
+    opened = {path: _open(path) for path in files or loose}
+    mode = "L" if all(image.mode in ("L", "1") for image in opened.values()) else "RGB"
     arrays = []
-    for (path, _), image in zip(files, opened, strict=True):
+    for path, image in opened.items():
         image = image.convert(mode)
         array = _fit(image, side) if side else np.asarray(image).reshape(image.height, image.width, -1)
         if arrays and array.shape != arrays[0].shape:
-            raise BadInput(
-                f"{path}: is {image.width}x{image.height}, the first image is "
-                f"{arrays[0].shape[1]}x{arrays[0].shape[0]}: needs --image-size to bring them to one size"
-            )
+            sizes = f"{image.width}x{image.height}, the first image is {arrays[0].shape[1]}x{arrays[0].shape[0]}"
+            raise BadInput(f"{path}: is {sizes}: needs --image-size to bring them to one size")
         arrays.append(array)
-    if not found:
+    if not files:
         return np.stack(arrays), None, ()
-    classes = np.array([k for _, k in files])
-    empty = next((sub for k, sub in enumerate(subfolders) if not (classes == k).any()), None)
+    empty = next((sub for sub, paths in by_class.items() if not paths), None)
     if empty is not None:
         raise BadInput(f"{empty}: a class folder without images")
-    return np.stack(arrays), one_hot(classes, len(subfolders)), tuple(sub.name for sub in subfolders)
+    classes = np.repeat(np.arange(len(names)), [len(paths) for paths in by_class.values()])
+    return np.stack(arrays), one_hot(classes, len(names)), names
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -253,11 +247,7 @@ def _read_labels(path: Path, n: int, images: Path) -> np.ndarray:
         raise BadInput(f"{path}: no such file")
     labels = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_LABELS)
     found = f"{labels.dtype} {list(labels.shape)}"
-    if (
-        labels.ndim not in (1, 2)
-        or labels.dtype.kind not in "iufb"
-        or (labels.ndim == 1 and labels.dtype.kind not in "iu")
-    ):
+    if labels.dtype.kind not in {1: "iu", 2: "iufb"}.get(labels.ndim, ""):
         raise BadInput(f"{path}: found {found}, needs integers [N] or one-hot rows [N, K]")
     if len(labels) != n:
         raise BadInput(f"{path}: {len(labels)} labels for {n} images in {images}, needs one each")

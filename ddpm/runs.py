@@ -23,13 +23,8 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import SOLVERS, carried_over, given, make_table, options_of
 
 FORMAT_VERSION = 2
-CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = (
-    "config.json",
-    "model.safetensors",
-    "training.safetensors",
-    "loss.csv",
-    "loss.png",
-)
+FILES = ("config.json", "model.safetensors", "training.safetensors", "loss.csv", "loss.png")
+CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = FILES
 SAMPLING_DEFAULTS = {"solver": "ddpm", "steps": None, "clip": None}
 # Format 1 wrote these whatever the solver took.
 FORMER_DEFAULTS = {"eta": 0.0, "variance": "posterior", "spacing": "trailing"}
@@ -62,9 +57,6 @@ def make_config(
     }
 
 
-FILES = (CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG)
-
-
 def free_folder(folder: Path, overwrite: bool = False) -> None:
     """Raise BadInput unless a new run may be written there: no file, and no run's files without `overwrite`."""
     if folder.exists() and not folder.is_dir():
@@ -95,18 +87,16 @@ def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | N
     contents = {CONFIG: json_text(config).encode()}
     if network is not None:
         contents[MODEL] = tensor_bytes(network.state_dict(), format_version=FORMAT_VERSION)
-    stale = [folder / name for name in FILES]
-    with replacing_all([folder / name for name in contents], stale) as partials:
+    with replacing_all([folder / name for name in contents], [folder / name for name in FILES]) as partials:
         for partial, content in zip(partials, contents.values(), strict=True):
             partial.write_bytes(content)
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A trained (or imported) model with all that sampling it needs.
+    """A model with all that sampling it needs: `sample(run.model, run.schedule, n, **run.sampling)`.
 
-    Sample it with `sample(run.model, run.schedule, n, **run.sampling)`, or with another solver:
-    `**run.options(solver="ddim", steps=20)`.
+    With another solver: `**run.options(solver="ddim", steps=20)`.
     """
 
     folder: Path
@@ -162,20 +152,8 @@ def taken_options(options: Mapping[str, Any]) -> dict[str, Any]:
     solver = options.get("solver", SAMPLING_DEFAULTS["solver"])
     known = isinstance(solver, str) and solver in SOLVERS
     taken = {"spacing", *options_of(solver)} if known else set(FORMER_DEFAULTS)
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in FORMER_DEFAULTS or (value != FORMER_DEFAULTS[name] and name in taken)
-    }
-
-
-def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """A config of format 1 as format 2 has it."""
-    if isinstance(config.get("model"), dict):
-        config["network"] = config["model"].pop("kind", None)
-    if isinstance(config.get("sampling"), dict):
-        config["sampling"] = taken_options(config["sampling"])
-    return config | {"format_version": FORMAT_VERSION}
+    dropped = {name for name, default in FORMER_DEFAULTS.items() if name not in taken or options.get(name) == default}
+    return {name: value for name, value in options.items() if name not in dropped}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -185,21 +163,25 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = read_json(path)
     if config.get("format_version") == 1:
-        config = _upgraded(config)
+        config["format_version"] = FORMAT_VERSION
+        if isinstance(config.get("model"), dict):
+            config["network"] = config["model"].pop("kind", None)
+        if isinstance(config.get("sampling"), dict):
+            config["sampling"] = taken_options(config["sampling"])
     if config.get("format_version") != FORMAT_VERSION:
         raise BadInput(f"{path}: format_version {config.get('format_version')!r}, needs 1 or {FORMAT_VERSION}")
     kinds = {"network": str, "model": dict, "schedule": dict, "prediction": str, "classes": list, "sampling": dict}
     for key, kind in kinds.items():
         if not isinstance(config.get(key), kind):
             raise BadInput(f"{path}: {key!r} is {config.get(key)!r}, needs a {kind.__name__}")
-    if not isinstance(config["sampling"].get("solver", ""), str):
+    config["sampling"] = SAMPLING_DEFAULTS | config["sampling"]
+    if not isinstance(config["sampling"]["solver"], str):
         raise BadInput(f"{path}: its solver is {config['sampling']['solver']!r}, needs a name")
     if not all(isinstance(name, str) for name in config["classes"]):
         raise BadInput(f"{path}: 'classes' is {config['classes']}, needs names")
     data = config.get("data")
     if "training" in config and not (isinstance(data, dict) and isinstance(data.get("digest"), str)):
         raise BadInput(f"{path}: 'data' has no digest, which a trained run needs")
-    config["sampling"] = SAMPLING_DEFAULTS | config["sampling"]
     return config
 
 
@@ -226,8 +208,9 @@ def load_run(folder: str | Path) -> Run:
     path = folder / MODEL
     if not path.exists():
         raise BadInput(f"{path}: no such file: training has not saved yet (ddpm train --out {folder} --resume)")
+    tensors = read_tensors(path)
     try:
-        fit_state_dict(network, read_tensors(path))
+        fit_state_dict(network, tensors)
     except ValueError as error:
-        raise error if isinstance(error, BadInput) else BadInput(f"{path}: {error}") from error
+        raise BadInput(f"{path}: {error}") from error
     return Run(folder, config, network.eval(), schedule)

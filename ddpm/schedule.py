@@ -25,17 +25,15 @@ SIGNAL_LEFT_MAX = 0.05
 
 def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarray:
     """betas of t = 1..T, float64 [T]."""
-    if kind == "linear":
-        return np.linspace(start, end, timesteps)
     if kind == "quad":
         return np.linspace(math.sqrt(start), math.sqrt(end), timesteps) ** 2
     if kind == "sigmoid":
         return start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, timesteps)))
-    if kind == "constant":
-        return np.full(timesteps, end)
-    t = np.arange(timesteps + 1) / timesteps
-    signal = np.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
-    return np.minimum(1 - signal[1:] / signal[:-1], COSINE_BETA_MAX)
+    if kind == "cosine":
+        t = np.arange(timesteps + 1) / timesteps
+        signal = np.cos((t + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
+        return np.minimum(1 - signal[1:] / signal[:-1], COSINE_BETA_MAX)
+    return np.linspace(start, end, timesteps)
 
 
 def _warn_of_signal(kind: str, timesteps: int, left: float) -> None:
@@ -82,14 +80,13 @@ class NoiseSchedule:
 
         Raises ValueError for an unknown kind, T < 1, or betas outside (0, 1). Warns if alpha_bars[T] > 0.05.
         """
-        if kind == GIVEN and alpha_bars is not None:
-            if beta_start is not None or beta_end is not None or timesteps != len(alpha_bars) - 1:
-                raise ValueError(
-                    f"schedule: a given one has no betas and T = {len(alpha_bars) - 1}, got T = {timesteps}"
-                )
-            return cls.from_alpha_bars(alpha_bars)
         if alpha_bars is not None:
-            raise ValueError(f"alpha_bars: got them for schedule {kind!r}, needs kind {GIVEN!r}")
+            last = len(alpha_bars) - 1
+            if kind != GIVEN:
+                raise ValueError(f"alpha_bars: got them for schedule {kind!r}, needs kind {GIVEN!r}")
+            if beta_start is not None or beta_end is not None or timesteps != last:
+                raise ValueError(f"schedule: a given one has no betas and T = {last}, got T = {timesteps}")
+            return cls.from_alpha_bars(alpha_bars)
         check_choice("schedule", kind, KINDS)
         check_integer("timesteps", timesteps)
         timesteps = int(timesteps)
@@ -97,34 +94,24 @@ class NoiseSchedule:
             if beta_start is not None or beta_end is not None:
                 raise ValueError("beta_start, beta_end: the cosine schedule takes none")
         elif kind == "constant":
-            beta_end = next((b for b in (beta_end, beta_start) if b is not None), 0.035)
-            beta_start = beta_end
+            beta_start = beta_end = next((b for b in (beta_end, beta_start) if b is not None), 0.035)
         else:
             beta_start = 1e-4 if beta_start is None else beta_start
             beta_end = 0.02 if beta_end is None else beta_end
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
             if beta is not None and not 0 < beta < 1:
                 raise ValueError(f"{name}: got {beta}, needs 0 < {name} < 1")
-        beta_start, beta_end = (None if beta is None else float(beta) for beta in (beta_start, beta_end))
-
+        start, end = (None if beta is None else float(beta) for beta in (beta_start, beta_end))
         if kind == "context_unet":
-            grid = np.linspace(beta_start, beta_end, timesteps + 1)
-            alpha_bars = np.exp(np.cumsum(np.log1p(-grid)))
-            alpha_bars[0] = 1.0
+            grid = np.linspace(start, end, timesteps + 1)
+            values = np.exp(np.cumsum(np.log1p(-grid)))
+            values[0] = 1.0
             betas = np.concatenate([[0.0], grid[1:]])
         else:
-            betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, beta_start, beta_end)])
-            alpha_bars = np.cumprod(1 - betas)
-        _warn_of_signal(kind, timesteps, alpha_bars[-1])
-        return cls(
-            kind,
-            timesteps,
-            beta_start,
-            beta_end,
-            torch.from_numpy(betas),
-            torch.from_numpy(1 - betas),
-            torch.from_numpy(alpha_bars),
-        )
+            betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, start, end)])
+            values = np.cumprod(1 - betas)
+        _warn_of_signal(kind, timesteps, values[-1])
+        return cls(kind, timesteps, start, end, *map(torch.from_numpy, (betas, 1 - betas, values)))
 
     @classmethod
     def from_alpha_bars(cls, alpha_bars: Sequence[float] | np.ndarray | Tensor) -> "NoiseSchedule":

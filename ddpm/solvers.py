@@ -11,7 +11,6 @@ s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a. Everything is fl
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -42,12 +41,7 @@ def solver(name: str) -> Callable[[Callable[..., Rows]], Callable[..., Rows]]:
 def options_of(name: str) -> tuple[str, ...]:
     """What a solver takes beside steps, prediction, clip and spacing. Raises ValueError for an unknown one."""
     check_choice("solver", name, SOLVERS)
-    return _keywords(SOLVERS[name])
-
-
-@cache
-def _keywords(function: Callable[..., Rows]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(SOLVERS[name]).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,21 +47,21 @@ class StepTable:
 
     def __post_init__(self) -> None:
         """Fill in what was not given. Raises ValueError naming the field that does not fit."""
-        count = len(self.timesteps)
-        fractional = self.timesteps.is_floating_point()
-        if fractional:
-            object.__setattr__(self, "timesteps", self.timesteps.to(torch.float64))
-        if self.guidance_scale is None:
-            object.__setattr__(self, "guidance_scale", torch.ones(count, dtype=torch.float64))
-        if self.noise_steps is None:
-            steps = torch.arange(count) if fractional else self.timesteps.to(torch.int64)
-            object.__setattr__(self, "noise_steps", steps)
-        if self.begins is None:
-            object.__setattr__(self, "begins", torch.ones(count, dtype=torch.bool))
+        count, times = len(self.timesteps), self.timesteps
+        fractional = times.is_floating_point()
+        filled = {
+            "timesteps": times.to(torch.float64) if fractional else times,
+            "guidance_scale": torch.ones(count, dtype=torch.float64),
+            "noise_steps": torch.arange(count) if fractional else times.to(torch.int64),
+            "begins": torch.ones(count, dtype=torch.bool),
+        }
+        for name, value in filled.items():
+            if name == "timesteps" or getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if not count or tuple(self.coefficients.shape) != (count, COLUMNS):
             needs = f"[{max(count, 1)}, {COLUMNS}]: a row for every timestep"
             raise ValueError(f"coefficients: got {list(self.coefficients.shape)}, needs {needs}")
-        for name in ("guidance_scale", "noise_steps", "begins"):
+        for name in filled:
             if tuple(getattr(self, name).shape) != (count,):
                 raise ValueError(f"{name}: got {list(getattr(self, name).shape)}, needs [{count}]")
         check_choice("prediction", self.prediction, PREDICTIONS)
@@ -119,46 +119,44 @@ class StepTable:
 
     def asdict(self) -> dict[str, Any]:
         """The table as JSON has it; numbers keep all their digits."""
-        content = {part.name: getattr(self, part.name) for part in fields(self)}
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in content.items()}
+        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
         first = {"kind": KIND, "format_version": FORMAT_VERSION, "prediction": self.prediction, "clip": self.clip}
         return first | plain | {"made_for": dict(self.made_for)}
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "StepTable":
         """From `asdict`. Raises ValueError naming what is damaged."""
-        if content.get("kind") != KIND:
-            raise ValueError(f"kind: got {content.get('kind')!r}, needs {KIND!r}")
-        if content.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format_version: got {content.get('format_version')!r}, needs {FORMAT_VERSION}")
+
+        def need(fits: bool, message: str) -> None:
+            if not fits:
+                raise ValueError(message)
+
+        for name, needed in (("kind", KIND), ("format_version", FORMAT_VERSION)):
+            need(content.get(name) == needed, f"{name}: got {content.get(name)!r}, needs {needed!r}")
         for name in REQUIRED:
-            if name not in content:
-                raise ValueError(f"{name}: is missing")
+            need(name in content, f"{name}: is missing")
         times, rows, clip, weights, made_for = map(content.get, REQUIRED)
         scale, noise, begins = map(content.get, ("guidance_scale", "noise_steps", "begins"))
         whole = _numbers("timesteps", times) and all(isinstance(t, int) for t in times)
-        if not times or any(b > a for a, b in pairwise(times)) or times[-1] <= 0 or times[0] >= NOISE_STEPS_LIMIT:
-            raise ValueError(f"timesteps: got {str(times)[:80]}, needs numbers > 0 and < 2^24 that never ascend")
-        if not (isinstance(rows, list) and rows) or not all(
-            _numbers("coefficients", row) and len(row) == COLUMNS for row in rows
-        ):
-            raise ValueError(f"coefficients: needs rows of {COLUMNS} finite numbers")
+        fall = times and all(a >= b for a, b in pairwise(times)) and times[-1] > 0 and times[0] < NOISE_STEPS_LIMIT
+        need(fall, f"timesteps: got {str(times)[:80]}, needs numbers > 0 and < 2^24 that never ascend")
+        seven = isinstance(rows, list) and rows and all(_numbers("coefficients", r) and len(r) == COLUMNS for r in rows)
+        need(seven, f"coefficients: needs rows of {COLUMNS} finite numbers")
         _numbers("guidance_scale", scale)
-        if not (_numbers("noise_steps", noise) and all(type(n) is int and 0 <= n < NOISE_STEPS_LIMIT for n in noise)):
-            raise ValueError(f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
-        if not (isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]):
-            raise ValueError(f"begins: got {begins}, needs true or false for every row, the first true")
-        if clip is not None and not (_numbers("clip", [clip]) and clip > 0):
-            raise ValueError(f"clip: got {clip!r}, needs a bound > 0 or null")
-        if not (weights is None or isinstance(weights, str)) or not isinstance(made_for, dict):
-            raise ValueError("weights, made_for: needs a digest or null, and an object")
-        if not isinstance(made_for.get("schedule", {}), dict):
-            raise ValueError(f"made_for: its schedule is {str(made_for['schedule'])[:80]}, needs an object")
+        steps = _numbers("noise_steps", noise) and all(type(n) is int and 0 <= n < NOISE_STEPS_LIMIT for n in noise)
+        need(steps, f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
+        flags = isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]
+        need(flags, f"begins: got {begins}, needs true or false for every row, the first true")
+        bound = clip is None or (_numbers("clip", [clip]) and clip > 0)
+        need(bound, f"clip: got {clip!r}, needs a bound > 0 or null")
+        known = isinstance(weights, str | None) and isinstance(made_for, dict)
+        need(known, "weights, made_for: needs a digest or null, and an object")
+        schedule = made_for.get("schedule", {})
+        need(isinstance(schedule, dict), f"made_for: its schedule is {str(schedule)[:80]}, needs an object")
+        need(rows[-1][6] == 0, f"coefficients: the last row adds noise ({rows[-1][6]}), needs c6 = 0 there")
         coefficients = torch.tensor(rows, dtype=torch.float64)
-        if rows[-1][6] != 0:
-            raise ValueError(f"coefficients: the last row adds noise ({rows[-1][6]}), needs c6 = 0 there")
-        if not coefficients.to(torch.float32).isfinite().all():
-            raise ValueError("coefficients: beyond float32, needs numbers that it holds")
+        finite = bool(coefficients.to(torch.float32).isfinite().all())
+        need(finite, "coefficients: beyond float32, needs numbers that it holds")
         return cls(
             torch.tensor(times, dtype=torch.int64 if whole else torch.float64),
             coefficients,
@@ -180,10 +178,10 @@ class StepTable:
         """The table in a JSON file. Raises BadInput naming the file and what is wrong with it."""
         try:
             return cls.of(read_json(Path(path)))
+        except BadInput:
+            raise
         except ValueError as error:
-            raise (
-                error if isinstance(error, BadInput) else BadInput(f"{path}: no usable step table: {error}")
-            ) from error
+            raise BadInput(f"{path}: no usable step table: {error}") from error
 
 
 def _numbers(name: str, values: object) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
-from ddpm.engines.engine import Callback, FormOf
+from ddpm.engines.engine import Callback, Chunk, FormOf
 from ddpm.errors import check_integer
 from ddpm.inference import FORMS, device_of, has_form, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
@@ -194,8 +194,8 @@ class Trajectory:
         contexts = rows_of_condition(self.model, context, n, self.device)
         batch_size = chunk_size(self.shape) if batch_size is None else batch_size
         draw = _checked(PhiloxNoise(seed) if noise is None else noise, self.state_dtype)
-        run = self._prepared(custom_noise=not isinstance(draw, PhiloxNoise))
-        with evaluating(self.model) if run.live else _computing(self.device):
+        engine = self._prepared(custom_noise=not isinstance(draw, PhiloxNoise))
+        with evaluating(self.model) if engine.live else _computing(self.device):
             chunks, start = [], 0
             while start < n:
                 part = slice(start, min(start + batch_size, n))
@@ -206,7 +206,8 @@ class Trajectory:
                         x = draw(samples, 0, philox.Stream.INITIAL, self.shape)
                     else:
                         x = x_T[part].to(self.device, self.state_dtype)
-                    chunks.append(run(x, samples, c, guidance, draw, callback).to(torch.float32))
+                    x = engine.run(Chunk(x, samples, c, guidance, draw, callback))
+                    chunks.append(x.to(torch.float32))
                 except (MemoryError, RuntimeError) as error:
                     count = part.stop - part.start
                     if count == 1 or not _out_of_memory(error):

@@ -26,9 +26,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason})") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):
         raise BadInput(f"{path}: holds a {type(state).__name__}, needs a state dict of tensors")
     return state
 
@@ -47,18 +46,16 @@ def import_weights(
 ) -> None:
     """Turn published ContextUnet weights into a run that samples as their authors did: ddpm, variance beta, no clip."""
     state = read_state_dict(weights)
-    conditional = any(name.startswith("contextembed") for name in state)
     levels = sum(1 for name in state if name.startswith("down") and name.endswith("model.0.conv1.0.weight"))
     try:
         rows, columns = state["up0.0.weight"].shape[2:]
+        first = state["init_conv.conv1.0.weight"]
         sides = [rows << levels, columns << levels]
-        found = {
-            "in_channels": state["init_conv.conv1.0.weight"].shape[1],
-            "n_feat": state["init_conv.conv1.0.weight"].shape[0],
-            # An unconditional network has no embedding of a context.
-            "n_cfeat": state["contextembed1.model.0.weight"].shape[1] if conditional else 0,
-            "height": sides[0] if len(set(sides)) == 1 else sides,
-        }
+        # An unconditional network has no embedding of a context.
+        conditional = any(name.startswith("contextembed") for name in state)
+        n_context = state["contextembed1.model.0.weight"].shape[1] if conditional else 0
+        found = {"in_channels": first.shape[1], "n_feat": first.shape[0], "n_cfeat": n_context}
+        found["height"] = sides[0] if len(set(sides)) == 1 else sides
     except (KeyError, IndexError, ValueError) as error:
         raise BadInput(f"{weights}: not a ContextUnet state dict (no usable {error})") from None
     for name, asked in (("n_feat", n_feat), ("n_cfeat", n_cfeat), ("height", height)):
@@ -76,9 +73,7 @@ def import_weights(
     except ValueError as error:
         raise BadInput(f"{weights}: {error}") from error
     runs.make_folder(out)
-    config = runs.make_config(
-        network, schedule, "eps", classes=names, weights="imported", sampling={"variance": "beta"}
-    )
-    runs.start_run(out, config, network)
+    more = {"classes": names, "weights": "imported", "sampling": {"variance": "beta"}}
+    runs.start_run(out, runs.make_config(network, schedule, "eps", **more), network)
     print(f"imported: {out} ({', '.join(f'{name} {value}' for name, value in found.items())})")
     print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import typer
 from torch import Tensor
+from typer import Option
 
 from ddpm import runs
 from ddpm.data import ALL
@@ -15,28 +15,29 @@ from ddpm.errors import BadInput, check_choice, check_integer
 from ddpm.networks import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.sampling import sample
-from ddpm.solvers import SOLVERS, SPACINGS, make_table
+from ddpm.solvers import SOLVERS, SPACINGS, given, make_table
 from ddpm.table import StepTable
 from ddpm.trajectory import chunk_size
 
 # The options of `table_of`, for every command line that takes them.
-Solver = Annotated[str | None, typer.Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
-Steps = Annotated[int | None, typer.Option(help="1..T [the run's]")]
-Eta = Annotated[float | None, typer.Option(help="noise of ddim, 0..1 [the run's]")]
-Variance = Annotated[str | None, typer.Option(help="posterior or beta, of ddpm [the run's]")]
-Clip = Annotated[float | None, typer.Option(help="bound of x0, 0 = none [the run's]")]
-Spacing = Annotated[str | None, typer.Option(help=f"{', '.join(SPACINGS)} [the run's]")]
-EngineName = Annotated[str, typer.Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
+Solver = Annotated[str | None, Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
+Steps = Annotated[int | None, Option(help="1..T [the run's]")]
+Eta = Annotated[float | None, Option(help="noise of ddim, 0..1 [the run's]")]
+Variance = Annotated[str | None, Option(help="posterior or beta, of ddpm [the run's]")]
+Clip = Annotated[float | None, Option(help="bound of x0, 0 = none [the run's]")]
+Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)} [the run's]")]
+Guidance = Annotated[float, Option(help="w of classifier-free guidance, 1 = none")]
+EngineName = Annotated[str, Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
+Precision = Annotated[str, Option(help="of the network: fp32, bf16 or fp16")]
+Device = Annotated[str, Option(help="auto, cpu or cuda")]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_output(path: Path | None, option: str, suffix: str) -> None:
     """Raise BadInput, before hours of work, if a file of this name could not be written."""
-    if path is None:
-        return
-    if path.suffix.lower() != suffix:
+    if path is not None and path.suffix.lower() != suffix:
         raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
-    if path.is_dir() or not path.parent.is_dir():
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
 
 
@@ -51,24 +52,17 @@ def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], Step
     A solver that ends in .json is a stored table, which has its own options. Raises BadInput if it is for other weights
     or another schedule, ValueError for options that do not fit.
     """
-    if not is_table_file(asked.get("solver")):
+    path = asked.get("solver")
+    if not is_table_file(path):
         options = run.options(**asked)
         if not options.get("clip"):
             options.pop("clip", None)
         return options, make_table(run.schedule, **options)
-    path = asked["solver"]
-    beside = {name: value for name, value in asked.items() if value is not None and name != "solver"}
-    if beside:
-        name, value = next(iter(beside.items()))
-        raise BadInput(f"--{name}: got {value} beside --solver {path}, a table that has its own, needs one of the two")
-    table = StepTable.load(path)
-    check_table(table, run, path)
-    return {"solver": table.solver, "steps": table.steps, "prediction": table.prediction, "clip": table.clip}, table
-
-
-def check_table(table: StepTable, run: runs.Run, path: str) -> None:
-    """Raise BadInput unless a stored table is for this run."""
-    prediction, own = run.config["prediction"], run.schedule.config()
+    for name, value in given(asked).items():
+        if name != "solver":
+            needs = "a table that has its own, needs one of the two"
+            raise BadInput(f"--{name}: got {value} beside --solver {path}, {needs}")
+    table, prediction, own = StepTable.load(path), run.config["prediction"], run.schedule.config()
     if table.prediction != prediction:
         raise BadInput(f"{path}: is for networks that predict {table.prediction}, {run.folder} predicts {prediction}")
     schedule = table.made_for.get("schedule", own)
@@ -80,6 +74,7 @@ def check_table(table: StepTable, run: runs.Run, path: str) -> None:
         raise BadInput(f"{path}: starts at timestep {start:g}, {run.folder} has {run.schedule.timesteps}")
     if table.weights is not None and table.weights != run.digest():
         raise BadInput(f"{path}: was learned for other weights than those of {run.folder}, needs a table for these")
+    return {"solver": table.solver, "steps": table.steps, "prediction": table.prediction, "clip": table.clip}, table
 
 
 def _named(schedule: dict[str, Any]) -> str:
@@ -120,22 +115,16 @@ def sample_run(
     keep: bool = False,
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...].
-
-    table: as `table_of` returned it.
-    """
+    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...]."""
     if batch_size is not None:
         check_integer("--batch-size", batch_size)
     check_choice("--precision", precision, PRECISIONS)
-    shape = sample_shape(run.model)
-    part = world.share(n)
+    shape, part, steps = sample_shape(run.model), world.share(n), len(table)
     count = part.stop - part.start
     batch_size = batch_size or chunk_size(shape)
-    steps = len(table)
     chunk: list[Tensor] = []
     chunks: list[tuple[Tensor, ...]] = []
-    done = 0
-    total = steps * -(-count // batch_size)
+    done, total = 0, steps * -(-count // batch_size)
     images = torch.zeros(0, *shape)
     with Bar("sample", total, "steps/s", quiet=not (world.is_main and count)) as bar:
 
@@ -151,16 +140,8 @@ def sample_run(
                     chunks.append(tuple(chunk))
 
         if count:
-            images = sample(
-                run.model,
-                run.schedule,
-                count,
-                context=None if context is None else context[part],
-                first_sample=first_sample + part.start,
-                batch_size=batch_size,
-                dtype=PRECISIONS[precision],
-                callback=callback,
-                table=table,
-                **more,
-            )
+            context = None if context is None else context[part]
+            more |= {"context": context, "first_sample": first_sample + part.start, "batch_size": batch_size}
+            dtype = PRECISIONS[precision]
+            images = sample(run.model, run.schedule, count, table=table, dtype=dtype, callback=callback, **more)
     return world.gather(images, n).cpu(), [torch.cat(parts) for parts in zip(*chunks, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, FormOf, engine
-from ddpm.engines.fused import Advanced, FusedEngine, Update
+from ddpm.engines.fused import FusedEngine, Update
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
 from kernels import philox
@@ -120,7 +120,7 @@ class CompileEngine(FusedEngine):
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), dtype=x.dtype, device=x.device).unbind()
 
-        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> Advanced:
+        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             batch_may_vary(x, m, uncond, previous, samples)
             clip, noisy = self.table.clip, self.noisy[i]
             return _compiled_update()(x, m, uncond, weights[i], rows[i], previous, clip, seed, samples, noisy)

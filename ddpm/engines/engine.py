@@ -3,7 +3,7 @@
 name                              for --engine
 lacks(device, dtype, ...)         why it cannot run there, or None
 Engine(model, count, table, dtype, form)
-engine(x_T, samples, context, guidance, noise, callback) -> x_0
+run(chunk)                        x_T -> x_0
 refresh(model)                    take over the model's present weights
 
 A subclass states the first two and overrides `prepare`, `run` and `refresh`.
@@ -50,7 +50,7 @@ class Chunk:
 
 
 class Engine:
-    """Prepared for a model and a table, called once per chunk.
+    """Prepared for a model and a table, run once per chunk.
 
     Args:
         model: on its device. count: T of its schedule. table: what to run. dtype: what the network computes in.
@@ -74,18 +74,6 @@ class Engine:
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
         """What it lacks to run there in a type, with a noise of the caller's own or with Philox; None if nothing."""
         return None
-
-    def __call__(
-        self,
-        x: Tensor,
-        samples: Tensor,
-        context: Tensor | None,
-        guidance: float,
-        noise: Noise,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """The fields of a `Chunk` -> x [n, ...] at 0."""
-        return self.run(Chunk(x, samples, context, guidance, noise, callback))
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         """What is done once, before the first chunk."""

@@ -12,11 +12,8 @@ from ddpm.noise import PhiloxNoise, RowNoise
 from kernels import backend, solver_step
 from kernels.solver_step import guide, reference
 
-Advanced = tuple[Tensor, Tensor | None]
-# advance(i, index, x, m, m_uncond) -> (x, x0): one row of the table.
-Advance = Callable[..., Advanced]
-# update(i, x, m, m_uncond, x0_previous) -> (x, x0): the same, without keeping x0.
-Update = Callable[..., Advanced]
+# update(i, x, m, m_uncond, x0_previous) -> (x, x0): row i of the table.
+Update = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 @engine
@@ -64,10 +61,12 @@ class FusedEngine(Engine):
         x = chunk.x
         tables, rows = self.tables(x.device), self.rows(chunk)
         by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(chunk.noise, PhiloxNoise)
-        advance = self.in_kernel(chunk) if by_kernel else self.in_reference(chunk)
+        update = self.in_kernel(chunk) if by_kernel else self.update(chunk)
+        previous = torch.zeros_like(x) if self.memory and not by_kernel else None
         for i, index in enumerate(torch.arange(len(self.table), device=x.device).split(1)):
-            m = self.network(x, at(tables, index), rows)
-            x, x0 = advance(i, index, x, *m.chunk(halves(rows)))
+            m, *uncond = self.network(x, at(tables, index), rows).chunk(halves(rows))
+            x, x0 = update(i, x, m, uncond[0] if uncond else None, previous)
+            previous = x0 if self.memory else None
             if chunk.callback is not None:
                 chunk.callback(i, x0)
         return x
@@ -76,32 +75,20 @@ class FusedEngine(Engine):
         """The network's output [k * n, ...]."""
         return self.form(x, table_row, rows)
 
-    def in_kernel(self, chunk: Chunk) -> Advance:
-        """The update by the operator, in place on a copy of x."""
+    def in_kernel(self, chunk: Chunk) -> Update:
+        """The update by the operator, in place on a copy of x; it keeps the x0 before it itself."""
         x, samples = chunk.x, chunk.samples
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         own = x.clone(memory_format=layout)
         rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if self.keeps_x0(chunk) else None
+        indices = torch.arange(len(self.table), device=x.device).split(1)
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
 
-        def advance(i: int, index: Tensor, _: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
-            return solver_step(own, m, rows, index, seed, samples, uncond, weights, x0, self.table.clip), x0
+        def update(i: int, _: Tensor, m: Tensor, uncond: Tensor | None, __: Tensor | None) -> tuple[Tensor, ...]:
+            return solver_step(own, m, rows, indices[i], seed, samples, uncond, weights, x0, self.table.clip), x0
 
-        return advance
-
-    def in_reference(self, chunk: Chunk) -> Advance:
-        """The update by plain operators, which takes the x0 before it from here."""
-        update = self.update(chunk)
-        previous = torch.zeros_like(chunk.x) if self.memory else None
-
-        def advance(i: int, index: Tensor, x: Tensor, m: Tensor, uncond: Tensor | None = None) -> Advanced:
-            nonlocal previous
-            x, x0 = update(i, x, m, uncond, previous)
-            previous = x0 if self.memory else None
-            return x, x0
-
-        return advance
+        return update
 
     def update(self, chunk: Chunk) -> Update:
         """The update by the operator's reference, with noise that is drawn before."""
@@ -110,7 +97,7 @@ class FusedEngine(Engine):
         weights = self.table.weights_of_guidance(chunk.guidance)
         draws = RowNoise(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
 
-        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> Advanced:
+        def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             m = m.to(x.dtype)
             if uncond is not None:
                 m = guide(m, uncond.to(x.dtype), weights[i])

@@ -3,6 +3,7 @@
 import json
 import logging
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,51 +19,45 @@ from ddpm.inference.form import (
     PlainForm,
     at,
     device_of,
-    form_dtype,
     form_of,
     halves,
 )
 from ddpm.inference.freshness import Snapshot, settings_of
 from ddpm.networks.protocol import build_network, name_of
+from ddpm.precision import computed_in
 
 logger = logging.getLogger("ddpm")
 
 
 @cache
-def _as_built(name: str, config: str) -> dict[str, tuple[type, dict[str, object], tuple[str, ...]]]:
+def _as_built(name: str, config: str) -> dict[str, tuple[Any, ...]]:
     """`_described` of a fresh network; config: its `config()` as JSON."""
     with torch.device("meta"):
         fresh = build_network(name, json.loads(config))
     return _described(fresh)
 
 
-def _described(model: nn.Module) -> dict[str, tuple[type, dict[str, object], tuple[str, ...]]]:
+def _described(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     """Class, settings and which parameters and buffers are None, of every module by path."""
-    return {
-        path: (
-            type(module),
-            settings_of(module),
-            tuple(name for name, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is None),
-        )
-        for path, module in model.named_modules()
-    }
+
+    def absent(module: nn.Module) -> list[str]:
+        return [name for name, tensor in (module._parameters | module._buffers).items() if tensor is None]
+
+    return {path: (type(each), settings_of(each), absent(each)) for path, each in model.named_modules()}
 
 
 def has_form(model: nn.Module) -> bool:
     """Whether the model has a form of its own: a network as built, nothing exchanged, set otherwise or hooked."""
-    if type(model) not in FORMS:
-        return False
-    hooked = any(
+    if type(model) not in FORMS or any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    )
-    if hooked:
+    ):
         return False
     return _described(model) == _as_built(name_of(model), json.dumps(model.config()))
 
 
 def make_form(model: nn.Module, dtype: torch.dtype, layout: Layout | None = None) -> Form:
     """A form of its own with the model's present weights."""
-    dtype = form_dtype(model, dtype)
+    dtype = computed_in(dtype, device_of(model))
     if has_form(model):
         return FORMS[type(model)](model, dtype, layout)
     logger.info("nothing is folded: %s has no inference form (or is not as built)", type(model).__name__)
@@ -79,19 +74,20 @@ def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
 
     Only those of the device that the model is on, and until `release`.
     """
-    key = form_dtype(model, dtype), device_of(model)
+    dtype = computed_in(dtype, device_of(model))
+    key = dtype, device_of(model)
     forms = _kept.setdefault(model, {})
     for left in [other for other in forms if other[1] != key[1]]:
         del forms[left]
     if key in forms:
         form, snapshot = forms[key]
-        if not (snapshot.same_settings() and snapshot.same_tensors()):
-            if not has_form(model):
-                del forms[key]
-                return make_form(model, dtype)
+        if snapshot.same_settings() and snapshot.same_tensors():
+            return form
+        del forms[key]
+        if has_form(model):
             form.refresh(model)
             forms[key] = form, Snapshot(model)
-        return form
+            return form
     form = make_form(model, dtype)
     if not form.live:
         forms[key] = form, Snapshot(model)

@@ -1,9 +1,10 @@
 """A form: a network as sampling runs it, written once as calls of the operators in `kernels/`.
 
-    tables(times)                what depends on the step alone, each [S, ...]
-    rows(condition, n, guided)   what depends on the condition alone, each [k, n, ...]; None without a condition
+    tables(times)                what depends on the step alone, each [S, ...]; times [S]: what `network_times` gives
+    rows(condition, n, guided)   what depends on the condition alone, each [k, n, ...]; condition [n, ...] or None
     forward(x, table_row, rows)  m [k * n, ...] for x [n, ...]; table_row: each table's row [1, ...]
-    refresh(model)               take over the model's present weights
+    refresh(model)               take over the model's present weights, in place where they have room: compiled code and
+                                 captured graphs go on
 
 k is 2 under guidance (conditional half first), else 1: how halves share work is the form's business alone. Engines run
 the one text, the export traces it, the profile names its modules.
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.networks.protocol import in_type, null_condition
-from ddpm.precision import computed_in
 
 Rows = tuple[Tensor, ...] | None
 
@@ -58,17 +58,6 @@ class Form(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-
-    def tables(self, times: Tensor) -> tuple[Tensor, ...]:
-        """times: [S], what `network_times` gives."""
-        raise NotImplementedError
-
-    def rows(self, condition: Tensor | None, n: int, guided: bool) -> Rows:
-        """condition: float [n, *condition_shape] or None."""
-        raise NotImplementedError
-
-    def refresh(self, model: nn.Module) -> None:
-        """In place, where they have room: compiled code and captured graphs go on."""
 
 
 def typed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -143,11 +132,6 @@ def at(tables: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
 def halves(rows: Rows) -> int:
     """2 under guidance, else 1."""
     return 1 if rows is None else rows[0].shape[0]
-
-
-def form_dtype(model: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """What a form of this model computes in where `dtype` is asked for."""
-    return computed_in(dtype, device_of(model))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -55,7 +55,7 @@ class ContextUnet(ZeroIsNone):
             halvings = max(2, math.ceil(math.log2(max(1, *sides) / 8)))
             multipliers = [min(2**i, 8) for i in range(halvings)]
         multipliers = tuple(map(int, multipliers))
-        depth = len(multipliers)
+        self.depth = depth = len(multipliers)
         if depth < 2 or min(multipliers) < 1:
             raise ValueError(f"multipliers: got {multipliers}, needs at least two integers >= 1")
         if in_channels < 1 or n_cfeat < 0:
@@ -71,29 +71,19 @@ class ContextUnet(ZeroIsNone):
         widths = [n_feat, *(n_feat * multiplier for multiplier in multipliers)]
         deepest, second = widths[-1], widths[-2]
         bottleneck = tuple(side // 2**depth for side in sides)
-        self.depth = depth
         self.init_conv = ResidualConvBlock(in_channels, n_feat, is_res=True)
         for level in range(1, depth + 1):
             self.add_module(f"down{level}", UnetDown(widths[level - 1], widths[level]))
         self.to_vec = nn.Sequential(nn.AvgPool2d(bottleneck), nn.GELU())
-        self.timeembed1 = EmbedFC(1, deepest)
-        self.timeembed2 = EmbedFC(1, second)
+        self.timeembed1, self.timeembed2 = EmbedFC(1, deepest), EmbedFC(1, second)
         if n_cfeat:
-            self.contextembed1 = EmbedFC(n_cfeat, deepest)
-            self.contextembed2 = EmbedFC(n_cfeat, second)
-        self.up0 = nn.Sequential(
-            nn.ConvTranspose2d(deepest, deepest, bottleneck, bottleneck),
-            nn.GroupNorm(GROUPS, deepest),
-            nn.ReLU(),
-        )
+            self.contextembed1, self.contextembed2 = EmbedFC(n_cfeat, deepest), EmbedFC(n_cfeat, second)
+        up0 = nn.ConvTranspose2d(deepest, deepest, bottleneck, bottleneck)
+        self.up0 = nn.Sequential(up0, nn.GroupNorm(GROUPS, deepest), nn.ReLU())
         for level in range(1, depth + 1):
             self.add_module(f"up{level}", UnetUp(2 * widths[depth + 1 - level], widths[depth - level]))
-        self.out = nn.Sequential(
-            nn.Conv2d(2 * n_feat, n_feat, 3, padding=1),
-            nn.GroupNorm(GROUPS, n_feat),
-            nn.ReLU(),
-            nn.Conv2d(n_feat, in_channels, 3, padding=1),
-        )
+        merge, last = nn.Conv2d(2 * n_feat, n_feat, 3, padding=1), nn.Conv2d(n_feat, in_channels, 3, padding=1)
+        self.out = nn.Sequential(merge, nn.GroupNorm(GROUPS, n_feat), nn.ReLU(), last)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -102,13 +92,9 @@ class ContextUnet(ZeroIsNone):
 
     def config(self) -> dict[str, object]:
         """The arguments that build this network again."""
-        return {
-            "in_channels": self.in_channels,
-            "n_feat": self.n_feat,
-            "n_cfeat": self.n_cfeat,
-            "height": self.height if self.height == self.width else [self.height, self.width],
-            "multipliers": list(self.multipliers),
-        }
+        height = self.height if self.height == self.width else [self.height, self.width]
+        own = {name: getattr(self, name) for name in ("in_channels", "n_feat", "n_cfeat")}
+        return own | {"height": height, "multipliers": list(self.multipliers)}
 
     @classmethod
     def for_data(cls, shape: tuple[int, ...], classes: int, n_feat: int) -> "ContextUnet":
@@ -121,17 +107,15 @@ class ContextUnet(ZeroIsNone):
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         """x [n, C, H, W], t [n] in (0, 1], c [n, n_cfeat] or None = zeros -> [n, C, H, W]."""
         check_call(self, x, t, c)
-        features = self.init_conv(x)
-        skips = [features]
+        skips = [self.init_conv(x)]
         for level in range(1, self.depth + 1):
             skips.append(getattr(self, f"down{level}")(skips[-1]))
-
         up = self.up0(self.to_vec(skips[-1]))
         for level in range(1, self.depth + 1):
             if level <= 2:
                 up = self._gate(level, up, t, c)
             up = getattr(self, f"up{level}")(up, skips[-level])
-        return self.out(torch.cat((up, features), dim=1))
+        return self.out(torch.cat((up, skips[0]), dim=1))
 
     def _gate(self, level: int, up: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
         """cemb * up + temb; an unconditional network has no cemb."""
@@ -150,13 +134,11 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
 
     Raises ValueError as `fit_state_dict` does.
     """
-    given = dict(state_dict)
-    shortcut = [name for name in model.state_dict() if name.startswith(SHORTCUT_PREFIX)]
-    without = bool(shortcut) and not any(name in given for name in shortcut)
-    if without:
-        given |= {name: torch.zeros_like(model.state_dict()[name]) for name in shortcut}
+    own, given = model.state_dict(), dict(state_dict)
+    shortcut = {name: torch.zeros_like(own[name]) for name in own if name.startswith(SHORTCUT_PREFIX)}
+    without = bool(shortcut) and not shortcut.keys() & given.keys()
     try:
-        fit_state_dict(model, given)
+        fit_state_dict(model, shortcut | given if without else given)
     except ValueError as error:
         raise ValueError(f"state dict: {error}") from error
     if without:

@@ -41,7 +41,7 @@ def name_of(model: nn.Module) -> str:
 
 
 def _class_of(name: str) -> type[nn.Module]:
-    name = FORMER_NAMES.get(name, name) if isinstance(name, str) else name
+    name = FORMER_NAMES.get(name, name)
     check_choice("network", name, NETWORKS)
     return NETWORKS[name]
 
@@ -79,17 +79,23 @@ class ZeroIsNone(nn.Module):
 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one sample: the model's `sample_shape`, or (in_channels, height, height)."""
-    if hasattr(model, "sample_shape"):
-        return _shape("sample_shape", model.sample_shape)
-    if hasattr(model, "in_channels") and hasattr(model, "height"):
-        return model.in_channels, model.height, model.height
-    raise TypeError(f"model: {type(model).__name__} needs an attribute sample_shape, or in_channels and height")
+    if not hasattr(model, "sample_shape"):
+        if hasattr(model, "in_channels") and hasattr(model, "height"):
+            return model.in_channels, model.height, model.height
+        raise TypeError(f"model: {type(model).__name__} needs an attribute sample_shape, or in_channels and height")
+    return _shape(model, "sample_shape")
 
 
 def condition_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Shape of one condition; None for a network without one, or that does not say."""
-    shape = getattr(model, "condition_shape", None)
-    return None if shape is None else _shape("condition_shape", shape)
+    return None if getattr(model, "condition_shape", None) is None else _shape(model, "condition_shape")
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    value = getattr(model, name)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, needs a tuple of sizes")
+    return tuple(value)
 
 
 def one_hot_conditions(model: nn.Module, numbers: Tensor) -> Tensor | None:
@@ -97,12 +103,6 @@ def one_hot_conditions(model: nn.Module, numbers: Tensor) -> Tensor | None:
     shape = condition_shape(model)
     size = 0 if shape is None else math.prod(shape)
     return torch.eye(size)[numbers % size].reshape(len(numbers), *shape) if size else None
-
-
-def _shape(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise TypeError(f"{name}: got {value!r}, needs a tuple of sizes")
-    return tuple(value)
 
 
 def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
@@ -115,9 +115,8 @@ def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
         raise ValueError(f"time: {type(model).__name__} has {kind!r}, needs one of {', '.join(TIMES)}")
     fractional = timesteps.is_floating_point()
     if fractional and not getattr(model, "continuous_time", True):
-        raise ValueError(
-            f"timesteps: {type(model).__name__} takes whole timesteps only, needs a table without fractions"
-        )
+        kind = type(model).__name__
+        raise ValueError(f"timesteps: {kind} takes whole timesteps only, needs a table without fractions")
     if kind == "fraction":
         return timesteps.to(torch.float64) / count
     return (timesteps - 1).to(torch.float32) if fractional else timesteps - 1
@@ -161,9 +160,8 @@ def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: 
     if not hasattr(model, "condition_shape"):
         rows = context.expand(n, -1) if context.ndim == 1 else context
         if context.ndim < 1 or rows.shape[0] != n:
-            raise ValueError(
-                f"context: got shape {list(context.shape)}, needs one vector or [{n}, ...], a row a sample"
-            )
+            needs = f"one vector or [{n}, ...], a row a sample"
+            raise ValueError(f"context: got shape {list(context.shape)}, needs {needs}")
         return rows
     shape = condition_shape(model) or (0,)
     rows = context.expand(n, *shape) if tuple(context.shape) == shape else context
