@@ -104,8 +104,8 @@ class Trajectory:
             raise ValueError("self_condition: got True, which engines do not keep an estimate for yet, needs False")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype!r}, needs a floating type of torch")
-        if float(table.timesteps[0]) > schedule.timesteps:
-            start, end = float(table.timesteps[0]), schedule.timesteps
+        start, end = float(table.timesteps[0]), schedule.timesteps
+        if start > end:
             raise ValueError(f"table: starts at timestep {start:g}, the schedule ends at {end}, needs a table for it")
         self.model, self.schedule, self.table = model, schedule, table
         self.dtype, self.guided = dtype, guided
@@ -123,21 +123,17 @@ class Trajectory:
     def _prepared(self, custom_noise: bool) -> Engine:
         """The engine for this kind of noise; a second one shares the form of the first."""
         if custom_noise not in self._engines:
-            kind = choose(self._asked, self.device, self.dtype, custom_noise, self._is_plain())
-            other = next(iter(self._engines.values()), None)
-            if type(other) is kind:
-                self._engines[custom_noise] = other
-            else:
-                form = (lambda *_: other.form) if hasattr(other, "form") else self._form
+            # What is hooked matters where graphs capture.
+            captures = self._asked == "auto" and self.device.type == "cuda"
+            plain = type(self.model) not in FORMS or (captures and not has_form(self.model))
+            kind = choose(self._asked, self.device, self.dtype, custom_noise, plain)
+            engine = next(iter(self._engines.values()), None)
+            if type(engine) is not kind:
+                form = (lambda *_, held=engine: held.form) if hasattr(engine, "form") else self._form
                 with _computing(self.device):
-                    built = kind(self.model, self.schedule.timesteps, self.table, self.dtype, form)
-                self._engines[custom_noise] = built
+                    engine = kind(self.model, self.schedule.timesteps, self.table, self.dtype, form)
+            self._engines[custom_noise] = engine
         return self._engines[custom_noise]
-
-    def _is_plain(self) -> bool:
-        """Whether `auto` shall take the network for one without a form; what is hooked matters where graphs capture."""
-        captures = self._asked == "auto" and self.device.type == "cuda"
-        return type(self.model) not in FORMS or (captures and not has_form(self.model))
 
     def refresh(self) -> None:
         """Take over the model's present weights. What was compiled or captured is kept where it serves them."""
@@ -182,13 +178,17 @@ class Trajectory:
         Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run it.
         """
         check_integer("n", n)
-        if batch_size is not None:
-            check_integer("batch_size", batch_size)
+        check_integer("batch_size", 1 if batch_size is None else batch_size)
         check_integer("first_sample", first_sample, 0)
         philox.check_seed(seed)
         if first_sample > philox.SAMPLE_LIMIT - n:
             raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
-        self._check_guidance(guidance, context)
+        if isinstance(guidance, str) or guidance is None or not math.isfinite(guidance):
+            raise ValueError(f"guidance: got {guidance!r}, needs a finite number")
+        if guidance != 1.0 and context is None:
+            raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
+        if guidance != 1.0 and not self.guided:
+            raise ValueError(f"guidance: got {guidance}, but this trajectory was prepared without guided=True")
         if x_T is not None and tuple(x_T.shape) != (n, *self.shape):
             raise ValueError(f"x_T: got {list(x_T.shape)}, needs {[n, *self.shape]}")
         contexts = rows_of_condition(self.model, context, n, self.device)
@@ -217,11 +217,3 @@ class Trajectory:
                     continue
                 start = part.stop
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
-
-    def _check_guidance(self, guidance: float, context: Tensor | None) -> None:
-        if isinstance(guidance, str) or guidance is None or not math.isfinite(guidance):
-            raise ValueError(f"guidance: got {guidance!r}, needs a finite number")
-        if guidance != 1.0 and context is None:
-            raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
-        if guidance != 1.0 and not self.guided:
-            raise ValueError(f"guidance: got {guidance}, but this trajectory was prepared without guided=True")

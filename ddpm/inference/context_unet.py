@@ -41,17 +41,10 @@ def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> Con
     return model.to(dtype)
 
 
-def _leave_division_to_readers(model: ContextUnet) -> None:
-    """In place: what reads the first block's sum divides it by 1.414 itself, so one pass over its features is saved."""
-    for reader in (model.down1.model[0].conv1[0].weight, model.out[0].weight.chunk(2, dim=1)[1]):
-        reader.div_(1.414)
-
-
 class Bottleneck(nn.Module):
     """From the deepest features to the first gate, once for each half's scale: x [n, C, h, w] -> [k * n, C, h, w]."""
 
     def load(self, up0: nn.Sequential, dtype: torch.dtype, layout: Layout) -> None:
-        """Take over the transposed convolution and the normalisation after it."""
         conv, norm, _ = up0
         weight = conv.weight.to(dtype).contiguous(memory_format=layout.memory_format)
         gains = {"gain": norm.weight.to(dtype), "offset": norm.bias.to(dtype)}
@@ -67,7 +60,6 @@ class Normalisation(nn.Module):
     """GroupNorm and ReLU of the head."""
 
     def load(self, norm: nn.GroupNorm, dtype: torch.dtype) -> None:
-        """Take over a normalisation's gains."""
         store(self, gain=norm.weight.to(dtype), offset=norm.bias.to(dtype))
         self.eps = norm.eps
 
@@ -77,13 +69,7 @@ class Normalisation(nn.Module):
 
 @form_of(ContextUnet)
 class ContextUnetForm(Form):
-    """forward(x, table_row, rows) -> m [k * n, C, H, W] for x [n, C, H, W].
-
-    Args:
-        model: the network, on its device; it is not changed.
-        dtype: what to compute in.
-        layout: see `Layout`.
-    """
+    """forward(x, table_row, rows) -> m [k * n, C, H, W] for x [n, C, H, W], computed in dtype."""
 
     def __init__(self, model: ContextUnet, dtype: torch.dtype, layout: Layout | None = None) -> None:
         super().__init__(dtype)
@@ -101,8 +87,12 @@ class ContextUnetForm(Form):
         self.embeddings = nn.ModuleDict({name: copy.deepcopy(child).to(kind) for name, child in embeddings.items()})
         self.requires_grad_(False)
         self.refresh(model)
-        if dtype == torch.float32 and next(model.parameters()).device.type == "cpu" and self.layout == Layout():
-            self._log_if_slow(model)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        transformed = any(module.transformed for module in self.modules() if isinstance(module, Convolution))
+        if on_cpu and not transformed and dtype == torch.float32 and self.layout == Layout():
+            fits_any = any(map(fits, model.parameters()))
+            lack = missing() if fits_any else f"no convolution has channels in multiples of {PANEL} (n_feat)"
+            logger.info("convolutions are the library's, about a third as fast as the operator winograd: %s", lack)
 
     @torch.no_grad()
     def refresh(self, model: ContextUnet) -> None:
@@ -118,7 +108,9 @@ class ContextUnetForm(Form):
         load(self.initial, model.init_conv)
         if self.shortcut is not None:
             self.shortcut.load(model.init_conv.shortcut.weight, model.init_conv.shortcut.bias, *kept)
-        _leave_division_to_readers(model)
+        # What reads the first block's sum divides it by 1.414 itself: one pass over its features is saved.
+        for reader in (model.down1.model[0].conv1[0].weight, model.out[0].weight.chunk(2, dim=1)[1]):
+            reader.div_(1.414)
         for level in range(1, self.depth + 1):
             down, up = getattr(model, f"down{level}").model, getattr(model, f"up{level}").model
             load(self.downs[level - 1], down[0], down[1])
@@ -131,13 +123,6 @@ class ContextUnetForm(Form):
         self.last.load(last.weight, last.bias, *kept)
         for name, own in self.embeddings.items():
             own.load_state_dict(getattr(model, name).state_dict())
-
-    def _log_if_slow(self, model: ContextUnet) -> None:
-        if any(module.transformed for module in self.modules() if isinstance(module, Convolution)):
-            return
-        fits_any = any(map(fits, model.parameters()))
-        lack = missing() if fits_any else f"no convolution has channels in multiples of {PANEL} (n_feat)"
-        logger.info("convolutions are the library's, about a third as fast as the operator winograd: %s", lack)
 
     def _embedded(self, kind: str, value: Tensor) -> tuple[Tensor, ...]:
         """By the embedding of each gated level."""
@@ -172,8 +157,8 @@ class ContextUnetForm(Form):
             skips.append(down(skips[-1], then=POOL))
         first, second = (None, None) if rows is None else rows
         up = self.bottleneck(skips[-1], first, table_row[0])
-        gate = {"scale": None if second is None else second.flatten(0, 1), "shift": table_row[1]}
+        gate = None if second is None else second.flatten(0, 1), table_row[1]
         for level, (upsampling, blocks) in enumerate(zip(self.upsamplings, self.ups, strict=True)):
-            up = blocks(upsampling(up, skips.pop()), **(gate if level == 0 else {}))
+            up = blocks(upsampling(up, skips.pop()), gate=gate if level == 0 else None)
         shared = self.head.share(skips.pop())  # the widest features go here, where memory is at its peak
         return self.last(self.normalisation(self.head(up, shared)))

@@ -7,6 +7,7 @@ of either kind over cat(x, skip) is a sum of two, and guidance shares the skip's
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from ddpm.inference.form import Layout
 from kernels import convolution, winograd
 from kernels.convolution import KEEP, POOL, SPREAD
 from kernels.winograd import fits, missing, transform
+
+Gate = tuple[Tensor | None, Tensor]  # scale and shift of scale * y + shift, each [1 or k * n, C]
 
 
 @cache
@@ -39,11 +42,6 @@ def uses_onednn_layout(dtype: torch.dtype) -> bool:
     return True
 
 
-def uses_winograd(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the operator `winograd` takes a convolution's weights in this type here, and runs its kernel."""
-    return weight.device.type == "cpu" and dtype == torch.float32 and fits(weight) and missing() is None
-
-
 def store(module: nn.Module, **tensors: Tensor) -> None:
     """Set buffers, in place where they have room: a captured CUDA graph reads the memory that it was captured with."""
     for name, tensor in tensors.items():
@@ -61,19 +59,11 @@ def added(y: Tensor, shared: Tensor) -> Tensor:
     return (y.unflatten(0, (-1, shared.shape[0])) + shared).flatten(0, 1)
 
 
-def gated(y: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """scale * y + shift; each [1 or k * n, C] or None."""
-    if shift is None:
-        return y
-    shift = shift[:, :, None, None]
-    return y + shift if scale is None else torch.addcmul(shift, y, scale[:, :, None, None])
-
-
-def followed(
-    y: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, onto: Tensor | None = None, then: str = KEEP
-) -> Tensor:
+def followed(y: Tensor, gate: Gate | None = None, onto: Tensor | None = None, then: str = KEEP) -> Tensor:
     """What may come after a convolution, by plain operators: the gate, a sum, pooling."""
-    y = gated(y, scale, shift)
+    if gate is not None:
+        scale, shift = gate[0], gate[1][:, :, None, None]
+        y = y + shift if scale is None else torch.addcmul(shift, y, scale[:, :, None, None])
     y = y if onto is None else y + onto
     return F.max_pool2d(y, 2) if then == POOL else y
 
@@ -83,8 +73,7 @@ class Convolution(nn.Module):
 
     def __init__(self, gelu: bool = False) -> None:
         super().__init__()
-        self.gelu = gelu
-        self.padding = 0
+        self.gelu, self.padding = gelu, 0
         self.packed = self.transformed = self.fused = False
         self.register_buffer("weight", None)
         self.register_buffer("bias", None)
@@ -93,18 +82,16 @@ class Convolution(nn.Module):
         """Take over the weights [C', C, k, k] and [C'] of a convolution, k odd."""
         self.padding = weight.shape[-1] // 2
         self.fused = layout.kernels
-        if bias is None:
-            self.bias = None
-        else:
+        if bias is not None:
             store(self, bias=bias.to(dtype))
-        self.transformed = layout.winograd and layout.channels_last and uses_winograd(weight, dtype)
+        on_cpu = layout.channels_last and weight.device.type == "cpu"
+        self.transformed = on_cpu and layout.winograd and dtype == torch.float32 and fits(weight) and missing() is None
         if self.transformed:
             store(self, weight=transform(weight))
             return
         weight = weight.to(dtype)
         # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
-        many = min(weight.shape[:2]) > 1
-        if layout.pack and layout.channels_last and many and weight.device.type == "cpu" and uses_onednn_layout(dtype):
+        if on_cpu and layout.pack and min(weight.shape[:2]) > 1 and uses_onednn_layout(dtype):
             self.pack(weight)
         else:
             store(self, weight=weight.contiguous(memory_format=layout.memory_format))
@@ -118,22 +105,15 @@ class Convolution(nn.Module):
         """Padding, stride, dilation, groups."""
         return [self.padding] * 2, [1, 1], [1, 1], 1
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        onto: Tensor | None = None,
-        then: str = KEEP,
-    ) -> Tensor:
-        """Then scale * y + shift, plus `onto`, perhaps in its memory, then pooled: `then`."""
+    def forward(self, x: Tensor, gate: Gate | None = None, onto: Tensor | None = None, then: str = KEEP) -> Tensor:
+        """Then the gate, plus `onto`, perhaps in its memory, then pooled: `then`."""
         if self.fused:
-            film = {"film_scale": scale, "film_shift": shift}
-            return convolution(x, self.weight, self.bias, **film, onto=onto, gelu=self.gelu, then=then, kernel=True)
-        if shift is None and onto is not None and not self.gelu:
+            scale, shift = gate or (None, None)
+            more = {"film_scale": scale, "film_shift": shift, "onto": onto, "gelu": self.gelu, "then": then}
+            return convolution(x, self.weight, self.bias, **more, kernel=True)
+        if gate is None and onto is not None and not self.gelu:
             return followed(self._onto(x, onto), then=then)
-        return followed(self._own(x), scale, shift, onto, then)
+        return followed(self._own(x), gate, onto, then)
 
     def _own(self, x: Tensor) -> Tensor:
         if self.transformed:
@@ -168,7 +148,7 @@ class Chain(nn.Sequential):
     def __init__(self, count: int) -> None:
         super().__init__(*(Convolution(gelu=True) for _ in range(count)))
 
-    def forward(self, x: Tensor, **after: Tensor | str | None) -> Tensor:
+    def forward(self, x: Tensor, **after: Any) -> Tensor:
         """after: what follows the last one, as in `Convolution`."""
         *first, last = self
         waiting: list[Convolution] = []
@@ -241,11 +221,10 @@ class Upsampling(nn.Module):
             out = added(self._spread(x.permute(0, 2, 3, 1) @ self.of_x, x), of_skip)
             return out.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         shared = torch.addmm(self.bias, _pixels(skip), self.of_skip)
-        copies = x.shape[0] // skip.shape[0]
-        if copies == 1:
+        if x.shape[0] == skip.shape[0]:
             out = shared.addmm_(_pixels(x), self.of_x)
         else:
-            out = (_pixels(x) @ self.of_x).unflatten(0, (copies, -1)).add_(shared)
+            out = (_pixels(x) @ self.of_x).unflatten(0, (-1, shared.shape[0])).add_(shared)
         del shared
         return self._spread(out.flatten(0, -2), x).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 

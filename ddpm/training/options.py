@@ -16,12 +16,7 @@ from ddpm.table import PREDICTIONS
 from kernels import philox
 
 ENGINES = ("eager", "compile", "graph")
-CHOICES = {
-    "loss": ("mse", "l1", "huber"),
-    "precision": ("fp32", "bf16"),
-    "prediction": PREDICTIONS,
-    "engine": ENGINES,
-}
+CHOICES = {"loss": ("mse", "l1", "huber"), "precision": ("fp32", "bf16"), "prediction": PREDICTIONS, "engine": ENGINES}
 RANGES = {
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
