@@ -7,16 +7,3 @@ from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from ddpm.table import StepTable
 from ddpm.trajectory import Trajectory
-
-__all__ = [
-    "ContextUnet",
-    "NoiseSchedule",
-    "PointMLP",
-    "Run",
-    "StepTable",
-    "Trajectory",
-    "load_context_unet_weights",
-    "load_run",
-    "make_table",
-    "sample",
-]

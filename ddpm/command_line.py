@@ -53,10 +53,7 @@ def show_trace(error: BaseException) -> None:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 for what the user can put right (arguments, files, a full disk), 1 for work that failed.
-
-    An error class outside the usual two brings its own `exit_code` (those of export/run.py).
-    """
+    """2 for what the user can put right, 1 for work that failed; an error class may bring its own `exit_code`."""
     if isinstance(error, WorkFailed):
         return FAILED
     usage = hasattr(error, "format_message")

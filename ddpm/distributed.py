@@ -56,18 +56,16 @@ class World:
             return flag
         return bool(self.mean(torch.tensor(float(flag), device=device)) > 0)
 
-    def share(self, n: int) -> slice:
-        """This rank's contiguous part of range(n); the parts differ by at most one."""
-        return self._share_of(self.rank, n)
-
-    def _share_of(self, rank: int, n: int) -> slice:
+    def share(self, n: int, rank: int | None = None) -> slice:
+        """The contiguous part of range(n) of a rank, default this one; the parts differ by at most one."""
+        rank = self.rank if rank is None else rank
         return slice(n * rank // self.size, n * (rank + 1) // self.size)
 
     def gather(self, part: Tensor, n: int) -> Tensor:
         """All ranks' `share` parts joined to [n, ...], on every rank."""
         if self.size == 1:
             return part
-        shares = [self._share_of(rank, n) for rank in range(self.size)]
+        shares = [self.share(n, rank) for rank in range(self.size)]
         sizes = [share.stop - share.start for share in shares]
         padded = part.new_zeros(max(sizes), *part.shape[1:])
         padded[: part.shape[0]] = part

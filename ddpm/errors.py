@@ -1,8 +1,11 @@
 """Our two errors, what the user can put right and work that failed, and the checks that everything shares."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from kernels.philox import is_integer
+
+Item = TypeVar("Item")
 
 
 class BadInput(ValueError):
@@ -23,3 +26,16 @@ def check_integer(name: str, value: object, low: int = 1) -> None:
     """Raise ValueError unless the value is an integer proper, and not below `low`."""
     if not is_integer(value) or value < low:
         raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
+
+
+def register(known: dict[Any, Any], name: Any, what: str) -> Callable[[Item], Item]:
+    """A decorator that adds a class or function under a name. It raises ValueError if another one has the name."""
+
+    def decorate(item: Item) -> Item:
+        held = known.get(name)
+        if held is not None and (held.__module__, held.__qualname__) != (item.__module__, item.__qualname__):
+            raise ValueError(f"{what}: {name!r} is {held.__module__}.{held.__qualname__}, needs another name")
+        known[name] = item
+        return item
+
+    return decorate

@@ -70,11 +70,5 @@ def evaluate(samples: Tensor, dataset: Dataset, classes: Tensor | None) -> Evalu
         accuracy_real = float((held_out.predict(real[two]) == labels[two]).mean())
         reader = SVC(C=10, gamma="scale").fit(real, labels)
         accuracy = float((reader.predict(fake) == classes.cpu().numpy()).mean())
-    return Evaluation(
-        n=len(fake),
-        real=len(real),
-        frechet=frechet_distance(fake, real),
-        frechet_real=frechet_distance(real[one], real[two]),
-        accuracy=accuracy,
-        accuracy_real=accuracy_real,
-    )
+    floor = frechet_distance(real[one], real[two])
+    return Evaluation(len(fake), len(real), frechet_distance(fake, real), floor, accuracy, accuracy_real)

@@ -17,12 +17,11 @@ ENGINE_TOLERANCE, SPLIT_TOLERANCE, CALL_TOLERANCE = 1e-4, 1e-5, 1e-5
 PIXEL_RANGE = 2.0  # of images in [-1, 1]
 
 
+Measure = Callable[[Tensor, Tensor], Tensor | float]
+
+
 def _compared(
-    actual: Values,
-    expected: Values,
-    measure: Callable[[Tensor, Tensor], Tensor | float],
-    otherwise: float = math.inf,
-    empty: float = 0.0,
+    actual: Values, expected: Values, measure: Measure, otherwise: float = math.inf, empty: float = 0.0
 ) -> float:
     """The measure of both in float64, on the device that they share or else the CPU; `otherwise` where it has none."""
     if tuple(actual.shape) != tuple(expected.shape):
@@ -32,9 +31,7 @@ def _compared(
     first, second = (value.to(device, torch.float64) for value in (first, second))
     if not bool(first.isfinite().all() and second.isfinite().all()):
         return otherwise
-    if not first.numel():
-        return empty
-    return float(measure(first, second))
+    return float(measure(first, second)) if first.numel() else empty
 
 
 def distance(actual: Values, expected: Values) -> float:

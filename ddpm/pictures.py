@@ -4,12 +4,16 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
 CELL_PIXELS, GIF_CELL_PIXELS = 64, 48
@@ -64,23 +68,19 @@ def render(
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    shown, end = text, ""
+    while shown and font.getlength(shown + end) > width:
+        shown, end = shown[:-1], "…"
+    return shown + end
 
 
-def _figure(width: float, height: float):  # noqa: ANN202 (matplotlib is imported only where it is used)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # imported only where it is used
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
-def _image_of(figure) -> Image.Image:  # noqa: ANN001
+def _image_of(figure: "Figure") -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

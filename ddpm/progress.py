@@ -10,30 +10,20 @@ REFRESH_SECONDS = 0.5
 
 
 class Bar:
-    """`with Bar("train", total, "images/s", per_step=100) as bar: bar.update(done, "loss 0.05")`.
-
-    A total of 0 is done before it begins, as is one that `start` has reached: there no line is written.
-    """
+    """`with Bar("train", total, "images/s", per_step=100) as bar: bar.update(done, "loss 0.05")`, on stderr."""
 
     def __init__(
         self, label: str, total: int, unit: str, per_step: int = 1, start: int = 0, quiet: bool = False
     ) -> None:
-        self.label, self.total, self.unit, self.per_step = label, total, unit, per_step
-        self.start = start
+        self.label, self.total, self.unit, self.per_step, self.start = label, total, unit, per_step, start
         self.live = not quiet and sys.stderr.isatty()
         self.lines = not quiet and not self.live
         self.began = self.shown = time.monotonic()
         self.tenth = self._parts(start, 10)
         if self.live:
-            self.rich = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+            count, left = TextColumn("{task.completed}/{task.total}  {task.fields[text]}"), TextColumn("left")
+            columns = TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn(), left
+            self.rich = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self.task = self.rich.add_task(label, total=total, completed=start, text="")
 
     def __enter__(self) -> "Bar":
@@ -68,8 +58,5 @@ class Bar:
             return
         self.tenth = self._parts(done, 10)
         left = elapsed * max(self.total - done, 0) / max(done - self.start, 1)
-        print(
-            f"{self.label} {self._parts(done, 100):3d}%  {done}/{self.total}  {text}  {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.label} {self._parts(done, 100):3d}%  {done}/{self.total}  {text}  {left:.0f} s left"
+        print(line, file=sys.stderr, flush=True)

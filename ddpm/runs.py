@@ -40,10 +40,7 @@ def make_config(
     sampling: Mapping[str, object] | None = None,
     **more: object,
 ) -> dict[str, Any]:
-    """The content of config.json. `sampling` overrides SAMPLING_DEFAULTS; `more` is kept as given.
-
-    Raises ValueError for a network without a name.
-    """
+    """The content of config.json; `more` is kept as given. Raises ValueError for a network without a name."""
     return {
         "format_version": FORMAT_VERSION,
         "network": name_of(network),
@@ -80,10 +77,7 @@ def make_folder(folder: Path) -> None:
 
 
 def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | None = None) -> None:
-    """Make the folder this run's: config.json, and the network's weights if there are any yet.
-
-    What an earlier run left goes when the new files are whole on the disk, so that no mixture can be read.
-    """
+    """Make the folder this run's: what an earlier one left goes when the new files are whole on the disk."""
     contents = {CONFIG: json_text(config).encode()}
     if network is not None:
         contents[MODEL] = tensor_bytes(network.state_dict(), format_version=FORMAT_VERSION)
@@ -94,10 +88,7 @@ def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | N
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A model with all that sampling it needs: `sample(run.model, run.schedule, n, **run.sampling)`.
-
-    With another solver: `**run.options(solver="ddim", steps=20)`.
-    """
+    """What sampling needs: `sample(run.model, run.schedule, n, **run.options(solver="ddim", steps=20))`."""
 
     folder: Path
     config: dict[str, Any]
@@ -122,10 +113,7 @@ class Run:
         return digest_of(self.model.state_dict())
 
     def context(self, text: str) -> Tensor:
-        """One condition, float32 [*condition_shape]: a class by name or number, or `v1,v2,..`, all its numbers.
-
-        Raises BadInput for anything else.
-        """
+        """One condition, float32 [*condition_shape]: a class by name or number, or all its numbers. Raises BadInput."""
         shape, names = condition_shape(self.model), self.classes
         if shape is None:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")

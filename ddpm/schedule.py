@@ -1,7 +1,4 @@
-"""Noise schedules: how much of the data is left at time t.
-
-t runs over 1..T and index 0 is clean data, so every array has length T+1 and alpha_bars[0] == 1.
-"""
+"""Noise schedules: alpha_bars, how much of the data is left at t = 1..T; at index 0, clean data, it is 1."""
 
 import math
 import warnings
@@ -48,10 +45,7 @@ def _warn_of_signal(kind: str, timesteps: int, left: float) -> None:
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """betas, alphas and alpha_bars of t = 0..T: float64 tensors [T+1] on the CPU, indexed by t.
-
-    Build one with `NoiseSchedule.make` or `from_alpha_bars`. betas[0] == 0, alphas[0] == alpha_bars[0] == 1.
-    """
+    """betas, alphas, alpha_bars of t = 0..T: float64 [T+1] on the CPU. Build one with `make` or `from_alpha_bars`."""
 
     kind: str
     timesteps: int

@@ -109,10 +109,7 @@ class _Fused:
         return self._tables[eta]
 
     def _seed_for(self, index: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """The seed of this step's trajectory, int64 []: the one asked for, or 63 bits drawn when a trajectory begins.
-
-        It begins when the row does not grow, so two runs over the same timesteps have different noise, as with randn.
-        """
+        """The trajectory's seed, int64 []: as asked for, or drawn where one begins: where the row does not grow."""
         if self._seed is None or index <= self._last or self._seed.device != device:
             source = "cpu" if generator is None else generator.device
             if self._asked_seed is not None:
@@ -206,10 +203,7 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
 
 
 class FusedDDIMScheduler(_Fused, DDIMScheduler):
-    """diffusers' DDIMScheduler on the fused operator; see `FusedDDPMScheduler`.
-
-    As in diffusers a step goes from t to t - T // S, whatever the next timestep of the grid is.
-    """
+    """diffusers' DDIMScheduler on the fused operator: as there, a step goes from t to t - T // S, whatever the grid."""
 
     __init__ = _checked(DDIMScheduler.__init__)
 

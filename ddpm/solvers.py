@@ -16,8 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ddpm.errors import check_choice
-from ddpm.registry import register
+from ddpm.errors import check_choice, register
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import COLUMNS, PREDICTIONS, StepTable
 from kernels.philox import is_integer
@@ -91,10 +90,7 @@ def to_eps(prediction: str, a: float) -> tuple[float, float]:
 
 @solver("ddpm")
 def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior") -> Rows:
-    """The posterior q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7, between any two timesteps.
-
-    variance: of its noise, `posterior` or the larger `beta`.
-    """
+    """q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7; variance of its noise: `posterior` or the larger `beta`."""
     check_choice("variance", variance, VARIANCES)
     rows = []
     for a, s in pairwise(alpha_bars):
@@ -107,10 +103,7 @@ def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior
 
 @solver("ddim")
 def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0) -> Rows:
-    """Song, Meng, Ermon 2021, equations 12 and 16; the direction keeps the network's own eps.
-
-    eta: how much noise, 0 (deterministic) to 1.
-    """
+    """Song, Meng, Ermon 2021, equations 12 and 16, with the network's own eps; eta: noise, 0 (deterministic) to 1."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: got {eta}, needs 0 <= eta <= 1")
     rows = []
@@ -147,10 +140,7 @@ def given(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def carried_over(stored: Mapping[str, object], asked: Mapping[str, object]) -> dict[str, object]:
-    """Options of `make_table` from a run's stored ones and what is asked for; None means not given.
-
-    Stored options belong to the stored solver: another one takes over prediction, clip and spacing alone.
-    """
+    """A run's stored options overridden by what is asked for; another solver takes over SHARED_OPTIONS alone."""
     stored, asked = given(stored), given(asked)
     if asked.get("solver", stored["solver"]) != stored["solver"]:
         stored = {name: stored[name] for name in SHARED_OPTIONS if name in stored}

@@ -101,10 +101,7 @@ class StepTable:
         return [guidance if scale == 1 else 1 + scale * (guidance - 1) for scale in scales]
 
     def from_row(self, k: int) -> "StepTable":
-        """The table from row k on: memory is empty there, so its first row takes x0 for x0_previous.
-
-        Raises ValueError for a row that is not there or continues a step, and for a learned table.
-        """
+        """From row k on, where x0 is its own x0_previous. Raises ValueError inside a step, or for a learned table."""
         if not is_integer(k) or not 0 <= k < len(self):
             raise ValueError(f"row: got {k}, needs 0..{len(self) - 1}")
         if self.weights is not None:

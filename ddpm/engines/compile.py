@@ -72,10 +72,7 @@ def batch_may_vary(*tensors: Tensor | None, dim: int = 0) -> None:
 
 
 def _guards_of_arguments(guards: Sequence[Any]) -> list[bool]:
-    """Which guards to keep: not those of modules, globals and weights, which an inference form never exchanges.
-
-    They are 500 of 540 and took 0.1 ms a step, next to 4 ms for the network at batch 1 (n_feat 64, 16x16).
-    """
+    """Not of modules, globals and weights, which a form never exchanges: 500 of 540 guards, 0.1 ms of a step of 4."""
     return [not guard.name.startswith(("self", "L['self']", "G[")) for guard in guards]
 
 

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ddpm.errors import register
 from ddpm.inference import Form, make_form
 from ddpm.networks.protocol import network_times
 from ddpm.noise import Noise
-from ddpm.registry import register
 from ddpm.table import StepTable
 
 Callback = Callable[[int, Tensor], None]

@@ -18,11 +18,7 @@ Update = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Ten
 
 @engine
 class FusedEngine(Engine):
-    """Runs the table on the form.
-
-    On CUDA the update is the operator `solver_step` with its own noise. On the CPU, and with another noise than Philox,
-    it is the operator's reference.
-    """
+    """Runs the table on the form; the update is the operator `solver_step` (CUDA, Philox noise) or its reference."""
 
     name = "fused"
 

@@ -6,6 +6,7 @@ reads the folded weights where they lie, so `refresh` reaches it.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,17 @@ from kernels import solver_step
 STEPS_PER_GRAPH = 10  # untuned
 WARM_UP_STEPS = 3
 CAPTURES_KEPT = 4  # batch sizes whose captures are kept per network: full and last chunk, guided and not
+
+
+def warm_up(device: torch.device, step: Callable[[], None]) -> torch.cuda.Stream:
+    """Run what shall be captured a few times, as PyTorch asks for: it allocates, compiles and tunes. -> the stream."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_STEPS):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    return side
 
 
 class Capture:
@@ -37,13 +49,12 @@ class Capture:
         self.table = torch.zeros(room, 8, device=x.device)
         self.tables = tuple(table.new_zeros(room, *table.shape[1:]) for table in tables)
         self.rows = None if rows is None else tuple(torch.zeros_like(row) for row in rows)
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self.index.zero_()  # a table may have fewer rows
-                self._step()
-        torch.cuda.current_stream(x.device).wait_stream(side)
+
+        def first() -> None:
+            self.index.zero_()  # a table may have fewer rows
+            self._step()
+
+        side = warm_up(x.device, first)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         pool = torch.cuda.graph_pool_handle()
         for steps in (1, STEPS_PER_GRAPH):
@@ -59,10 +70,7 @@ class Capture:
         self.index.add_(1)
 
     def load(self, chunk: Chunk, rows: Rows, by_step: tuple[Tensor, ...]) -> None:
-        """Fill the buffers for a run. Copies only: their addresses are in the graphs.
-
-        by_step: weights of guidance, table and the form's tables, each [S, ...].
-        """
+        """Fill buffers, which the graphs address; by_step: guidance, table, form's tables, each [S, ...]."""
         self.x.copy_(chunk.x)
         self.samples.copy_(chunk.samples)
         self.index.zero_()
@@ -77,10 +85,7 @@ class Capture:
 
 @engine
 class GraphEngine(FusedEngine):
-    """CUDA only; the noise must be Philox, which the kernel draws.
-
-    A callback makes the engine replay single steps and costs a second state in memory.
-    """
+    """CUDA only, with Philox noise, which the kernel draws. A callback costs replays of single steps and a state."""
 
     name = "graph"
 

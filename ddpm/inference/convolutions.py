@@ -198,10 +198,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 class Upsampling(nn.Module):
-    """ConvTranspose with kernel = stride = 2 over cat(x, skip), as two products.
-
-    x [k * n, C, h, w], skip [n, C, h, w] -> [k * n, C', 2h, 2w]; k halves share the skip.
-    """
+    """ConvTranspose with kernel = stride = 2 over cat(x [k * n, C, h, w], skip [n, C, h, w]), as two products."""
 
     def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype, layout: Layout) -> None:
         """Take over a transposed convolution's weights."""

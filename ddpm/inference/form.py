@@ -76,10 +76,7 @@ def checked(m: Tensor, x: Tensor) -> Tensor:
 
 
 class PlainForm(Form):
-    """The form of a network without one of its own: the network itself, guidance on twice the rows.
-
-    Follows the live module where that has the type; a copy in another type is renewed by `refresh`.
-    """
+    """Of a network without a form: the live module, or a copy in another type; guidance on twice the rows."""
 
     live = True
 

@@ -1,7 +1,4 @@
-"""ContextUnet: the context- and time-conditioned U-Net known from 16x16 sprites, at any side that halves evenly.
-
-Parameter names follow the original, so published state dicts load.
-"""
+"""ContextUnet, known from 16x16 sprites. Parameter names follow the original, so published state dicts load."""
 
 import math
 import warnings

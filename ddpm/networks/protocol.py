@@ -19,8 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ddpm.errors import check_choice
-from ddpm.registry import register
+from ddpm.errors import check_choice, register
 
 NETWORKS: dict[str, type[nn.Module]] = {}
 TIMES = ("fraction", "index")
@@ -106,10 +105,7 @@ def one_hot_conditions(model: nn.Module, numbers: Tensor) -> Tensor | None:
 
 
 def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:
-    """What forward gets for timesteps in (0, T], count = T: t / T in float64, or t - 1 (float32 where fractional).
-
-    Raises ValueError for fractional timesteps where the network has an embedding of whole ones only.
-    """
+    """What forward gets for timesteps in (0, T], count = T: t / T in float64, or t - 1 (float32 where fractional)."""
     kind = getattr(model, "time", "fraction")
     if kind not in TIMES:
         raise ValueError(f"time: {type(model).__name__} has {kind!r}, needs one of {', '.join(TIMES)}")
@@ -148,10 +144,7 @@ def without_condition(model: nn.Module, condition: Tensor, dropped: Tensor) -> T
 
 
 def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: torch.device) -> Tensor | None:
-    """float32 [n, *condition_shape] from one condition for all or one a row; None where there is nothing to condition.
-
-    Raises ValueError for another shape, or values that are not finite.
-    """
+    """float32 [n, *condition_shape] from one condition for all or one a row; None: none. Raises ValueError."""
     if context is None:
         return None
     context = torch.as_tensor(context, dtype=torch.float32, device=device)
@@ -184,10 +177,7 @@ def check_call(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> None
 
 
 def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly.
-
-    Raises ValueError naming the first entry that is missing, of another shape or kind of type, not finite, or too many.
-    """
+    """Load a state dict that must fit exactly. Raises ValueError naming the first entry that does not."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in given:

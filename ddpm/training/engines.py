@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ddpm import engines
 from ddpm.data import Dataset
 from ddpm.distributed import World
+from ddpm.engines.graph import warm_up
 from ddpm.errors import BadInput
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.objective import Objective
@@ -36,7 +37,6 @@ from kernels import philox
 
 logger = logging.getLogger("ddpm")
 
-WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation asks for: they allocate, compile and tune
 ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,6 +77,7 @@ class Trainer:
     engine: ClassVar[str] = "eager"
     moves_data: ClassVar[bool] = False  # to the device, for the whole run, where there is room
     layout: ClassVar[torch.memory_format | None] = None  # of images and weights; None: their own
+    warm = True  # nothing is compiled in the first step
 
     def __init__(
         self,
@@ -93,16 +94,13 @@ class Trainer:
             raise BadInput(f"--batch-size: got {options.batch_size}, needs a multiple of the {world.size} ranks")
         normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
         if options.batch_size // world.size == 1 and normalised:
-            raise BadInput(
-                f"--batch-size: got {options.batch_size} on {world.size} ranks, needs at least 2 images per rank "
-                "(BatchNorm)"
-            )
+            needs = "at least 2 images per rank (BatchNorm)"
+            raise BadInput(f"--batch-size: got {options.batch_size} on {world.size} ranks, needs {needs}")
         self.options, self.dataset, self.schedule = options, dataset, schedule
-        self.device, self.world = device, world
+        self.device, self.world, self.index = device, world, 0
         self.network = network.to(device, memory_format=self.layout).train()
         self.optimizer = self._adam()
         self.ema = Ema(self.network, options.ema_decay)
-        self.index = 0
         self.total = math.ceil(options.epochs * len(dataset) / options.batch_size)
         self.losses = torch.full((self.total,), math.nan, device=device)
         self.data, self.resident = self._placed_data()
@@ -112,7 +110,7 @@ class Trainer:
         self.parallel = world.wrap(self.objective, device)
 
     def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.network.parameters(), lr=self.options.lr)
+        return torch.optim.Adam(self.network.parameters(), lr=self.options.lr, fused=self.moves_data or None)
 
     def _placed_data(self) -> tuple[tuple[Tensor, Tensor | None], bool]:
         """((values, labels) of the data set, whether they are on the device); what does not fit stays on the host."""
@@ -181,6 +179,15 @@ class Trainer:
 
     def step(self) -> None:
         """One optimiser step on the next batch."""
+        began, logs = time.perf_counter(), self.world.is_main and not self.warm
+        if logs:
+            logger.info("engine %s: compiling in the first step", self.engine)
+        self._step()
+        self.warm = True
+        if logs:
+            logger.info("engine %s: ready after %.1f s", self.engine, time.perf_counter() - began)
+
+    def _step(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.index)
         loss = self.parallel(*self.inputs(self.index))
@@ -222,10 +229,7 @@ def _call(objective: Objective, values: Tensor, labels: Tensor | None, rows: Ten
 
 
 class CompileTrainer(Trainer):
-    """Arguments as `Trainer`. The first step compiles (about half a minute on a CPU) and logs how long that took.
-
-    A data set that does not fit on the device stays on the host, which is logged, and each step's rows are copied.
-    """
+    """Arguments as `Trainer`. The first step compiles (about half a minute on a CPU) and logs how long that took."""
 
     engine = "compile"
     moves_data = True
@@ -239,28 +243,12 @@ class CompileTrainer(Trainer):
         own = types.MethodType(types.FunctionType(_call.__code__.replace(), _call.__globals__), self.objective)
         self.objective.forward = torch.compile(own, fullgraph=True, dynamic=False, backend=self.compiler)
 
-    def _adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam(self.network.parameters(), lr=self.options.lr, fused=True)
-
-    def step(self) -> None:
-        began, logs = time.perf_counter(), self.world.is_main and not self.warm
-        if logs:
-            logger.info("engine %s: compiling in the first step", self.engine)
-        self._step()
-        self.warm = True
-        if logs:
-            logger.info("engine %s: ready after %.1f s", self.engine, time.perf_counter() - began)
-
-    def _step(self) -> None:
-        super().step()
-
 
 class GraphTrainer(CompileTrainer):
-    """CUDA only, one process. Arguments as `Trainer`.
+    """CUDA only, one process. Arguments as `Trainer`. Not yet run on a GPU.
 
-    Rows, sample indices, learning rate and step number live in buffers that the graph reads, so that a step costs the
-    host a few small launches and one replay. Losses go to their place in `losses` by the graph itself. Not yet run on a
-    GPU.
+    Rows, sample indices, learning rate, step number and losses live in buffers that the graph reads and writes, so that
+    a step costs the host a few small launches and one replay.
     """
 
     engine = "graph"
@@ -285,13 +273,12 @@ class GraphTrainer(CompileTrainer):
             for tensor in self.inputs(self.index)
         )
         before = {name: tensor.clone() for name, tensor in self.state().items()}
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self.k.fill_(self.index)
-                self._body()
-        torch.cuda.current_stream(self.device).wait_stream(side)
+
+        def again() -> None:
+            self.k.fill_(self.index)
+            self._body()
+
+        warm_up(self.device, again)
         with torch.no_grad():
             for name, tensor in self.state().items():
                 # Adam's moments did not exist before a run's first step: they begin at zero.
@@ -330,10 +317,7 @@ def make_trainer(
     device: torch.device,
     world: World,
 ) -> Trainer:
-    """The trainer of `options.engine`: its `step()` is one training step.
-
-    Raises BadInput for an engine that this machine or this number of ranks cannot run.
-    """
+    """The trainer of `options.engine`. Raises BadInput for one that this machine or number of ranks cannot run."""
     lack = engines.unavailable_reason(options.engine, device)
     if lack is None and options.engine == "graph" and world.size > 1:
         lack = f"a single process, there are {world.size} ranks: take compile or eager"

@@ -63,8 +63,7 @@ class Objective(nn.Module):
 
     def diffused(self, values: Tensor, rows: Tensor, samples: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x_t [n, ...], t int64 [n], noise like x_t or None where the loss draws it again)."""
-        keep_noise, flip = not self.redraws, self.options.flip
-        more = {"flip": flip, "keep_noise": keep_noise}
+        more = {"flip": self.options.flip, "keep_noise": not self.redraws}
         x_t, t, noise = q_sample_rows(values, rows, self.alpha_bars, self.seed, samples, **more)
         if self.plain:
             # Of a single channel the strides may be those of either layout, by which PyTorch chooses its convolution.

@@ -164,7 +164,7 @@ def test_a_kill_between_the_two_files_is_healed_by_resume(tmp_path, train, undis
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm.training.state.write_model", killed)
+        patch.setattr("ddpm.training.loop.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             train(folder)
     assert step_of(folder) == STEPS
@@ -178,7 +178,7 @@ def test_a_kill_between_the_two_files_midway_leaves_the_older_model_whole(interr
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("ddpm.training.state.write_model", killed)
+        patch.setattr("ddpm.training.loop.write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             train(interrupted, resume=True, save_every=1e-9)
     assert step_of(interrupted) == 5
