@@ -46,8 +46,7 @@ class RowNoise:
             first = self.noisy.index(row)
             rows = self.noisy[first : first + self.at_once]
             n, steps = len(self.samples), torch.tensor([self.steps[r] for r in rows], device=self.samples.device)
-            draws = self.noise(
-                self.samples.repeat(len(rows)), steps.repeat_interleave(n), philox.Stream.SAMPLING, self.shape
-            )
+            samples, steps = self.samples.repeat(len(rows)), steps.repeat_interleave(n)
+            draws = self.noise(samples, steps, philox.Stream.SAMPLING, self.shape)
             self.drawn = dict(zip(rows, draws.split(n), strict=True))
         return self.drawn[row]

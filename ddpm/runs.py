@@ -41,17 +41,9 @@ def make_config(
     **more: object,
 ) -> dict[str, Any]:
     """The content of config.json; `more` is kept as given. Raises ValueError for a network without a name."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "network": name_of(network),
-        "model": network.config(),
-        "schedule": schedule.config(),
-        "prediction": prediction,
-        "classes": list(classes),
-        "weights": weights,
-        "sampling": SAMPLING_DEFAULTS | dict(sampling or {}),
-        **more,
-    }
+    described = {"format_version": FORMAT_VERSION, "network": name_of(network), "model": network.config()}
+    described |= {"schedule": schedule.config(), "prediction": prediction, "classes": list(classes), "weights": weights}
+    return described | {"sampling": SAMPLING_DEFAULTS | dict(sampling or {})} | more
 
 
 def free_folder(folder: Path, overwrite: bool = False) -> None:
@@ -60,9 +52,8 @@ def free_folder(folder: Path, overwrite: bool = False) -> None:
         raise BadInput(f"{folder}: is a file, needs a folder")
     found = next((name for name in FILES if (folder / name).exists()), None)
     if found is not None and not overwrite:
-        raise BadInput(
-            f"{folder}: already holds a run ({found}), needs --resume (of training), --overwrite or another --out"
-        )
+        needs = "--resume (of training), --overwrite or another --out"
+        raise BadInput(f"{folder}: already holds a run ({found}), needs {needs}")
 
 
 def make_folder(folder: Path) -> None:

@@ -35,12 +35,9 @@ def _beta_grid(kind: str, timesteps: int, start: float, end: float) -> np.ndarra
 
 def _warn_of_signal(kind: str, timesteps: int, left: float) -> None:
     if left > SIGNAL_LEFT_MAX:
-        warnings.warn(
-            f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {left:.2g} > "
-            f"{SIGNAL_LEFT_MAX}: sampling starts from a distribution that training never saw; "
-            "use more timesteps, a larger beta_end, or cosine",
-            stacklevel=3,
-        )
+        left_over = f"schedule {kind!r} with T = {timesteps} leaves alpha_bars[T] = {left:.2g} > {SIGNAL_LEFT_MAX}"
+        unseen = "sampling starts from a distribution that training never saw"
+        warnings.warn(f"{left_over}: {unseen}; use more timesteps, a larger beta_end, or cosine", stacklevel=3)
 
 
 @dataclass(frozen=True, eq=False)

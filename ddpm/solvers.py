@@ -195,14 +195,8 @@ def make_table(
     coefficients = torch.tensor(rows, dtype=torch.float64)
     coefficients[-1, 6] = 0.0
     if not coefficients.to(torch.float32).isfinite().all():
-        raise ValueError(
-            f"schedule: alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32; "
-            "use fewer timesteps, smaller betas, or start later"
-        )
-    return StepTable(
-        torch.from_numpy(timesteps),
-        coefficients,
-        None if clip is None else float(clip),
-        prediction=prediction,
-        made_for={"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()},
-    )
+        beyond = f"alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32"
+        raise ValueError(f"schedule: {beyond}; use fewer timesteps, smaller betas, or start later")
+    made_for = {"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()}
+    clip = None if clip is None else float(clip)
+    return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, made_for=made_for)

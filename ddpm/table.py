@@ -158,12 +158,12 @@ class StepTable:
             torch.tensor(times, dtype=torch.int64 if whole else torch.float64),
             coefficients,
             None if clip is None else float(clip),
-            prediction=str(content.get("prediction")),
-            guidance_scale=torch.tensor(scale, dtype=torch.float64),
-            noise_steps=torch.tensor(noise, dtype=torch.int64),
-            begins=torch.tensor(begins),
-            made_for=made_for,
-            weights=weights,
+            str(content.get("prediction")),
+            torch.tensor(scale, dtype=torch.float64),
+            torch.tensor(noise, dtype=torch.int64),
+            torch.tensor(begins),
+            made_for,
+            weights,
         )
 
     def save(self, path: str | Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
-from ddpm.engines.engine import Callback, Chunk, FormOf
+from ddpm.engines.engine import Callback, FormOf
 from ddpm.errors import check_integer
 from ddpm.inference import FORMS, device_of, has_form, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
@@ -206,8 +206,7 @@ class Trajectory:
                         x = draw(samples, 0, philox.Stream.INITIAL, self.shape)
                     else:
                         x = x_T[part].to(self.device, self.state_dtype)
-                    x = engine.run(Chunk(x, samples, c, guidance, draw, callback))
-                    chunks.append(x.to(torch.float32))
+                    chunks.append(engine(x, samples, c, guidance, draw, callback).to(torch.float32))
                 except (MemoryError, RuntimeError) as error:
                     count = part.stop - part.start
                     if count == 1 or not _out_of_memory(error):

@@ -3,7 +3,7 @@
 name                              for --engine
 lacks(device, dtype, ...)         why it cannot run there, or None
 Engine(model, count, table, dtype, form)
-run(chunk)                        x_T -> x_0
+engine(x_T, samples, context, guidance, noise, callback) -> x_0
 refresh(model)                    take over the model's present weights
 
 A subclass states the first two and overrides `prepare`, `run` and `refresh`.
@@ -11,7 +11,7 @@ A subclass states the first two and overrides `prepare`, `run` and `refresh`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class Engine:
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
         """What it lacks to run there in a type, with a noise of the caller's own or with Philox; None if nothing."""
         return None
+
+    def __call__(self, *parts: Any) -> Tensor:
+        """The fields of a `Chunk` -> x [n, ...] at 0."""
+        return self.run(Chunk(*parts))
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         """What is done once, before the first chunk."""

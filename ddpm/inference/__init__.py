@@ -32,14 +32,9 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes (sizes, modes, switches) of one module."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, int | float | str | tuple | None)
-        and name not in IRRELEVANT_SETTINGS
-        and not name.startswith("_")  # PyTorch's own books: torch.compile(model) leaves a mark
-    }
+    """The plain attributes (sizes, modes, switches) of one module; `_...` are PyTorch's (torch.compile leaves one)."""
+    names = [name for name in vars(module) if not name.startswith("_") and name not in IRRELEVANT_SETTINGS]
+    return {name: value for name in names if isinstance(value := vars(module)[name], int | float | str | tuple | None)}
 
 
 class _Seen:
@@ -126,9 +121,8 @@ def _described(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 def has_form(model: nn.Module) -> bool:
     """Whether the model has a form of its own: a network as built, nothing exchanged, set otherwise or hooked."""
-    if type(model) not in FORMS or any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in model.modules()
-    ):
+    hooks = (each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each) for each in model.modules())
+    if type(model) not in FORMS or any(hooks):
         return False
     return _described(model) == _as_built(name_of(model), json.dumps(model.config()))
 

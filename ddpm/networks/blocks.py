@@ -30,9 +30,8 @@ class UnetDown(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.model = nn.Sequential(
-            ResidualConvBlock(in_channels, out_channels), ResidualConvBlock(out_channels, out_channels), nn.MaxPool2d(2)
-        )
+        first, second = ResidualConvBlock(in_channels, out_channels), ResidualConvBlock(out_channels, out_channels)
+        self.model = nn.Sequential(first, second, nn.MaxPool2d(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -43,11 +42,9 @@ class UnetUp(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.model = nn.Sequential(
-            nn.ConvTranspose2d(in_channels, out_channels, 2, 2),
-            ResidualConvBlock(out_channels, out_channels),
-            ResidualConvBlock(out_channels, out_channels),
-        )
+        conv = nn.ConvTranspose2d(in_channels, out_channels, 2, 2)
+        first, second = (ResidualConvBlock(out_channels, out_channels) for _ in range(2))
+        self.model = nn.Sequential(conv, first, second)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.model(torch.cat((x, skip), dim=1))

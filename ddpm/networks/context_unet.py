@@ -139,7 +139,5 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
     except ValueError as error:
         raise ValueError(f"state dict: {error}") from error
     if without:
-        warnings.warn(
-            "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero",
-            stacklevel=2,
-        )
+        without = "these weights have no init_conv.shortcut (the original made it at random in every call): set to zero"
+        warnings.warn(without, stacklevel=2)

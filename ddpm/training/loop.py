@@ -68,15 +68,9 @@ def training_data(run: runs.Run, data: str | None = None, labels: str | None = N
 def make_config(trainer: Trainer) -> dict[str, object]:
     """The config.json of a training run: images are clipped while sampling, points are not."""
     options, dataset = trainer.options, trainer.dataset
-    return runs.make_config(
-        trainer.network,
-        trainer.schedule,
-        options.prediction,
-        classes=dataset.classes,
-        sampling={"clip": 1.0 if dataset.is_images else None},
-        data={"name": dataset.name, "count": len(dataset), "digest": dataset.digest()},
-        training=asdict(options),
-    )
+    more = {"data": {"name": dataset.name, "count": len(dataset), "digest": dataset.digest()}}
+    more |= {"sampling": {"clip": 1.0 if dataset.is_images else None}, "training": asdict(options)}
+    return runs.make_config(trainer.network, trainer.schedule, options.prediction, classes=dataset.classes, **more)
 
 
 def loss_table(trainer: Trainer) -> list[tuple[int, int, float, float]]:

@@ -17,15 +17,8 @@ from kernels import philox
 
 ENGINES = ("eager", "compile", "graph")
 CHOICES = {"loss": ("mse", "l1", "huber"), "precision": ("fp32", "bf16"), "prediction": PREDICTIONS, "engine": ENGINES}
-RANGES = {
-    "epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "min_snr": (0, math.inf),
-    "ema_decay": (0, 1),
-    "context_dropout": (0, 1),
-    "clip_grad": (0, math.inf),
-    "seed": (0, philox.SEED_LIMIT - 1),
-}
+RANGES = {"epochs": (1, math.inf), "batch_size": (1, math.inf), "min_snr": (0, math.inf), "clip_grad": (0, math.inf)}
+RANGES |= {"ema_decay": (0, 1), "context_dropout": (0, 1), "seed": (0, philox.SEED_LIMIT - 1)}
 
 
 @dataclass(frozen=True)
