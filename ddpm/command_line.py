@@ -64,22 +64,15 @@ def exit_code(error: BaseException) -> int:
 
 def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    before = os.environ.get(DEBUG, "")
-    os.environ[DEBUG] = "1" if "--debug" in arguments else before
-    try:
-        return _run(app, name, [word for word in arguments if word != "--debug"])
-    finally:
-        os.environ[DEBUG] = before
-
-
-def _run(app: typer.Typer, name: str, arguments: list[str]) -> int:
+    words, before = list(sys.argv[1:] if arguments is None else arguments), os.environ.get(DEBUG, "")
+    os.environ[DEBUG] = "1" if "--debug" in words else before
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         with handling(_terminate, signal.SIGTERM):
-            result = app(arguments, prog_name=name, standalone_mode=False)
+            result = app([word for word in words if word != "--debug"], prog_name=name, standalone_mode=False)
+        return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort, Terminated) as error:
         print("stopped", file=sys.stderr)
         return TERMINATED if isinstance(error, Terminated) else STOPPED
@@ -92,4 +85,5 @@ def _run(app: typer.Typer, name: str, arguments: list[str]) -> int:
         # One write with its newline: ranks under torchrun share stderr, and print would write twice.
         sys.stderr.write(f"error: {' '.join(text.split()) or type(error).__name__}\n")
         return exit_code(error)
-    return result if isinstance(result, int) else 0
+    finally:
+        os.environ[DEBUG] = before

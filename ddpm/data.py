@@ -83,7 +83,14 @@ def load_data(
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
-        images = _check_images(path, read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES))
+        images = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES)
+        found = f"{images.dtype} {list(images.shape)}"
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            found += " with NaN or infinite values"
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+            raise BadInput(f"{path}: found {found}, needs uint8 [N, H, W, C] with C = 1 or 3")
+        if 0 in images.shape:
+            raise BadInput(f"{path}: found {found}, needs at least one image")
         if image_size is not None:
             squeezed = images[..., 0] if images.shape[-1] == 1 else images
             images = np.stack([_fit(Image.fromarray(image), image_size) for image in squeezed])
@@ -125,11 +132,6 @@ def read_npy(path: Path) -> np.ndarray:
     return array
 
 
-def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
-    """Integers [N] in 0..count-1 -> float32 [N, count]."""
-    return np.eye(count, dtype=np.float32)[classes]
-
-
 def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """scikit-learn's 1,797 digits, 8x8 of 0..16, brought to side x side of 0..255 by Pillow's bicubic filter."""
     from sklearn.datasets import load_digits
@@ -137,7 +139,7 @@ def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = np.stack([_fit(Image.fromarray(image), side) for image in small])
-    return images, one_hot(digits.target, 10), tuple("0123456789")
+    return images, np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
 
 
 def _swiss_roll() -> np.ndarray:
@@ -157,17 +159,6 @@ def _fit(image: Image.Image, side: int) -> np.ndarray:
     if square != side:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(side, side, -1)
-
-
-def _check_images(path: Path, images: np.ndarray) -> np.ndarray:
-    found = f"{images.dtype} {list(images.shape)}"
-    if images.dtype.kind == "f" and not np.isfinite(images).all():
-        found += " with NaN or infinite values"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise BadInput(f"{path}: found {found}, needs uint8 [N, H, W, C] with C = 1 or 3")
-    if 0 in images.shape:
-        raise BadInput(f"{path}: found {found}, needs at least one image")
-    return images
 
 
 def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
@@ -198,7 +189,7 @@ def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarra
     if empty is not None:
         raise BadInput(f"{empty}: a class folder without images")
     classes = np.repeat(np.arange(len(names)), [len(paths) for paths in by_class.values()])
-    return np.stack(arrays), one_hot(classes, len(names)), names
+    return np.stack(arrays), np.eye(len(names), dtype=np.float32)[classes], names
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -254,7 +245,7 @@ def _read_labels(path: Path, n: int, images: Path) -> np.ndarray:
     if labels.ndim == 1:
         if labels.min() < 0 or labels.max() >= CLASSES_MAX:
             raise BadInput(f"{path}: classes {labels.min()}..{labels.max()}, needs 0..{CLASSES_MAX - 1}")
-        return one_hot(labels.astype(np.int64), int(labels.max()) + 1)
+        return np.eye(int(labels.max()) + 1, dtype=np.float32)[labels.astype(np.int64)]
     bad = np.flatnonzero((np.sort(labels.astype(np.float64), axis=1)[:, :-1] != 0).any(1) | (labels.sum(1) != 1))
     if bad.size:
         raise BadInput(f"{path}: row {bad[0]} is {labels[bad[0]].tolist()}, needs a one-hot row (a single 1)")

@@ -108,18 +108,20 @@ class Run:
         shape, names = condition_shape(self.model), self.classes
         if shape is None:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
-        size = math.prod(shape)
+        size, number = math.prod(shape), None
         if text in names:
-            return one_hot_conditions(self.model, torch.tensor([names.index(text)]))[0]
+            number = names.index(text)
+        elif len(shape) == 1 and text.isdecimal() and len(text) <= 9 and int(text) < size:
+            number = int(text)
+        if number is not None:
+            return one_hot_conditions(self.model, torch.tensor([number]))[0]
         known = f"a class ({', '.join(names)})" if names else f"a class in 0..{size - 1}"
         try:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
             raise BadInput(f"--context: got {text!r}, needs {known} or {size} numbers") from None
         if len(shape) == 1 and (text.isdecimal() or (len(numbers) == 1 and size > 1)):
-            if not text.isdecimal() or len(text) > 9 or int(text) >= size:
-                raise BadInput(f"--context: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
-            return one_hot_conditions(self.model, torch.tensor([int(text)]))[0]
+            raise BadInput(f"--context: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
         vector = torch.tensor(numbers)
         if len(numbers) != size or not vector.isfinite().all():
             raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {size} finite ones")

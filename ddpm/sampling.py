@@ -35,11 +35,8 @@ def sample(
 ) -> Tensor:
     """Draw n samples: a `Trajectory` prepared and run once, always with the model's present weights.
 
-    Args:
-        model: a network; runs in eval mode, on its device.
-        schedule: the one it was trained with.
-        solver, steps, table_options: see `make_table`. table: a StepTable instead of them.
-        engine, dtype: see `Trajectory`; the rest: see `Trajectory.__call__`.
+    solver, steps, table_options: see `make_table`. table: a StepTable instead of them. engine, dtype: see `Trajectory`;
+    the rest: see `Trajectory.__call__`. The model runs in eval mode, on its device.
 
     Returns: float32 [n, *sample_shape] on the model's device, not clamped.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.

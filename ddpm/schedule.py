@@ -61,15 +61,13 @@ class NoiseSchedule:
         beta_end: float | None = None,
         alpha_bars: Sequence[float] | None = None,
     ) -> "NoiseSchedule":
-        """The schedule of this name.
+        """The schedule of this name. Raises ValueError for what does not fit. Warns if alpha_bars[T] > 0.05.
 
         Kinds: `linear` (Ho et al. 2020), `quad` (linear in sqrt(beta)), `sigmoid` (logistic over -6..6),
         `constant` (every beta is beta_end, or beta_start if only that is given; default 0.035),
         `cosine` (Nichol & Dhariwal 2021, s = 0.008, beta <= 0.999; takes no betas), and `context_unet`,
         the T+1-point linear grid whose alpha_bars include b_0, as published weights of that network were trained with.
         beta_start and beta_end default to 1e-4 and 0.02. Kind `given` is what `from_alpha_bars` makes of alpha_bars.
-
-        Raises ValueError for an unknown kind, T < 1, or betas outside (0, 1). Warns if alpha_bars[T] > 0.05.
         """
         if alpha_bars is not None:
             last = len(alpha_bars) - 1

@@ -61,8 +61,6 @@ class _Fused:
         self._draws: RowNoise | None = None  # of the present seed, on the CPU
         self._last = -1
         self._grid: list[int] = self.timesteps.tolist()
-        self._positions = {t: i for i, t in enumerate(self._grid)}
-        self._tables: dict[float, StepTable] = {}
         self._held: tuple[Any, ...] = (None,)  # what the steps of one batch read on its device, behind its key
 
     def set_timesteps(
@@ -92,21 +90,18 @@ class _Fused:
             index = (timestep.data_ptr() - own.data_ptr()) // own.element_size()
             if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and 0 <= index < len(own):
                 return index
-        index = self._positions.get(int(timestep))
-        if index is None:
-            raise ValueError(f"timestep: got {int(timestep)}, needs one of scheduler.timesteps (see set_timesteps)")
-        return index
+        t = int(timestep)
+        if t not in self._grid:
+            raise ValueError(f"timestep: got {t}, needs one of scheduler.timesteps (see set_timesteps)")
+        return self._grid.index(t)
 
     def _table(self, eta: float) -> StepTable:
         """The rows of this grid."""
-        if eta not in self._tables:
-            past = max(self._grid)
-            if past >= len(self._alpha_bars):
-                raise ValueError(f"timesteps: got {past}, needs t < {len(self._alpha_bars)} (see steps_offset)")
-            coefficients = torch.tensor(self._rows(eta), dtype=torch.float64)
-            clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
-            self._tables[eta] = StepTable(torch.tensor(self._grid) + 1, coefficients, clip)
-        return self._tables[eta]
+        past = max(self._grid)
+        if past >= len(self._alpha_bars):
+            raise ValueError(f"timesteps: got {past}, needs t < {len(self._alpha_bars)} (see steps_offset)")
+        clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
+        return StepTable(torch.tensor(self._grid) + 1, torch.tensor(self._rows(eta), dtype=torch.float64), clip)
 
     def _seed_for(self, index: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """The trajectory's seed, int64 []: as asked for, or drawn where one begins: where the row does not grow."""
@@ -131,15 +126,15 @@ class _Fused:
             if len(generator) != 1:
                 raise ValueError("generator: got a list, needs one generator (noise is already drawn per sample)")
             generator = generator[0]
-        index, table = self._index(timestep), self._table(eta)
-        n, device = sample.shape[0], sample.device
+        index, n, device = self._index(timestep), sample.shape[0], sample.device
         key = sample.shape, sample.dtype, device, eta
         if self._held[0] != key:
+            table = self._table(eta)
             rows = table.rows(device) if sample.is_cuda else table.coefficients
             indices = torch.arange(len(table), device=device).split(1)
-            self._held = key, rows, indices, torch.arange(self._first_sample, self._first_sample + n, device=device)
-            self._draws = None
-        _, rows, indices, samples = self._held
+            samples = torch.arange(self._first_sample, self._first_sample + n, device=device)
+            self._held, self._draws = (key, table, rows, indices, samples), None
+        _, table, rows, indices, samples = self._held
         noisy = bool(table.coefficients[index, 6])
         seed = self._seed_for(index, generator, device) if noisy else torch.zeros((), dtype=torch.int64, device=device)
         if sample.is_cuda:
@@ -192,11 +187,8 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
     ) -> "DDPMSchedulerOutput | tuple[Tensor, Tensor]":
         """x at the next timestep (`prev_sample`) and the estimate of clean data (`pred_original_sample`).
 
-        Args:
-            model_output: floating [n, ...]. timestep: one of `timesteps`. sample: x at it, [n, ...]; stays as it is.
-            generator: where a run's seed comes from if `set_timesteps` was given none; never the noise itself.
-
-        Raises ValueError for another shape, a timestep that is not of the grid, or several generators.
+        generator: where a run's seed comes from if `set_timesteps` was given none; never the noise itself. Raises
+        ValueError for another shape, a timestep that is not of the grid, or several generators.
         """
         x_new, x0 = self._step(model_output, timestep, sample, generator, 0.0)
         return DDPMSchedulerOutput(prev_sample=x_new, pred_original_sample=x0) if return_dict else (x_new, x0)

@@ -162,16 +162,13 @@ def make_table(
     """The table of a sampler on a schedule. An option that is None is not given.
 
     Args:
-        schedule: only its alpha_bars are used.
+        schedule: only its alpha_bars are used. steps: S in 1..T, default T.
         solver: `ddpm` (ancestral sampling), `ddim`, `dpmpp_2m`, or another of SOLVERS.
-        steps: S in 1..T, default T.
         eta: of ddim, 0..1, default 0. variance: of ddpm, `posterior` (default) or `beta`. options: of other solvers.
         prediction: what the network was trained to output: `eps`, `v` (Salimans & Ho 2022) or `x0`.
-        clip: bound of x0, or None.
-        spacing: of the timesteps, default trailing, see `timestep_grid`.
+        clip: bound of x0, or None. spacing: of the timesteps, default trailing, see `timestep_grid`.
 
-    Raises: ValueError naming the argument, what it was and what it must be; also for an option that is given and that
-    the solver does not take.
+    Raises: ValueError naming the argument; also for an option that is given and that the solver does not take.
     """
     own = given({"eta": eta, "variance": variance} | options)
     # Tables are stored with numbers of Python's, not with NumPy's or tensors.

@@ -73,10 +73,8 @@ class Trajectory:
     """A table prepared to be run on a model: trajectory(n, seed=7) -> samples.
 
     Args:
-        model: a network (see `ddpm.networks.protocol`), on its device.
-        schedule: the one it was trained with.
-        table: what to run, see `make_table`.
-        engine: how to execute the rows, see `ddpm.engines`; `auto` chooses and logs what it chose.
+        model: a network (see `ddpm.networks.protocol`), on its device. schedule: the one it was trained with.
+        table: what to run, see `make_table`. engine: see `ddpm.engines`; `auto` chooses and logs what it chose.
         dtype: what the network computes in. The state is float32, or float64 for float64.
         guided: whether it may be called with a guidance other than 1.
 
@@ -167,12 +165,10 @@ class Trajectory:
             seed: 0 <= seed < 2^63. first_sample: global index of the first sample, >= 0.
             batch_size: samples per chunk, default by image size; results do not depend on it. A chunk that runs out of
                 memory starts again with half as many, which is logged.
-            noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox. A `PhiloxNoise` has its own
-                seed, and engines may draw it themselves.
+            noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox, or a `PhiloxNoise`.
             x_T: [n, *sample_shape] to start from instead of noise.
-            callback: callback(row, x0) after every row of every chunk: row counts 0..len(table)-1, x0 [chunk, *shape]
-                is the current estimate of the result, overwritten by later rows. It costs a second state in memory
-                and, in the graph engine, replays of single rows.
+            callback: callback(row, x0) after every row 0..len(table)-1 of every chunk; x0 [chunk, *shape], the present
+                estimate, is overwritten by later rows. It costs a state in memory, `graph` replays single rows.
 
         Returns: float32 [n, *sample_shape] on the model's device, not clamped.
         Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run it.

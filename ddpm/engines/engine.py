@@ -35,27 +35,20 @@ def engine(kind: type["Engine"]) -> type["Engine"]:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Samples that run together: x [n, ...] at timesteps[0], which stays as it is, and what its trajectory depends on.
-
-    samples: int64 [n], global indices. context: [n, ...] or None. guidance: w, 1 = none. callback(i, x0): after every
-    row.
-    """
+    """Samples that run together, x [n, ...] at timesteps[0], which stays as it is; callback(i, x0) after every row."""
 
     x: Tensor
-    samples: Tensor
-    context: Tensor | None
-    guidance: float
+    samples: Tensor  # int64 [n], global indices
+    context: Tensor | None  # [n, ...]
+    guidance: float  # 1 = none
     noise: Noise
     callback: Callback | None = None
 
 
 class Engine:
-    """Prepared for a model and a table, run once per chunk.
+    """Prepared for a model on its device, T of its schedule and a table, called once per chunk.
 
-    Args:
-        model: on its device. count: T of its schedule. table: what to run. dtype: what the network computes in.
-        form: how to come by the form that is run, for engines that run one.
-
+    dtype: what the network computes in. form: how to come by the form that is run, for engines that run one.
     live: whether it runs the module itself, in the mode and with the weights that this has at the time.
     """
 
@@ -84,7 +77,7 @@ class Engine:
         self.refresh(model)
 
     def run(self, chunk: Chunk) -> Tensor:
-        """The whole table on a chunk: x [n, ...] at 0."""
+        """The whole table on a chunk."""
         raise NotImplementedError
 
     def refresh(self, model: nn.Module) -> None:

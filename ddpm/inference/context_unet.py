@@ -41,21 +41,6 @@ def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> Con
     return model.to(dtype)
 
 
-class Bottleneck(nn.Module):
-    """From the deepest features to the first gate, once for each half's scale: x [n, C, h, w] -> [k * n, C, h, w]."""
-
-    def load(self, up0: nn.Sequential, dtype: torch.dtype, layout: Layout) -> None:
-        conv, norm, _ = up0
-        weight = conv.weight.to(dtype).contiguous(memory_format=layout.memory_format)
-        gains = {"gain": norm.weight.to(dtype), "offset": norm.bias.to(dtype)}
-        store(self, weight=weight, bias=conv.bias.to(dtype), **gains)
-        self.eps = norm.eps
-
-    def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
-        """scale: [k, n, C] or None; shift: [1, C]."""
-        return bottleneck(x, self.weight, self.bias, self.gain, self.offset, scale, shift, GROUPS, self.eps)
-
-
 class Normalisation(nn.Module):
     """GroupNorm and ReLU of the head."""
 
@@ -65,6 +50,20 @@ class Normalisation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_relu(x, self.gain, self.offset, GROUPS, self.eps)
+
+
+class Bottleneck(Normalisation):
+    """From the deepest features to the first gate, once for each half's scale: x [n, C, h, w] -> [k * n, C, h, w]."""
+
+    def load(self, up0: nn.Sequential, dtype: torch.dtype, layout: Layout) -> None:
+        conv, norm, _ = up0
+        weight = conv.weight.to(dtype).contiguous(memory_format=layout.memory_format)
+        store(self, weight=weight, bias=conv.bias.to(dtype))
+        super().load(norm, dtype)
+
+    def forward(self, x: Tensor, scale: Tensor | None, shift: Tensor) -> Tensor:
+        """scale: [k, n, C] or None; shift: [1, C]."""
+        return bottleneck(x, self.weight, self.bias, self.gain, self.offset, scale, shift, GROUPS, self.eps)
 
 
 @form_of(ContextUnet)
@@ -132,12 +131,10 @@ class ContextUnetForm(Form):
 
     @torch.no_grad()
     def tables(self, times: Tensor) -> tuple[Tensor, ...]:
-        """times: t / T, float [S]."""
         return self._embedded("time", times.reshape(-1, 1))
 
     @torch.no_grad()
     def rows(self, condition: Tensor | None, n: int, guided: bool) -> Rows:
-        """condition: [n, n_cfeat] or None = zeros."""
         if self.n_cfeat == 0:
             return None
         like = next(self.embeddings.parameters())

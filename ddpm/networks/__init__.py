@@ -19,5 +19,4 @@ from ddpm.networks.protocol import (
     one_hot_conditions,
     rows_of_condition,
     sample_shape,
-    without_condition,
 )

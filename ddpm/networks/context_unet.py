@@ -17,17 +17,14 @@ SHORTCUT_PREFIX = "init_conv.shortcut."
 
 @network("context_unet")
 class ContextUnet(ZeroIsNone):
-    """The context- and time-conditioned U-Net.
+    """The context- and time-conditioned U-Net. Raises ValueError for sizes that do not fit.
 
     Args:
-        in_channels: image channels C.
-        n_feat: width of the first level, a multiple of 8.
+        in_channels: image channels C. n_feat: width of the first level, a multiple of 8.
         n_cfeat: length of the context vector, 0 for an unconditional network.
         height: side of square images, or (height, width); each divisible by 2^depth.
         multipliers: width of each level in units of n_feat; default min(2^i, 8) over as many levels as it takes
             to bring the longer side to at most 8 pixels, at least two. Its length is the depth, at least 2.
-
-    Raises ValueError for sizes that do not fit.
     """
 
     time = "fraction"

@@ -138,11 +138,6 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def without_condition(model: nn.Module, condition: Tensor, dropped: Tensor) -> Tensor:
-    """The condition [n, ...], "no condition" in the rows where dropped [n] is true: training for guidance."""
-    return torch.where(broadcast(dropped, condition), null_condition(model, condition), condition)
-
-
 def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: torch.device) -> Tensor | None:
     """float32 [n, *condition_shape] from one condition for all or one a row; None: none. Raises ValueError."""
     if context is None:

@@ -86,8 +86,7 @@ def loss_table(trainer: Trainer) -> list[tuple[int, int, float, float]]:
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Write the training state, the weights for sampling and loss.csv, each atomically, in this order.
 
-    The state comes first: it holds the weights too, so a kill in between costs nothing. Raises WorkFailed if the loss
-    is no longer finite; then the checkpoint before stays.
+    The state holds the weights too, so a kill in between costs nothing. Raises WorkFailed if the loss is not finite.
     """
     finite = trainer.losses[: trainer.index].isfinite()
     if not finite.all():
@@ -129,10 +128,9 @@ class Interrupted(Exception):
 
 
 def run(trainer: Trainer, folder: Path, save_every: float) -> None:
-    """Step to the end, saving every `save_every` seconds, at the end, and on SIGINT or SIGTERM.
+    """Step to the end, saving every `save_every` seconds, at the end, and on SIGINT or SIGTERM: Interrupted.
 
-    Raises Interrupted after a signal, KeyboardInterrupt at once after a second SIGINT, WorkFailed if the loss is not
-    finite.
+    A second SIGINT raises KeyboardInterrupt at once. Raises WorkFailed if the loss is not finite.
     """
     saved, stopped_by = time.monotonic(), 0
     main = trainer.world.is_main

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks import network_times, without_condition
-from ddpm.networks.protocol import broadcast, in_type
+from ddpm.networks.protocol import broadcast, in_type, network_times, null_condition
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.options import TrainOptions
 from kernels import backend, noise_mse, philox
@@ -83,7 +82,8 @@ class Objective(nn.Module):
         if labels is None:
             return None
         dropped = philox.condition_dropped(self.seed, samples, self.options.context_dropout)
-        return without_condition(self.network, labels[rows], dropped)
+        labels = labels[rows]
+        return torch.where(broadcast(dropped, labels), null_condition(self.network, labels), labels)
 
     def forward(self, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:
         """values [N, ...], labels [N, K] or None; of them rows int64 [n] as samples int64 [n] -> the loss, a scalar."""
