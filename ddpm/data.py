@@ -58,14 +58,12 @@ def load_data(
 ) -> Dataset:
     """The data set that `source` names.
 
-    Args:
-        source: see the module docstring.
-        labels: a `.npy` (one-hot [N, K] or integer [N]) or an idx file; only where the source has none of its own.
-        image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then resize
-            to this side with Pillow's bicubic filter, which averages when it shrinks.
-        classes: names of the classes, in order of their number; defaults to those of the source.
+    source: see the module docstring. labels: a `.npy` (one-hot [N, K] or integer [N]) or an idx file, for a source that
+    has none. image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then
+    resize to this side with Pillow's bicubic filter, which averages when it shrinks. classes: their names in order of
+    their number, default those of the source.
 
-    Raises: BadInput naming the file, what was found and what is needed.
+    Raises BadInput naming the file, what was found and what is needed.
     """
     if image_size is not None and image_size < 1:
         raise BadInput(f"--image-size: got {image_size}, needs a side of at least 1 pixel")

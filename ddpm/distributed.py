@@ -52,9 +52,7 @@ class World:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any rank."""
-        if self.size == 1:
-            return flag
-        return bool(self.mean(torch.tensor(float(flag), device=device)) > 0)
+        return flag if self.size == 1 else bool(self.mean(torch.tensor(float(flag), device=device)) > 0)
 
     def share(self, n: int, rank: int | None = None) -> slice:
         """The contiguous part of range(n) of a rank, default this one; the parts differ by at most one."""

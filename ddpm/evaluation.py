@@ -1,7 +1,7 @@
 """How good are the samples? An independent classifier, and a Frechet distance between pixel features.
 
-The features are pixels averaged to 8x8 (points as they are): no pretrained network, so the figures are comparable
-between runs on the same data and with nothing else. Each is printed beside what real data gets.
+The features are pixels averaged to 8x8 (points as they are), not of a pretrained network: the figures are comparable
+between runs on the same data alone. Each is printed beside what real data gets.
 """
 
 from dataclasses import asdict, dataclass

@@ -105,8 +105,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def tensor_bytes(tensors: Mapping[str, Tensor], **metadata: object) -> bytes:
     """The content of a safetensors file of these tensors, copied to the CPU.
 
-    The bytes are written by us, not by the library: its Rust error hides the errno of a full disk. The metadata is one
-    JSON entry, because the library writes several in any order.
+    Written by us, not by the library: its Rust error hides the errno of a full disk. The metadata is one JSON entry,
+    because the library writes several in any order.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(plain, {"fused_ddpm": json.dumps(metadata)})

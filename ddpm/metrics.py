@@ -1,7 +1,6 @@
 """How far two results are apart: what benchmarks, exports and tests compare with. A NaN never passes.
 
-Every function takes tensors or arrays, computes in float64 and returns a float that is infinite where a comparison
-makes no sense: another shape, or a value that is not finite on either side.
+Tensors or arrays, in float64; infinite where there is no comparison: other shapes, values that are not finite.
 """
 
 import math

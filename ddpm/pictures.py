@@ -101,7 +101,7 @@ def trajectory(estimates: Sequence[Tensor], alpha_bars: Sequence[float], initial
     """Frames of noise becoming data: at most GIF_FRAMES_MAX, the last one the final estimate.
 
     estimates: x0 after every step; alpha_bars: of the timestep each was made at; initial: x_T. A frame is the estimate
-    under as much of the initial noise as is left at that step, sqrt(ab) x0 + sqrt(1 - ab) x_T.
+    under the initial noise that is left at that step, sqrt(ab) x0 + sqrt(1 - ab) x_T.
     """
     picks = np.unique(np.linspace(0, len(estimates) - 1, GIF_FRAMES_MAX).round().astype(int))
     noisy = [math.sqrt(alpha_bars[i]) * estimates[i] + math.sqrt(1 - alpha_bars[i]) * initial for i in picks]

@@ -50,13 +50,12 @@ class Bar:
         if not self.due(done):
             return
         self.shown = time.monotonic()
-        elapsed = self.shown - self.began
-        rate = (done - self.start) * self.per_step / max(elapsed, 1e-9)
-        text = f"{text}  {rate:.4g} {self.unit}".strip()
+        elapsed, fresh = self.shown - self.began, done - self.start
+        text = f"{text}  {fresh * self.per_step / max(elapsed, 1e-9):.4g} {self.unit}".strip()
         if self.live:
             self.rich.update(self.task, completed=done, text=text)
             return
         self.tenth = self._parts(done, 10)
-        left = elapsed * max(self.total - done, 0) / max(done - self.start, 1)
+        left = elapsed * max(self.total - done, 0) / max(fresh, 1)
         line = f"{self.label} {self._parts(done, 100):3d}%  {done}/{self.total}  {text}  {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)

@@ -31,19 +31,13 @@ FORMER_DEFAULTS = {"eta": 0.0, "variance": "posterior", "spacing": "trailing"}
 
 
 def make_config(
-    network: nn.Module,
-    schedule: NoiseSchedule,
-    prediction: str,
-    *,
-    classes: Sequence[str] = (),
-    weights: str = "ema",
-    sampling: Mapping[str, object] | None = None,
-    **more: object,
+    network: nn.Module, schedule: NoiseSchedule, prediction: str, *, classes: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """The content of config.json; `more` is kept as given. Raises ValueError for a network without a name."""
+    """The content of config.json; `more` is kept (sampling beside its defaults). ValueError: a network without name."""
     described = {"format_version": FORMAT_VERSION, "network": name_of(network), "model": network.config()}
-    described |= {"schedule": schedule.config(), "prediction": prediction, "classes": list(classes), "weights": weights}
-    return described | {"sampling": SAMPLING_DEFAULTS | dict(sampling or {})} | more
+    described |= {"schedule": schedule.config(), "prediction": prediction, "classes": list(classes)}
+    more = {"weights": "ema", "sampling": {}} | more
+    return described | more | {"sampling": SAMPLING_DEFAULTS | more["sampling"]}
 
 
 def free_folder(folder: Path, overwrite: bool = False) -> None:

@@ -38,8 +38,7 @@ def sample(
     solver, steps, table_options: see `make_table`. table: a StepTable instead of them. engine, dtype: see `Trajectory`;
     the rest: see `Trajectory.__call__`. The model runs in eval mode, on its device.
 
-    Returns: float32 [n, *sample_shape] on the model's device, not clamped.
-    Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
+    Returns and raises as a `Trajectory` does.
     """
     if table is None:
         table = make_table(schedule, solver, steps, **table_options)

@@ -154,17 +154,10 @@ class StepTable:
         coefficients = torch.tensor(rows, dtype=torch.float64)
         finite = bool(coefficients.to(torch.float32).isfinite().all())
         need(finite, "coefficients: beyond float32, needs numbers that it holds")
-        return cls(
-            torch.tensor(times, dtype=torch.int64 if whole else torch.float64),
-            coefficients,
-            None if clip is None else float(clip),
-            str(content.get("prediction")),
-            torch.tensor(scale, dtype=torch.float64),
-            torch.tensor(noise, dtype=torch.int64),
-            torch.tensor(begins),
-            made_for,
-            weights,
-        )
+        kept = torch.tensor(times, dtype=torch.int64 if whole else torch.float64)
+        scales, steps = torch.tensor(scale, dtype=torch.float64), torch.tensor(noise, dtype=torch.int64)
+        clip, prediction = None if clip is None else float(clip), str(content.get("prediction"))
+        return cls(kept, coefficients, clip, prediction, scales, steps, torch.tensor(begins), made_for, weights)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, whole or not at all."""

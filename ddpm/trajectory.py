@@ -170,8 +170,7 @@ class Trajectory:
             callback: callback(row, x0) after every row 0..len(table)-1 of every chunk; x0 [chunk, *shape], the present
                 estimate, is overwritten by later rows. It costs a state in memory, `graph` replays single rows.
 
-        Returns: float32 [n, *sample_shape] on the model's device, not clamped.
-        Raises: ValueError or TypeError naming the argument; RuntimeError if the engine cannot run it.
+        Returns float32 [n, *sample_shape] on the model's device, not clamped. Raises as the constructor does.
         """
         check_integer("n", n)
         check_integer("batch_size", 1 if batch_size is None else batch_size)

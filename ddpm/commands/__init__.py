@@ -32,9 +32,9 @@ def keep_freed_memory() -> None:
 
     Large tensors come from the system otherwise, anew in every operator, and each of their pages costs a fault.
     Measured (n_feat 64, 3x16x16, two cores of a Xeon): 164,000 faults in a call of 600 images, 1.19 times as fast
-    without them, 1.05 at 32 images, 1.06 for a training step of 100; no more memory at its peak there. (A tensor of one
-    size, made again and again, may take up to eight places: glibc holds seven small pieces between them before it joins
-    what is free.) Benchmarks leave this alone: their reference is PyTorch as it comes.
+    without them, 1.05 at 32 images, 1.06 for a training step of 100, at the same peak of memory. (A tensor of one size,
+    made again and again, may take eight places: glibc holds seven pieces between them before it joins what is free.)
+    Benchmarks leave this alone: their reference is PyTorch as it comes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

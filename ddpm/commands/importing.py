@@ -21,10 +21,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        raise BadInput(f"{path}: not a PyTorch file of weights alone (damaged, or with pickled objects)") from None
     except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "damaged, or with pickled objects" if isinstance(error, UnpicklingError) else reason
         raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason})") from error
     items = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in items):

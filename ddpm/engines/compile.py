@@ -94,7 +94,6 @@ class CompileEngine(FusedEngine):
         return super().lacks(device, dtype, custom_noise) or (compiler_missing() if device.type == "cpu" else None)
 
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        """The compiled form."""
         batch_may_vary(x)
         batch_may_vary(*(rows or ()), dim=1)
         return self.form.compiled(x, table_row, rows)

@@ -49,10 +49,6 @@ class FusedEngine(Engine):
         """Guided if there is a context to guide towards and a weight that is not 1."""
         return self.form.rows(chunk.context, len(chunk.x), chunk.guidance != 1.0 and chunk.context is not None)
 
-    def keeps_x0(self, chunk: Chunk) -> bool:
-        """Whether x0 of a row is read afterwards: a second state in memory."""
-        return self.memory or chunk.callback is not None
-
     def run(self, chunk: Chunk) -> Tensor:
         x = chunk.x
         tables, rows = self.tables(x.device), self.rows(chunk)
@@ -68,7 +64,6 @@ class FusedEngine(Engine):
         return x
 
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        """The network's output [k * n, ...]."""
         return self.form(x, table_row, rows)
 
     def in_kernel(self, chunk: Chunk) -> Update:
@@ -76,7 +71,8 @@ class FusedEngine(Engine):
         x, samples = chunk.x, chunk.samples
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         own = x.clone(memory_format=layout)
-        rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if self.keeps_x0(chunk) else None
+        keeps_x0 = self.memory or chunk.callback is not None
+        rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if keeps_x0 else None
         indices = torch.arange(len(self.table), device=x.device).split(1)
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)

@@ -110,7 +110,7 @@ class GraphEngine(FusedEngine):
         tables, rows = self.tables(x.device), self.rows(chunk)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
         with torch.cuda.device(x.device):
-            capture = self._capture(x, tables, rows, self.keeps_x0(chunk))
+            capture = self._capture(x, tables, rows, self.memory or callback is not None)
             capture.load(chunk, rows, (weights, self.table.rows(x.device), *tables))
             done, count = 0, len(self.table)
             while done < count:

@@ -1,8 +1,7 @@
 """Inference forms, one file per network that has one; the others are run by `PlainForm`.
 
-`sample` asks before every call whether a module is what it was, so it has to be cheap: PyTorch's version counters miss
-writes through `.data`, hence the bytes. For the 158 tensors and 6 MB of a network with n_feat 64, 16x16: see
-`sampling/short` in the benchmarks.
+`sample` asks before every call whether a module is what it was, so it has to be cheap (see `sampling/short` in the
+benchmarks), and by the bytes: PyTorch's version counters miss writes through `.data`.
 """
 
 import ctypes

@@ -124,7 +124,6 @@ class ContextUnetForm(Form):
             own.load_state_dict(getattr(model, name).state_dict())
 
     def _embedded(self, kind: str, value: Tensor) -> tuple[Tensor, ...]:
-        """By the embedding of each gated level."""
         like = next(self.embeddings.parameters())
         names = (f"{kind}embed{level}" for level in range(1, GATED_LEVELS + 1))
         return tuple(self.embeddings[name](value.to(like)).to(self.dtype) for name in names)

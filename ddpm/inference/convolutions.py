@@ -201,7 +201,6 @@ class Upsampling(nn.Module):
     """ConvTranspose with kernel = stride = 2 over cat(x [k * n, C, h, w], skip [n, C, h, w]), as two products."""
 
     def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype, layout: Layout) -> None:
-        """Take over a transposed convolution's weights."""
         self.fused = layout.kernels
         of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).to(dtype).chunk(2)
         if self.fused:

@@ -27,9 +27,9 @@ Rows = tuple[Tensor, ...] | None
 class Layout:
     """How a form keeps its weights and features.
 
-    channels_last: the memory layout of features. shared: whether guidance shares what its halves have in common; False
-    repeats it, for comparison. pack: weights in oneDNN's layout on CPUs. winograd: 3x3 convolutions by that operator on
-    CPUs. kernels: every convolution with what follows it by one Triton kernel of ours.
+    channels_last: the memory layout of features. shared: whether guidance shares what its halves have in common. pack:
+    weights in oneDNN's layout on CPUs. winograd: 3x3 convolutions by that operator on CPUs. kernels: every convolution
+    with what follows it by one Triton kernel of ours.
     """
 
     channels_last: bool = True
@@ -97,8 +97,7 @@ class PlainForm(Form):
         self.model = typed(model, self.dtype)
 
     def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        x = x.to(self.dtype)
-        condition = None
+        x, condition = x.to(self.dtype), None
         if rows is not None:
             condition, copies = rows[0].flatten(0, 1), rows[0].shape[0]
             if torch.compiler.is_exporting():  # where the copies are not known before

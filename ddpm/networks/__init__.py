@@ -17,6 +17,5 @@ from ddpm.networks.protocol import (
     network_times,
     null_condition,
     one_hot_conditions,
-    rows_of_condition,
     sample_shape,
 )

@@ -61,7 +61,6 @@ class ContextUnet(ZeroIsNone):
         self.in_channels, self.n_feat, self.n_cfeat = in_channels, n_feat, n_cfeat
         self.condition_shape = (n_cfeat,) if n_cfeat else None
         self.height, self.width, self.multipliers = *sides, multipliers
-
         widths = [n_feat, *(n_feat * multiplier for multiplier in multipliers)]
         deepest, second = widths[-1], widths[-2]
         bottleneck = tuple(side // 2**depth for side in sides)

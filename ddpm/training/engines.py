@@ -247,8 +247,7 @@ class CompileTrainer(Trainer):
 class GraphTrainer(CompileTrainer):
     """CUDA only, one process. Arguments as `Trainer`. Not yet run on a GPU.
 
-    Rows, sample indices, learning rate, step number and losses live in buffers that the graph reads and writes, so that
-    a step costs the host a few small launches and one replay.
+    All that changes lives in buffers that the graph reads, so a step costs the host small launches and one replay.
     """
 
     engine = "graph"

@@ -40,10 +40,9 @@ def per_sample_loss(kind: str, output: Tensor, target: Tensor) -> Tensor:
 class Objective(nn.Module):
     """The training loss of rows of a data set, a scalar with gradient.
 
-    Args: the network, on the device; its schedule; the run's options.
     plain: as the eager engine computes: x_t in the strides of its data, the noise stored. Else noise prediction under
-        mse draws its target again from the noise contract where a kernel does it, which is faster than storing it (its
-        reference on the CPU is not: 6 ms for forward and backward, batch 100 of 3x16x16).
+    mse draws its target again from the noise contract where a kernel does it, which is faster than storing it (its
+    reference on the CPU is not: 6 ms for forward and backward, batch 100 of 3x16x16).
     """
 
     def __init__(

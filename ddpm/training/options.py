@@ -25,8 +25,8 @@ RANGES |= {"ema_decay": (0, 1), "context_dropout": (0, 1), "seed": (0, philox.SE
 class TrainOptions:
     """All that a training run was asked for; stored in config.json, compared by --resume, the options of `ddpm train`.
 
-    data, labels, image_size, classes: see `load_data`. schedule, timesteps, betas: see `NoiseSchedule`. engine: see
-    `ddpm.training.engines`, it changes results by rounding only. Raises BadInput for values out of range.
+    See `load_data` and `NoiseSchedule`; engine (`ddpm.training.engines`) changes results by rounding only. Raises
+    BadInput for values out of range.
     """
 
     data: Annotated[str, Option(help="digits, swiss-roll, images.npy, a folder of images, an idx file")] = "digits"
