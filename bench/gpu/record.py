@@ -25,8 +25,8 @@ class Record:
 
     def start(self, device: torch.device, pattern: str = "") -> "Record":
         """Begin a file that says it is not complete."""
-        asked = {"suite": self.part, "quick": False, "filter": pattern, "processes": 1}
-        self.content = content_of([], describe(device), {}, **asked, product_flops_per_s=None)
+        asked = {"suite": self.part, "quick": False, "filter": pattern, "processes": 1, "product_flops_per_s": None}
+        self.content = content_of([], describe(device), {}, **asked)
         self.keep(complete=False, failures=[])
         return self
 

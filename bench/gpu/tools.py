@@ -1,19 +1,19 @@
-"""Parts that run other programs: `tests` pytest, `sanitizer` compute-sanitizer, and the counters of `profile` ncu."""
+"""Running other programs for a limited time, and pytest for part `tests`."""
 
-import csv
+import os
 import re
-import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
-from time import monotonic
-from typing import Any
+from tempfile import TemporaryFile
+from typing import NamedTuple
 
-from bench.gpu import process
-from bench.gpu.launches import PLANTED
 from bench.gpu.record import Record
-from bench.kernels import SEED
+from bench.machine import ROOT
 
 # Tests that only mean something on a GPU.
 PATHS = (
@@ -30,43 +30,46 @@ ONNX, ONNX_NEEDS = "tests/export/test_cuda.py", ("onnx", "onnxscript", "onnxrunt
 # Most of the time is Triton compiling on the host and processes starting. Untuned: 16 cores were promised.
 WORKERS = 8
 
-LAUNCHES = (sys.executable, "-m", "bench.gpu.launches")
-# Beside the checks a launch that writes out of bounds on purpose, since a checker that cannot see Triton's kernels
-# finds no errors either.
-CHECKS = {"memcheck planted": ("memcheck", PLANTED), "memcheck": ("memcheck",), "racecheck": ("racecheck",)}
-# 86: of the tool when it found something, and no other program's.
-# API calls that fail are no errors of kernels: libraries probe for entry points that a driver lacks.
-OPTIONS = ("--error-exitcode", "86", "--target-processes", "application-only", "--report-api-errors", "no")
-SHARES = 8  # processes that compile the kernels, into Triton's cache, where the tools' runs find them
-# Every allocation a cudaMalloc of its own: PyTorch's cache would hide accesses beyond a tensor.
-ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-# What NVIDIA's tools say where they are installed and the machine does not let them work (gVisor, no permission).
-REFUSALS = ("Device not supported", "Failed to initialize", "LibraryNotLoaded", "ERR_NVGPUCTRPERM")
-
-ELEMENTS = 10**7  # of a launch under ncu: well past its own cost
-METRICS = {
-    "gpu__time_duration.sum": "ns",
-    "dram__bytes.sum": "dram_bytes",
-    "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue_percent",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
-    "launch__registers_per_thread": "registers",
-}
-NUMBER = re.compile(r"\d+(\.\d+)?")
+KEPT_LINES = 40
 
 
-def _run(record: Record, name: str, done: process.Finished, summary: str, lines: Sequence[str] = ()) -> dict[str, Any]:
-    """Keep a run. summary: the program's own count of what it found; lines: shown with it."""
-    head = {"run": name, "exit": done.code, "seconds": done.seconds, "summary": summary or done.ending()}
-    record.keep(head | {"lines": list(lines), "output": done.tail(40)})
+class Finished(NamedTuple):
+    """code: the exit code, None if it was stopped when its time was over. lines: of stdout and stderr, none empty."""
+
+    code: int | None
+    seconds: float
+    lines: list[str]
+
+    def ending(self) -> str:
+        """How it ended, in a few words."""
+        if self.code is None:
+            return f"stopped after {self.seconds:.0f} s"
+        return ": ".join((f"exit code {self.code}", *(line.strip() for line in self.lines[-1:])))
 
 
-def _last(pattern: str, text: str) -> str:
-    """The last line that has it, "" without one."""
-    return next((line for line in reversed(text.splitlines()) if re.search(pattern, line)), "")
+def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> Finished:
+    """Run in the repository and in a process group of its own, which is killed at the end: no worker is left behind.
+
+    environment: variables beside this process's own.
+    """
+    began = time.monotonic()
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        how = {"cwd": ROOT, "env": os.environ | (environment or {}), "stdin": subprocess.DEVNULL, "process_group": 0}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, **how)  # noqa: S603
+        try:
+            code = process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(0)
+        return Finished(code, round(time.monotonic() - began, 1), [line.rstrip() for line in log if line.strip()])
 
 
 def tests(record: Record, seconds: float, which: Sequence[str] | None = None) -> None:  # noqa: PT028 (no test)
-    """pytest on `which` (paths and options; default those above)."""
+    """pytest on `which` (paths and options; default those above); one that skips everything has failed."""
     if which is None:
         which = [*PATHS, *(f"--ignore={path}" for path in ELSEWHERE)]
         if all(map(find_spec, ONNX_NEEDS)):
@@ -76,98 +79,12 @@ def tests(record: Record, seconds: float, which: Sequence[str] | None = None) ->
     workers = ["-n", str(WORKERS), "--dist", "worksteal"] if find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider", "--durations=10"]
     # One thread each, as in `make test`: so many workers share the cores.
-    done = process.run([*command, *workers, *which], seconds, {"OMP_NUM_THREADS": "1"})
-    summary = _last(r" in \d+\.\d+s", done.output)
-    lines = [line[:200] for line in done.output.splitlines() if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    _run(record, "pytest", done, summary, lines)
-    if done.code != 0:
-        bad = sum(map(int, re.findall(r"(\d+) (?:failed|error)", summary)))
-        record.fail(f"{bad} tests failed" if bad else done.ending())
-    elif " passed" not in summary:
-        record.fail("no test passed")
-    record.keep(complete=done.code is not None)
-
-
-def located(tool: str) -> str | None:
-    """Where a tool of the CUDA toolkit lies, None if nowhere."""
-    return shutil.which(tool) or shutil.which(tool, path="/usr/local/cuda/bin")
-
-
-def refusal(output: str) -> str:
-    """The line in which one of NVIDIA's tools says that it cannot work on this machine, "" without one."""
-    return _last(f"^==.*({'|'.join(REFUSALS)})", output).strip("= ")
-
-
-def sanitizer(record: Record, seconds: float, program: Sequence[str] = LAUNCHES) -> None:
-    """Run the program alone, which compiles the kernels and shows that it runs, then under all tools at a time."""
-    until = monotonic() + seconds
-    record.keep(seed=SEED)
-    tool = located("compute-sanitizer")
-    if tool is None:
-        record.skip("compute-sanitizer", "it is not on this machine")
-        record.keep(complete=True)
-        return
-
-    def run(*command: str) -> process.Finished:
-        return process.run(command, until - monotonic(), ENVIRONMENT)
-
-    with ThreadPoolExecutor(SHARES) as pool:
-        alone = [pool.submit(run, *program, f"{k}/{SHARES}") for k in range(SHARES)]
-        bad = next((one.result() for one in alone if one.result().code != 0), None)
-        if bad is not None:
-            record.keep(output=bad.tail(40))
-            record.fail(f"the program alone: {bad.ending()}")
-            return
-        checks = {
-            name: pool.submit(run, tool, "--tool", kind, *OPTIONS, *program, *planted)
-            for name, (kind, *planted) in CHECKS.items()
-        }
-        for name, check in checks.items():
-            _judge(record, name, check.result())
+    done = run([*command, *workers, *which], seconds, {"OMP_NUM_THREADS": "1"})
+    lines = done.lines[-KEPT_LINES:]
+    record.keep(
+        {"run": "pytest", "exit": done.code, "seconds": done.seconds, "summary": done.ending(), "output": lines}
+    )
+    if done.code != 0 or not re.search(r"\d+ passed", done.ending()):
+        print(*lines, sep="\n", file=sys.stderr)
+        record.fail(done.ending())
     record.keep(complete=True)
-
-
-def _judge(record: Record, name: str, done: process.Finished) -> None:
-    """Keep a tool's run, and whether it found what it should: something if an error was planted, else nothing."""
-    refused, summary = refusal(done.output), _last("SUMMARY: ", done.output)
-    if refused:
-        record.skip(name, f"compute-sanitizer: {refused}")
-        return
-    _run(record, name, done, summary.strip("= "))
-    found = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", summary)
-    errors = int(found[1]) if found else None
-    if PLANTED in name:
-        if done.code is None or not errors or "Invalid __global__ write" not in done.output:
-            record.fail(f"{name}: found no error where one was planted ({done.ending()})")
-    elif done.code != 0 or errors != 0:
-        record.fail(f"{name}: {f'{errors} errors' if errors else done.ending()}")
-
-
-def counters(record: Record, seconds: float, program: Sequence[str] = (*LAUNCHES, str(ELEMENTS))) -> None:
-    """Run the program, which says which launches count, under ncu; clocks are left as they are."""
-    ncu = located("ncu")
-    if ncu is None:
-        record.skip("ncu", "it is not on this machine")
-        return
-    command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
-    command += ["--print-units", "base", "--metrics", ",".join(METRICS), "--target-processes", "application-only"]
-    done = process.run([*command, *program], seconds)
-    refused, found = refusal(done.output), counters_of(done.output)
-    record.keep(*found)
-    if refused:
-        record.skip("ncu", refused)
-    elif done.code != 0 or not found:
-        record.fail(f"ncu: {done.ending()}")
-
-
-def counters_of(text: str) -> list[dict[str, Any]]:
-    """A record per launch of what ncu printed as CSV: microseconds, GB/s of DRAM, and the values of METRICS."""
-    found = []
-    for row in csv.DictReader(line for line in text.splitlines() if line.startswith('"')):
-        cells = {name: (row.get(metric) or "").replace(",", "") for metric, name in METRICS.items()}
-        # Others are the line of units, one that was cut off, or one with a counter that was not available.
-        if all(map(NUMBER.fullmatch, cells.values())):
-            values = {name: float(cell) for name, cell in cells.items()}
-            derived = {"us": values["ns"] / 1e3, "gb_per_s": values["dram_bytes"] / values["ns"]}
-            found.append({"workload": "ncu", "kernel": row["Kernel Name"], "elements": ELEMENTS} | derived | values)
-    return found
