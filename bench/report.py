@@ -26,10 +26,9 @@ RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.json" for name in ("run", "peers"
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 PROOF = MACHINE / "compare_proof.json"
-KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
+KERNEL_ARCH = "sm_90"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
-    "bare fp32", "bare bf16",
     "q_sample fp32", "q_sample bf16", "q_sample uint8 to bf16", "q_sample fp32 ragged", "q_sample fp32 channels_last",
     "q_sample_rows uint8 to bf16", "q_sample_rows uint8, flip, noise",
     "noise_mse bf16", "noise_mse bf16 backward", "noise_mse fp32 channels_last",
@@ -90,22 +89,20 @@ def summary_table() -> str:
 
 
 def kernel_table() -> str:
-    """Instructions per element, spills and what binds, of the main kernels on one architecture."""
+    """Instructions per element, registers and spills of the main kernels on one architecture."""
     records = {r["kernel"]: r for r in read_json(RESULTS / "static.json")["records"] if r["arch"] == KERNEL_ARCH}
     rows = [
         [
             record["kernel"],
             f"{record['instructions_per_element']:.1f}",
-            "" if record.get("ratio") is None else f"{record['ratio']:.2f}",
             str(record["registers"]),
             str(record["spill_store_bytes"] + record["spill_load_bytes"]),
             f"{record['bytes_per_element']:g}",
-            record["cards"][KERNEL_CARD]["binds"],
         ]
         for record in map(records.__getitem__, KERNELS)
     ]
-    headings = (f"kernel ({KERNEL_ARCH})", "SASS instructions per element", "x bare", "registers", "spills")
-    return Table((*headings, "bytes per element", f"binds on an {KERNEL_CARD}"), "l", rows).markdown()
+    headings = (f"kernel ({KERNEL_ARCH})", "SASS instructions per element", "registers", "spills")
+    return Table((*headings, "bytes per element"), "l", rows).markdown()
 
 
 def sprites_table() -> str:

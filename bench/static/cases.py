@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bench.kernels import operator_file
-from bench.static import bare
 from kernels.backend import WARP, Cost, Launch, recording
 
 F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
@@ -40,13 +39,6 @@ class Case:
     def cost(self) -> Cost:
         """Of an element."""
         return self.operator.cost(*self.costs)
-
-    @property
-    def yardstick(self) -> str | None:
-        """The bare kernel that stores this type; none for a kernel that draws no noise."""
-        if self.elements is not None:
-            return None
-        return "bare fp32" if self.stored == F32 else "bare bf16"
 
     def launch(self) -> Launch:
         """The launch, recorded and not executed."""
@@ -82,10 +74,6 @@ def _rows() -> Tensor:
 
 def _operator(name: str, *case: Any) -> Case:
     return Case(operator_file(name), *case)
-
-
-def _bare(out: torch.dtype) -> Case:
-    return Case(bare, lambda: (torch.zeros(1 << 14, dtype=out), _one(), _one()), (out,), out)
 
 
 # In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
@@ -159,8 +147,6 @@ def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 
 
 # Named "operator variant"; images are 64 of 3x16x16.
 CASES: dict[str, Case] = {
-    "bare fp32": _bare(F32),
-    "bare bf16": _bare(BF16),
     "q_sample fp32": _q_sample(F32, F32),
     "q_sample bf16": _q_sample(BF16, BF16),
     "q_sample uint8 to fp32": _q_sample(U8, F32),

@@ -3,79 +3,44 @@
 import json
 import re
 import sys
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from bench.static import BASELINE
+from bench.show import Table
+from bench.static import ARCHS, BASELINE
+from ddpm.command_line import FAILED
 
 WIDTH = 120
-UNITS = {"issue": "i", "alu": "a", "fma": "f", "special": "s"}
+HEADINGS = ("kernel", "regs", "spill", "stack", "shared", "SASS", "/elem", "ld/st", "B/elem")
+NOTE = "SASS: instructions of a thread. ld/st: bits of the widest load and store. B/elem: memory traffic. Not timed."
 
 
-def _card(prediction: dict[str, Any]) -> Text:
-    """ "1.23a  2.50*": the slowest unit of the SM and its letter, the bytes; what binds in bold and with a star."""
-    unit = max(UNITS, key=lambda name: prediction[f"{name}_us"])
-    text = Text()
-    for kind, letter in ((unit, UNITS[unit]), ("bytes", "")):
-        binds = prediction["binds"] == kind
-        mark = f"{letter}{'*' if binds else ' '}"
-        text.append(f"{prediction[f'{kind}_us']:>5.2f}{mark}", style="bold" if binds else "dim")
-    return text
+def _cells(record: Mapping[str, Any]) -> list[str]:
+    return [
+        record["kernel"],
+        str(record["registers"]),
+        str(record["spill_store_bytes"] + record["spill_load_bytes"]),
+        str(record["stack"]),
+        str(record["shared"]),
+        str(record["instructions"]),
+        f"{record['instructions_per_element']:.1f}",
+        f"{record['load_bits']}/{record['store_bits']}",
+        f"{record['bytes_per_element']:.3g}",
+    ]
 
 
-def table(arch: str, records: list[dict[str, Any]]) -> Table:
-    """One architecture's records as a table of at most 120 columns."""
-    grid = Table(title=arch, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    grid.add_column("kernel", no_wrap=True)
-    for heading in ("regs", "spill", "stack", "smem", "SASS", "/elem", "×bare", "ld/st", "B/el"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    for card in records[0]["cards"]:
-        grid.add_column(f"   {card}\n   SM  bytes", no_wrap=True)
-    operator = None
-    for record in records:
-        name, _, variant = record["kernel"].partition(" ")
-        label = Text(f"{name if name != operator else '':<{max(14, len(name) + 1)}}{variant}")
-        if operator not in (None, name):
-            grid.add_section()
-        operator = name
-        spill = record["spill_store_bytes"] + record["spill_load_bytes"]
-        grid.add_row(
-            label,
-            str(record["registers"]),
-            Text(str(spill), style="red bold" if spill else "dim"),
-            Text(str(record["stack"]), style="red bold" if record["stack"] else "dim"),
-            Text(str(record["shared"]), style="" if record["shared"] else "dim"),
-            str(record["instructions"]),
-            Text(f"{record['instructions_per_element']:.1f}", style="bold"),
-            "-" if record["ratio"] is None else f"{record['ratio']:.2f}",
-            f"{record['load_bits']}/{record['store_bits']}",
-            f"{record['bytes_per_element']:.3g}",
-            *(_card(prediction) for prediction in record["cards"].values()),
-        )
-    return grid
-
-
-def show(records: Iterable[dict[str, Any]], console: Console) -> None:
-    """Print a table per architecture and what its columns mean."""
-    by_arch = sorted(records, key=lambda record: int(record["arch"].removeprefix("sm_")))
-    for arch, group in groupby(by_arch, key=lambda record: record["arch"]):
-        console.print(table(arch, list(group)))
-    console.print(
-        "SASS: instructions per thread; /elem: of them per element; ×bare: against Philox + Box-Muller + a store, "
-        "- without noise. ld/st: bits of the widest load and store. B/el: bytes of memory traffic per element. Cards: "
-        "predicted µs per million elements by the SM (its slowest unit: i issue, a integer ALU, f fp32 and IMAD, "
-        "s special functions) and by memory bandwidth, the larger (*) binds. "
-        "Nothing here was timed.",
-        style="dim",
-    )
+def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
+    """Print a table per architecture, kernels that spill in red, and what the columns mean."""
+    for arch in archs:
+        rows = [_cells(record) for record in records if record["arch"] == arch]
+        spills = {
+            number: "red bold" for number, (_, _, spill, stack, *_) in enumerate(rows) if (spill, stack) != ("0", "0")
+        }
+        notes = [NOTE] if arch == archs[-1] else []
+        Table(HEADINGS, "l" + "r" * (len(HEADINGS) - 1), rows, arch, spills).show(notes, "dim", WIDTH)
 
 
 def versions() -> dict[str, str]:
@@ -85,17 +50,12 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__}
 
 
-def check(records: list[dict[str, Any]], archs: list[str], pattern: re.Pattern[str]) -> list[str]:
-    """Violations against the committed baseline, of these architectures and kernels only."""
-    from bench.static.report import compare
-
+def baseline_records() -> list[dict[str, Any]]:
+    """Of the committed baseline. Raises ValueError if another compiler made it."""
     baseline = json.loads(BASELINE.read_text())
     if baseline["versions"] != versions():
-        raise ValueError(
-            f"--check: the baseline was made with {baseline['versions']}, needs the same, not {versions()}"
-        )
-    wanted = [line for line in baseline["records"] if line["arch"] in archs and pattern.search(line["kernel"])]
-    return compare(records, wanted)
+        raise ValueError(f"--check: the baseline is of {baseline['versions']}, needs the same, not {versions()}")
+    return baseline["records"]
 
 
 def static(
@@ -109,13 +69,12 @@ def static(
 ) -> int:
     """Compile every kernel for every architecture, without a GPU, and report what it costs."""
     from bench.static import sass
-    from bench.static.cards import ARCHS
     from bench.static.cases import CASES
-    from bench.static.report import report
+    from bench.static.report import compare, report
 
     sass.usable()
-    archs = list(dict.fromkeys(arch or ARCHS))
-    for name in archs:
+    archs = [name for name in ARCHS if name in (arch or ARCHS)]
+    for name in arch or ():
         if name not in ARCHS:
             raise typer.BadParameter(f"got {name}, needs one of {', '.join(ARCHS)}", param_hint="--arch")
     try:
@@ -130,18 +89,16 @@ def static(
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
 
-    console = Console()
-    console.width = max(console.width, WIDTH)
     records = report(archs, names, dump)
-    show(records, console)
+    show(records, archs)
     if json_file is not None:
         text = json.dumps({"versions": versions(), "records": records}, indent=1)
         json_file.write_text(text + "\n")
     if check_baseline:
-        violations = check(records, archs, pattern)
-        for line in violations:
-            print(f"error: {line}", file=sys.stderr)
+        wanted = [old for old in baseline_records() if old["arch"] in archs and pattern.search(old["kernel"])]
+        violations = compare(records, wanted)
         if violations:
-            return 1
-        console.print(f"No worse than {BASELINE.parent.name}/{BASELINE.name}: {len(records)} records.")
+            print(*(f"error: {line}" for line in violations), sep="\n", file=sys.stderr)
+            return FAILED
+        print(f"No worse than {BASELINE.parent.name}/{BASELINE.name}: {len(records)} records.")
     return 0

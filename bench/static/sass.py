@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,6 @@ from kernels.backend import Launch, triton
 
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
-# Which unit executes an instruction, by its mnemonic. Assumed, after the pipelines of NVIDIA's Nsight Compute (Kernel
-# Profiling Guide), which could not be opened from here: the ALU does bit manipulation, integer arithmetic without IMAD,
-# comparisons and conversions to 16 bit; FMA does fp32 arithmetic and, in its heavy half, IMAD (on sm_80 confirmed by
-# arXiv 2208.11174), IMAD.WIDE at the same rate; XU special functions and other conversions. What starts with U runs on
-# the uniform datapath, once per warp, and costs an issue slot only.
-CLASSES = {
-    "alu": "IADD IADD3 LOP3 LOP SHF SHL SHR LEA ISETP IMNMX VIMNMX SEL PRMT MOV PLOP3 IABS SGXT BMSK FSETP FMNMX FSEL "
-    "F2FP I2FP FCHK P2R R2P I2IP",
-    "imad": "IMAD IMUL IDP",
-    "fp32": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 HADD2 HMUL2 HFMA2",
-    "special": "MUFU I2F F2I F2F FRND POPC FLO BREV",
-    "memory": "LDG STG LDS STS LDL STL LDC LDSM STSM LDGSTS LD ST ATOM ATOMG ATOMS RED",
-}
-CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names.split()}
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
 
@@ -110,25 +96,13 @@ def count(listing: str) -> list[str]:
     return instructions[:-1] if instructions and instructions[-1].startswith("BRA") else instructions
 
 
-def class_of(instruction: str) -> str:
-    """The unit that executes an instruction: "IMAD.WIDE.U32" -> "imad"."""
-    mnemonic = instruction.split(".")[0]
-    return CLASS_OF.get(mnemonic, "uniform" if mnemonic.startswith("U") or mnemonic == "R2UR" else "other")
-
-
-def tally(values: Iterable[str | int]) -> dict[str, int]:
-    """How many of each, by name: in an order that is the same in every run."""
-    return {str(value): number for value, number in sorted(Counter(values).items())}
-
-
 def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
     """The facts of a binary that uses `shared` bytes and disassembles to `listing`.
 
     Per thread: registers, stack and spills in bytes, instructions; per program: shared bytes. instructions: every
     instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both sides of a branch
     count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory; *_bits: the widest of
-    them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width in bits. classes:
-    instructions by the unit that executes them, see CLASSES, the rest as "uniform" or "other".
+    them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width in bits.
     """
     instructions = count(listing)
     if "EXIT" not in instructions:
@@ -138,6 +112,7 @@ def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
         raise RuntimeError("cuobjdump found no resource usage in a cubin")
     names = ("LDG", "STG", "STL", "LDL")
     bits = {name: [access_bits(each) for each in instructions if each.split(".")[0] == name] for name in names}
+    widths = {name: {str(width): number for width, number in sorted(Counter(bits[name]).items())} for name in names}
     return {
         "registers": int(usage[1]),
         "spill_store_bytes": sum(bits["STL"]) // 8,
@@ -149,7 +124,6 @@ def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
         "global_stores": len(bits["STG"]),
         "load_bits": max(bits["LDG"], default=0),
         "store_bits": max(bits["STG"], default=0),
-        "load_widths": tally(bits["LDG"]),
-        "store_widths": tally(bits["STG"]),
-        "classes": tally(map(class_of, instructions)),
+        "load_widths": widths["LDG"],
+        "store_widths": widths["STG"],
     }

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from bench.static import BASELINE, report, sass
-from bench.static.cards import ARCHS, CARDS
+from bench.static import ARCHS, BASELINE, report
 from bench.static.cases import CASES
 from bench.static.command import versions
 from kernels import backend
@@ -68,8 +67,8 @@ def test_nothing_spills(records):
         assert record["spill_store_bytes"] == record["spill_load_bytes"] == record["stack"] == 0, record
 
 
-NETWORK = [name for name, case in CASES.items() if case.yardstick is None]
-NOISE = [name for name in CASES if name not in NETWORK and not name.startswith("bare")]
+NETWORK = [name for name, case in CASES.items() if case.elements is not None]
+NOISE = [name for name in CASES if name not in NETWORK]
 
 # Every access of a thread, bits -> how many. Of its row it reads scalars: seed, sample index, t, row and step have 64
 # bits, alpha_bar, weight, grad and the table's coefficients 32. Everything else is its elements, in 16 bytes unless:
@@ -99,15 +98,13 @@ def accesses(name):
     load, store, _ = NARROW.get(name, (128, 128, ""))
     backward, full = "backward" in words, "full" in words
     scalars = {
-        "bare": ({64: 2}, {}),
         "q_sample": ({64: 3, 32: 1}, {}),
         "q_sample_rows": ({64: 3, 32: 1}, {64: 1}),  # writes t
         "noise_mse": ({64: 2, 32: ("weighted" in words) + backward}, {} if backward else {32: 1}),  # a program's sum
         "solver_step": ({64: 3, 32: 9 if full else 7}, {}),  # in full also c5 and guidance
     }[operator]
-    read = {"bare": 0, "solver_step": 4 if full else 2}.get(operator, 1)
+    read = {"solver_step": 4 if full else 2}.get(operator, 1)
     written = {
-        "bare": 1,
         "q_sample": 2,
         "q_sample_rows": 1 + ("noise" in words),
         "noise_mse": backward,
@@ -121,7 +118,7 @@ def accesses(name):
     return loads, stores
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.yardstick is not None])
+@pytest.mark.parametrize("name", NOISE)
 @pytest.mark.long
 def test_accesses_are_16_bytes_wherever_alignment_allows(records, name):
     loads, stores = accesses(name)
@@ -168,17 +165,6 @@ def test_convolutions_multiply_on_tensor_cores_and_load_tiles_in_16_bytes(folder
         assert all(copy.endswith("128") for copy in copies)
 
 
-@pytest.mark.parametrize("name", ["q_sample bf16", "solver_step fp32"])
-@pytest.mark.long
-def test_operators_stand_within_1_3_of_the_bare_kernel(records, name):
-    for arch in ARCHS:
-        bare = records[CASES[name].yardstick, arch]["instructions_per_element"]
-        assert records[name, arch]["instructions_per_element"] <= 1.3 * bare
-        assert records[name, arch]["ratio"] == pytest.approx(
-            records[name, arch]["instructions_per_element"] / bare, abs=1e-3
-        )
-
-
 @pytest.mark.parametrize("name", NOISE)
 @pytest.mark.long
 def test_offsets_are_64_bit_from_the_row_on(folder, name):
@@ -217,7 +203,6 @@ def test_networks_share_their_elements_out_among_programs(records, name):
     for arch in ARCHS:
         record = records[name, arch]
         assert record["instructions_per_element"] == round(record["instructions"] * threads / case.elements, 3)
-        assert record["ratio"] is None
 
 
 @pytest.mark.long
@@ -233,63 +218,6 @@ def test_listings_end_with_their_kernel(folder, records):
     for name, arch in PAIRS:
         assert dumped(folder, name, arch, "sass").count(" EXIT") >= 1
         assert records[name, arch]["instructions"] > 150
-
-
-@pytest.mark.long
-def test_cards_are_predicted_from_what_their_units_do(records):
-    record = records["q_sample bf16", "sm_90"]
-    card, each = record["cards"]["H200"], record["per_element"]
-    microsecond = 132 * 1.98e-3  # clocks of all SMs, in millions
-
-    def near(clocks):
-        return pytest.approx(clocks / microsecond, abs=2e-3)
-
-    assert sum(each.values()) == pytest.approx(record["instructions_per_element"], abs=0.01)
-    assert card["issue_us"] == near(record["instructions_per_element"] / 128)
-    assert card["alu_us"] == near(each["alu"] / 64)
-    assert card["fma_us"] == near(max((each["fp32"] + each["imad"]) / 128, each["imad"] / 64))
-    assert card["special_us"] == near(each["special"] / 16)
-    assert card["bytes_us"] == pytest.approx(6 / 4.8, abs=1e-3)
-    assert card["binds"] == "bytes"
-    assert {card for record in records.values() for card in record["cards"]} == set(CARDS)
-
-
-@pytest.mark.parametrize(
-    ("per_element", "binds"),
-    [
-        ({"alu": 10, "other": 1}, "alu"),
-        ({"alu": 10, "fp32": 12}, "issue"),
-        ({"special": 4, "other": 20}, "special"),
-        ({"imad": 10, "other": 1}, "fma"),
-        ({"uniform": 3}, "bytes"),
-    ],
-)
-def test_the_slowest_unit_binds(per_element, binds):
-    record = {"arch": "sm_90", "per_element": per_element, "bytes_per_element": 0.5}
-    assert report.predict(record)["H200"]["binds"] == binds
-
-
-def test_an_a100_has_half_the_fp32_lanes():
-    record = {"per_element": {"fp32": 20}, "bytes_per_element": 1}
-    assert report.predict(record | {"arch": "sm_80"})["A100"]["binds"] == "fma"
-    assert report.predict(record | {"arch": "sm_90"})["H100"]["binds"] == "issue"
-
-
-@pytest.mark.parametrize(
-    ("instruction", "kind"),
-    [
-        ("IMAD.WIDE.U32", "imad"),
-        ("LOP3.LUT", "alu"),
-        ("FFMA", "fp32"),
-        ("MUFU.SIN", "special"),
-        ("I2F.U32", "special"),
-        ("LDG.E.128", "memory"),
-        ("UIADD3", "uniform"),
-        ("HMMA.16816.F32.BF16", "other"),
-    ],
-)
-def test_instructions_are_told_apart(instruction, kind):
-    assert sass.class_of(instruction) == kind
 
 
 @pytest.mark.long
