@@ -3,7 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +13,14 @@ import torch
 import typer
 
 from bench import machine, store
+from bench.show import Table
 from bench.timing import synchronize
 from ddpm import runs
 from ddpm.commands.sampling_options import EngineName, Solver, Steps, contexts_of, table_of
 from ddpm.distributed import pick_device
 from ddpm.engines import choose
 from ddpm.errors import BadInput
-from ddpm.files import json_text, replacing_all
+from ddpm.files import json_text, read_json, replacing_all
 from ddpm.inference import has_form, kept_form
 from ddpm.networks import condition_shape
 from ddpm.trajectory import Trajectory
@@ -27,24 +30,27 @@ TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
 
 
 def profile(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    out: Annotated[Path, typer.Option(help=f"folder for {REPORT}, {PROFILE} and {TRACE}")],
+    run: Annotated[Path | None, typer.Argument(help="run folder")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"folder for {REPORT}, {PROFILE} and {TRACE}")] = None,
     engine: EngineName = "auto",
-    batch: Annotated[int, typer.Option(help="images at a time")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 16,
     solver: Solver = None,
     steps: Steps = None,
     guidance: Annotated[float, typer.Option(help="w of classifier-free guidance, 1 = none")] = 1.0,
     context: Annotated[str | None, typer.Option(help="class by name or number, v1,v2,.., or all")] = None,
-    trajectories: Annotated[int, typer.Option(help="how many are timed")] = 3,
-    seed: Annotated[int, typer.Option(help="0 <= seed < 2^63")] = 0,
+    trajectories: Annotated[int, typer.Option(min=1, help="how many are timed")] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="0 <= seed < 2^63")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="of the CPU [PyTorch's]")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(help=f"two stored {PROFILE}, instead of a run")] = None,
 ) -> None:
     """Where the time of a sample goes: step latencies, parts, operators against measured ceilings, memory."""
-    for name, value in (("--batch", batch), ("--trajectories", trajectories)):
-        if value < 1:
-            raise BadInput(f"{name}: got {value}, needs an integer >= 1")
-    if not 0 <= seed < 2**63:
-        raise BadInput(f"--seed: got {seed}, needs 0 <= seed < 2^63")
+    if compare is not None and run is None and out is None:
+        comparison(*(_stored(path) for path in compare)).show()
+        return
+    if compare is not None or run is None or out is None:
+        raise BadInput("profile: needs RUN and --out FOLDER, or --compare A.json B.json alone")
+    torch.set_num_threads(threads or torch.get_num_threads())
     opened = runs.load_run(run)
     target = pick_device(device)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
@@ -52,8 +58,7 @@ def profile(
     chosen = choose(engine, target, plain=not has_form(opened.model)).name
     runs.make_folder(out)
     # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
-    from bench.profiling import ceilings
-    from bench.profiling.measure import Sampler, measured
+    from bench.profiling.measure import Sampler, ceilings, measured
     from bench.profiling.page import render
 
     opened.model.to(target)
@@ -87,15 +92,12 @@ def profile(
             "dtype": "float32",
         },
         # Measured afterwards: its copies would be the process's peak of memory.
-        "ceilings": ceilings.measure(target, torch.float32),
+        "ceilings": ceilings(target),
         **figures,
     }
     content["floor"] = floor(content)
-    texts = {
-        REPORT: render(content),
-        PROFILE: json_text(content),
-        TRACE: json.dumps(trace, separators=(",", ":")) + "\n",
-    }
+    events = json.dumps(trace, separators=(",", ":")) + "\n"
+    texts = {REPORT: render(content), PROFILE: json_text(content), TRACE: events}
     paths = [out / name for name in texts]
     with replacing_all(paths) as partials:
         for partial, text in zip(partials, texts.values(), strict=True):
@@ -115,40 +117,48 @@ def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -
     return contexts_of(run, context, 0, batch)
 
 
+def best_rate(ceilings: Mapping[str, Any]) -> float:
+    """The best GFLOP/s measured."""
+    return max(ceilings["matmul_gflop_per_s"], ceilings["conv_gflop_per_s"])
+
+
 def floor(content: Mapping[str, Any]) -> dict[str, Any]:
     """The two numbers: flops over the best rate, bytes over the copy bandwidth, of one step; the larger is the floor.
 
     Bytes are those of the operators as they are, each reading its inputs and writing its output once: fusing lowers
-    them. Raises nothing; operators without a count are left out, `profiler.counted` says how much that is.
+    them. Operators without a count are left out, `profiler.counted` says how much that is.
     """
-    operators, best = content["operators"], content["ceilings"]
-    flops = sum(row["flops"] or 0.0 for row in operators)
-    moved = sum(row["bytes"] or 0.0 for row in operators)
-    rate = max(best["matmul_gflop_per_s"], best["conv_gflop_per_s"])
-    arithmetic, traffic = flops / rate / 1e6, moved / best["copy_gb_per_s"] / 1e6
-    step = content["latency"]["step_ms"]["p50"]
+    flops, moved = (sum(row[key] or 0.0 for row in content["operators"]) for key in ("flops", "bytes"))
+    best = content["ceilings"]
+    arithmetic, traffic = flops / best_rate(best) / 1e6, moved / best["copy_gb_per_s"] / 1e6
     return {
         "flops": flops,
         "bytes": moved,
         "arithmetic_ms": round(arithmetic, 4),
         "traffic_ms": round(traffic, 4),
         "binds": "arithmetic" if arithmetic >= traffic else "traffic",
-        "share": round(max(arithmetic, traffic) / step, 4),
+        "share": round(max(arithmetic, traffic) / content["latency"]["step_ms"]["p50"], 4),
     }
+
+
+def _heading(content: Mapping[str, Any]) -> str:
+    """What was profiled, in a line."""
+    recipe = content["recipe"]
+    guidance = f", guidance {recipe['guidance']:g}" if recipe["rows"] > recipe["batch"] else ""
+    how = f"{recipe['engine']}, {recipe['batch']} images, {recipe['solver']}, {recipe['steps']} steps{guidance}"
+    return f"{content['run']['name']}: {how}, {content['machine']['device']}"
 
 
 def summary(content: Mapping[str, Any]) -> str:
     """The figures that a terminal shows: some fifteen lines."""
-    recipe, step, bound = content["recipe"], content["latency"]["step_ms"], content["floor"]
-    best, memory = content["ceilings"], content["memory"]
-    guidance = f", guidance {recipe['guidance']:g}" if recipe["rows"] > recipe["batch"] else ""
+    step, memory = content["latency"]["step_ms"], content["memory"]
+    bound, best = content["floor"], content["ceilings"]
     lines = [
-        f"{content['run']['name']}: {recipe['engine']}, {recipe['batch']} images, {recipe['solver']}, "
-        f"{recipe['steps']} steps{guidance}, {content['machine']['device']}",
+        _heading(content),
         f"step     p50 {step['p50']:.2f}  p90 {step['p90']:.2f}  p99 {step['p99']:.2f}  max {step['max']:.2f} ms"
         f"   {content['latency']['images_per_s']:.3g} images/s",
         f"floor    arithmetic {bound['arithmetic_ms']:.2f} ms ({bound['flops'] / 1e9:.3g} GFLOP at "
-        f"{max(best['matmul_gflop_per_s'], best['conv_gflop_per_s']):.0f} GFLOP/s), "
+        f"{best_rate(best):.0f} GFLOP/s), "
         f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
         "where    " + "  ".join(f"{part['name']} {part['share']:.1%}" for part in content["parts"]),
         f"         (under the profiler, which makes a step {content['profiler']['overhead']:.2f} times as long)",
@@ -164,11 +174,41 @@ def summary(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def by_operator(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def by_operator(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `operators` joined over shapes: name, calls, ms, share, flops, bytes; the most expensive first."""
-    joined: dict[str, dict[str, Any]] = {}
+    groups = defaultdict(list)
     for row in rows:
-        into = joined.setdefault(row["name"], dict.fromkeys(("calls", "ms", "share", "flops", "bytes"), 0.0))
-        for key in into:
-            into[key] = None if row[key] is None or into[key] is None else into[key] + row[key]
-    return sorted(({"name": name, **row} for name, row in joined.items()), key=lambda row: -row["ms"])
+        groups[row["name"]].append(row)
+
+    def total(group: Sequence[Mapping[str, Any]], key: str) -> float | None:
+        values = [row[key] for row in group]
+        return None if None in values else sum(values)
+
+    keys = ("calls", "ms", "share", "flops", "bytes")
+    joined = [{"name": name} | {key: total(group, key) for key in keys} for name, group in groups.items()]
+    return sorted(joined, key=lambda row: -row["ms"])
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """A stored profile. Raises BadInput if it is none."""
+    content = read_json(path)
+    if content.get("format_version") != FORMAT_VERSION or "parts" not in content:
+        raise BadInput(f"{path}: needs a {PROFILE} that `ddpm-bench profile` wrote")
+    return content
+
+
+def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> Table:
+    """Two profiles beside each other: milliseconds a step, whole, by part and by operator, and the difference."""
+
+    def times(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+        found = {("step", "median, without the profiler"): content["latency"]["step_ms"]["p50"]}
+        for kind, rows in (("part", content["parts"]), ("operator", by_operator(content["operators"]))):
+            found |= {(kind, row["name"]): row["ms"] for row in rows}
+        return found
+
+    a, b = times(first), times(second)
+    names = sorted({**a, **b}, key=itemgetter(0), reverse=True)  # step, parts, operators
+    pairs = [(*name, a.get(name, 0.0), b.get(name, 0.0)) for name in names]
+    rows = [[*name, f"{x:.3f}", f"{y:.3f}", f"{y - x:+.3f}", f"{y / x - 1:+.0%}" if x else ""] for *name, x, y in pairs]
+    title = f"A: {_heading(first)}\nB: {_heading(second)}"
+    return Table(("ms a step", "", "A", "B", "B - A", ""), "llrrrr", rows, title)

@@ -1,7 +1,4 @@
-"""The plots of report.html: matplotlib's SVG for a given width, so that text stays readable on a phone.
-
-Its colours become the style sheet's variables, which differ in dark mode; the file needs nothing from elsewhere.
-"""
+"""The plots of report.html: matplotlib's SVG, whose colours become the style sheet's variables, as dark mode needs."""
 
 import io
 import math
@@ -21,8 +18,8 @@ from bench.profiling.ranges import OTHER, PARTS
 # matplotlib knows no variables: it draws with #0000NN, NN the place in this list, as page.mplstyle does.
 VARIABLES = ("ink", "soft", "paper", "line", *PARTS, OTHER)
 COLOURS = {name: f"#0000{k:02x}" for k, name in enumerate(VARIABLES, start=1)}
-DATA, PEAK = COLOURS["encoder"], COLOURS["head"]
-NARROW = 500  # pixels, below which text is smaller
+DATA, PEAK, SOFT = COLOURS["encoder"], COLOURS["head"], COLOURS["soft"]
+WIDTH = 860  # pixels; the page scales a plot, and scrolls it on narrow screens
 NUMBERED, ROOMY = 9, 7  # dots that show their rank; the radius in pixels from which it fits in
 WHITE = ("encoder", "head", "solver")  # parts on whose colour white is easier to read than black
 UNITS = {"": 1, "giga": 1e9, "mega": 1e6}
@@ -42,43 +39,43 @@ class Number(float):
         return f"{float(value):,.{digits}f}"
 
 
-def _plot(width: int, height: int, title: str, x_label: str, y_label: str, draw: Callable[[Axes], None]) -> str:
-    """An inline SVG of width x height pixels; y_label stands above the axis. What has a gid "tip:.." has a tooltip."""
-    with rc_context({"svg.hashsalt": f"{title}{width}"}, Path(__file__).with_name("page.mplstyle")):
+def _plot(height: int, label: str, draw: Callable[[Axes], Any], width: int = WIDTH, **labels: Any) -> str:
+    """An inline SVG of width x height pixels. What has a gid "tip:.." has a tooltip. labels: of `Axes.set`."""
+    with rc_context({"svg.hashsalt": label}, Path(__file__).with_name("page.mplstyle")):
         figure = Figure(figsize=(width / 72, height / 72))
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        axes.set(title=y_label, xlabel=x_label)
         draw(axes)
+        axes.set(**labels)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue().partition("<svg")[2]
     svg = re.sub(r' (xmlns(:xlink)?|id="[a-z]+_)[^ >]*', "", svg)  # a page has no namespaces, and needs no such names
     svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), svg)
     svg = re.sub(r"#0000([0-9a-f]{2})", lambda found: f"var(--{VARIABLES[int(found[1], 16) - 1]})", svg)
-    return f'<svg role="img" aria-label="{title}"{svg}'.replace('id="tip:', 'data-tip="')
+    return f'<div class="scroll"><svg role="img" aria-label="{label}"{svg}</div>'.replace('id="tip:', 'data-tip="')
 
 
-def timeline(latency: Mapping[str, Any], width: int) -> str:
+def timeline(latency: Mapping[str, Any]) -> str:
     """Milliseconds of every step, one line per trajectory, and the quantiles."""
     runs, quantiles = latency["trajectories"], latency["step_ms"]
+    steps = np.arange(1, len(runs[0]["steps_ms"]) + 1)
+    most, step = max((value, k + 1) for run in runs for k, value in enumerate(run["steps_ms"]))
 
     def draw(axes: Axes) -> None:
         for run in runs:
-            steps = np.arange(1, len(run["steps_ms"]) + 1)
             axes.plot(steps, run["steps_ms"], color=DATA, alpha=0.75, marker="." if len(steps) == 1 else "")
         for name, dashes in (("p50", "-"), ("p90", (0, (7, 4))), ("p99", (0, (2, 3)))):
             label = f"{name} {Number(quantiles[name])}"
             axes.axhline(quantiles[name], color=COLOURS["ink"], ls=dashes, alpha=0.75, label=label)
-        value, step = max((value, k + 1) for run in runs for k, value in enumerate(run["steps_ms"]))
-        axes.plot(step, value, "o", color=PEAK, label=f"max {Number(value)}")
-        axes.set(ylim=(0, value * 1.1), xlim=(1, max(2, len(runs[0]["steps_ms"]))))
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4 if width > NARROW else 2)
+        axes.plot(step, most, "o", color=PEAK, label=f"max {Number(most)}")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=4)
 
-    return _plot(width, 300, "Latency of every step", "step", "ms per step", draw)
+    bounds = {"ylim": (0, most * 1.1), "xlim": (1, max(2, len(steps)))}
+    return _plot(260, "Latency of every step", draw, title="ms per step", xlabel="step", **bounds)
 
 
-def memory(points: Sequence[tuple[float, float]], x_label: str, y_label: str, width: int, steps: bool) -> str:
+def memory(points: Sequence[tuple[float, float]], x_label: str, y_label: str, steps: bool) -> str:
     """Bytes over time as MiB; `steps` holds a value until the next."""
     xs, held = np.array(points, dtype=float).T
     held = held / 2**20
@@ -86,16 +83,14 @@ def memory(points: Sequence[tuple[float, float]], x_label: str, y_label: str, wi
 
     def draw(axes: Axes) -> None:
         axes.fill_between(xs, held, step="post" if steps else None, fc=(DATA, 0.16), ec=DATA)
-        axes.plot(xs[top], held[top], "o", color=PEAK)
-        side, align = (7, "left") if xs[top] < xs.mean() else (-7, "right")
-        place = {"xytext": (side, 4), "textcoords": "offset points", "ha": align}
-        axes.annotate(f"peak {Number(held[top])} MiB", (xs[top], held[top]), weight="bold", **place)
-        axes.set(ylim=(0, held[top] * 1.18 or 1.0), xlim=(xs[0], xs[-1] if xs[-1] > xs[0] else xs[0] + 1))
+        axes.plot(xs[top], held[top], "o", color=PEAK, label=f"peak {Number(held[top])} MiB")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1))
 
-    return _plot(width, 240, y_label, x_label, y_label, draw)
+    bounds = {"ylim": (0, held[top] * 1.1 or 1.0), "xlim": (xs[0], xs[-1] if xs[-1] > xs[0] else xs[0] + 1)}
+    return _plot(230, y_label, draw, WIDTH // 2, title=y_label, xlabel=x_label, **bounds)
 
 
-def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any], width: int) -> str:
+def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> str:
     """Operators as dots of area ~ time under the measured roofs, the larger ones numbered by rank.
 
     rows: operators with `rank`, `tip`, `part`, `intensity` (flop per byte) and `gflop_per_s`.
@@ -103,39 +98,31 @@ def roofline(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any], wid
     products = {"matrix product": ceilings["matmul_gflop_per_s"], "convolution": ceilings["conv_gflop_per_s"]}
     copies = {"copy in cache": ceilings["cached_copy_gb_per_s"], "copy": ceilings["copy_gb_per_s"]}
     xs, ys = ([row[key] for row in rows] for key in ("intensity", "gflop_per_s"))
-    top, small = max(products.values()), 0.75 if width < NARROW else 1.0
-    x_bounds = (min(xs) / 2, max(max(xs) * 3, top / copies["copy"] * 4))
-    y_bounds = (min(ys) / 2.5, max(top, *ys) * 4)
+    top = max(products.values())
+    bounds = np.array([min(xs) / 2, max(max(xs) * 3, top / copies["copy"] * 4)])
 
     def draw(axes: Axes) -> None:
-        soft = {"color": COLOURS["soft"]}
-        axes.set(xscale="log", yscale="log", xlim=x_bounds, ylim=y_bounds)
+        for (name, rate), dashes in zip(products.items(), ("-", (0, (7, 4))), strict=True):
+            ends = [rate / max(copies.values()), bounds[1]]
+            axes.plot(ends, [rate, rate], ls=dashes, color=SOFT, lw=1.6, label=f"{name} {rate:,.0f} GFLOP/s")
+        for (name, rate), dashes in zip(copies.items(), ((0, (2, 3)), (0, (7, 3, 2, 3))), strict=True):
+            ends = np.array([bounds[0], top / rate])
+            axes.plot(ends, ends * rate, ls=dashes, color=SOFT, lw=1.6, label=f"{name} {Number(rate)} GB/s")
+        for row in sorted(rows, key=lambda row: -row["ms"]):
+            radius = max(3.0, min(20.0, 42 * math.sqrt(row["share"])))
+            at, tip = (row["intensity"], row["gflop_per_s"]), f"tip:{row['tip']}"
+            colours = {"color": COLOURS[row["part"]], "ec": COLOURS["paper"], "lw": 1, "zorder": 3}
+            axes.scatter(*at, s=(2 * radius) ** 2, **colours).set_gid(tip)
+            if row["rank"] <= NUMBERED:
+                inside = radius >= ROOMY
+                font = {"color": "white" if row["part"] in WHITE else "#0b0f13"} if inside else {}
+                place = {"xytext": (0, 0) if inside else (radius + 5, -radius), "textcoords": "offset points"}
+                font |= {"size": 11, "weight": "bold", "ha": "center", "va": "center_baseline", "zorder": 4}
+                axes.annotate(row["rank"], at, **place, **font).set_gid(tip)
+        axes.legend(loc="lower right", handlelength=3)
+        axes.set(xscale="log", yscale="log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-        for rate in products.values():
-            axes.plot([rate / max(copies.values()), x_bounds[1]], [rate, rate], lw=1.6, **soft)
-        by_rate = sorted(products, key=lambda name: -products[name])
-        text = "\n".join(f"{name} {products[name]:,.0f} GFLOP/s" for name in by_rate)
-        axes.text(x_bounds[1], top * 1.2, text, ha="right", va="bottom", size=12 * small, **soft)
-        axes.figure.draw_without_rendering()  # the layout, which says how steep a roof is
-        (left, low), (right, high) = axes.transData.transform([(1, 1), (10, 10)])
-        slope = {"rotation": math.degrees(math.atan2(high - low, right - left)), "rotation_mode": "anchor"}
-        # Along the roofs, above the one and below the other, near the upper ends, where few operators are.
-        for (name, rate), align, shift in zip(copies.items(), ("bottom", "top"), (0.7, 0.6), strict=True):
-            axes.plot([x_bounds[0], top / rate], [x_bounds[0] * rate, top], lw=1.6, **soft)
-            place = {"ha": "right", "va": align, "size": 12 * small}
-            axes.text(top / rate * 0.7, top * shift, f"{name} {Number(rate)} GB/s", **place, **slope, **soft)
-        for row in sorted(rows, key=lambda row: -row["ms"]):
-            radius = max(3.0, min(20.0, 42 * math.sqrt(row["share"])) * small)
-            at = (row["intensity"], row["gflop_per_s"])
-            colours = {"color": COLOURS[row["part"]], "ec": COLOURS["paper"], "lw": 1, "zorder": 3}
-            axes.scatter(*at, s=(2 * radius) ** 2, **colours).set_gid(f"tip:{row['tip']}")
-            if row["rank"] <= NUMBERED:
-                font = {"size": 11, "weight": "bold", "ha": "center", "va": "center_baseline", "zorder": 4}
-                place = {"xytext": (radius + 5, -radius), "textcoords": "offset points"}
-                if radius >= ROOMY:
-                    place["xytext"] = (0, 0)
-                    font["color"] = "white" if row["part"] in WHITE else "#0b0f13"
-                axes.annotate(row["rank"], at, **place, **font).set_gid(f"tip:{row['tip']}")
 
-    return _plot(width, 440, "Operators under the measured ceilings", "flop per byte", "GFLOP/s", draw)
+    limits = {"xlim": bounds, "ylim": (min(ys) / 2.5, max(top, *ys) * 2)}
+    return _plot(420, "Operators under the measured ceilings", draw, title="GFLOP/s", xlabel="flop per byte", **limits)

@@ -1,4 +1,4 @@
-"""Measuring a sampler: step latencies without the profiler, then a few steps with it."""
+"""Measuring a sampler: step latencies without the profiler, a few steps with it, and what the machine does at best."""
 
 import json
 import os
@@ -7,8 +7,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.benchmark import Timer
 
+from bench.measure import _quiet_stderr, convolution_ceiling
 from bench.profiling import trace as traces
 from bench.profiling.ranges import GAPS, STEP, WARM_UP, RangedNoise, module_ranges
 from bench.timing import synchronize
@@ -30,8 +33,12 @@ from kernels.philox import Stream
 # Steps before anything is timed, and steps that the profiler sees: five keep trace.json below 5 MB.
 WARM_UP_STEPS, PROFILED_STEPS = 5, 5
 UNPROFILED_STEPS = 2  # at the start of the profiled trajectory
-KNOWN_WARNING = b"Memory block of unknown size was allocated before the profiling started"
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+CEILING_SECONDS, CEILING_ROUNDS = 0.2, 8  # of a copy or product, of the convolution
+# Working sets of a copy that stays in a cache (an H200's L2 holds 60 MB, a server CPU's L3 32 MB), and of one that
+# cannot.
+CACHED_BYTES, LARGE_BYTES = 4 * 2**20, {"cpu": 256 * 2**20, "cuda": 2**30}
+MATRIX_SIDES = {"cpu": (768, 1536), "cuda": (4096, 8192)}
 
 
 class _Enough(Exception):
@@ -73,10 +80,10 @@ class Sampler:
 
         On CUDA between events on the device, on a CPU by the wall clock; after_step(i) is in no step.
         """
-        marks: list[Any] = []
+        cuda, marks = self.device.type == "cuda", []
 
         def mark() -> None:
-            if self.device.type == "cuda":
+            if cuda:
                 marks.append(torch.cuda.Event(enable_timing=True))
                 marks[-1].record()
             else:
@@ -93,7 +100,7 @@ class Sampler:
         self.run(callback)
         synchronize(self.device)
         pairs = zip(marks[::2], marks[1::2], strict=False)  # the last begin has no end
-        return [a.elapsed_time(b) if self.device.type == "cuda" else (b - a) * 1e3 for a, b in pairs]
+        return [a.elapsed_time(b) if cuda else (b - a) * 1e3 for a, b in pairs]
 
 
 def held_bytes(device: torch.device) -> int | None:
@@ -124,7 +131,7 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
 
         def after_step(i: int) -> None:
             held.append(held_bytes(sampler.device))
-            bar.update(len(runs) * sampler.steps + i + 1)
+            bar.update(len(held))
 
         for _ in range(trajectories):
             synchronize(sampler.device)
@@ -132,9 +139,7 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
             steps = sampler.times(sampler.steps, after_step)
             wall = (time.perf_counter() - began) * 1e3
             if len(steps) < sampler.steps:
-                raise WorkFailed(
-                    f"engine: called back after {len(steps)} steps, needs one call after each of {sampler.steps}"
-                )
+                raise WorkFailed(f"engine: called back after {len(steps)} of {sampler.steps} steps, needs all")
             runs.append({"wall_ms": round(wall, 3), "steps_ms": [round(step, 4) for step in steps]})
     pooled = [step for run in runs for step in run["steps_ms"]]
     quantiles = {name: round(float(np.quantile(pooled, q)), 4) for name, q in QUANTILES.items()}
@@ -146,23 +151,6 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
         "trajectories": runs,
         "held_bytes": [now for now in held if now is not None],
     }
-
-
-@contextmanager
-def _without_known_warning() -> Iterator[None]:
-    """Passes on everything written to stderr meanwhile but PyTorch's line on memory from before the profiler."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as caught:
-        before = os.dup(2)
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            caught.seek(0)
-            lines = (line for line in caught.read().splitlines(keepends=True) if KNOWN_WARNING not in line)
-            os.write(2, b"".join(lines))
 
 
 def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, Any], list[tuple[int, float]]]:
@@ -177,13 +165,11 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
     noise = None if named is None else RangedNoise(sampler.seed)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if sampler.device.type == "cuda" else [])]
     profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
-    # Kineto, the library below, announces its start and end on stderr unless its level is above them.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with ExitStack() as running, ExitStack() as step:
 
         def enter(i: int) -> None:
             if i == start:
-                running.enter_context(_without_known_warning())
+                running.enter_context(_quiet_stderr())
                 running.enter_context(profiler)
             if i == first:
                 synchronize(sampler.device)
@@ -207,6 +193,34 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
         profiler.export_chrome_trace(str(path))
         trace = traces.slim(json.loads(path.read_text(encoding="utf-8", errors="replace")))
     return trace, [] if noise is None else noise.ahead
+
+
+def _ceiling_cases(device: torch.device) -> Iterator[tuple[str, str, float, Callable[[], Any]]]:
+    """(the rate's name, size, bytes or flops of a call, call)."""
+    for name, size in (("copy_gb_per_s", LARGE_BYTES[device.type]), ("cached_copy_gb_per_s", CACHED_BYTES)):
+        source, target = (torch.full((size // 2,), k, dtype=torch.uint8, device=device) for k in (0, 1))
+        yield name, f"{size // 2**20} MiB", size, partial(target.copy_, source)
+    generator = torch.Generator(device).manual_seed(0)
+    for side in MATRIX_SIDES[device.type]:
+        a, b = (torch.randn(side, side, generator=generator, device=device) for _ in range(2))
+        yield "matmul_gflop_per_s", f"{side}x{side}", 2 * side**3, partial(torch.mm, a, b)
+
+
+@torch.no_grad()
+def ceilings(device: torch.device) -> dict[str, Any]:
+    """Best rates of the device in float32: bytes/s of a copy (read + written), flop/s of a product and a convolution.
+
+    Returns: {"copy_gb_per_s", "cached_copy_gb_per_s", "matmul_gflop_per_s", "conv_gflop_per_s"} and the sizes that
+    won; the best of some rounds, because everything that disturbs only makes slower.
+    """
+    best: dict[str, Any] = {}
+    for name, size, amount, call in _ceiling_cases(device):
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        rate = amount / min(timer.blocked_autorange(min_run_time=CEILING_SECONDS).times) / 1e9
+        if rate > best.get(name, 0.0):
+            best |= {name: round(rate, 2), f"{name.split('_g')[0]}_at": size}
+    convolution = convolution_ceiling(device, CEILING_ROUNDS)
+    return best | {"conv_gflop_per_s": round(convolution.flops_per_s / 1e9, 2), "conv_at": convolution.at}
 
 
 def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[str, Any]]:

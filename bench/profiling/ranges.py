@@ -4,7 +4,6 @@
 module may emit ranges named like PARTS itself; they are read the same way.
 """
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ COMPONENTS = {
     "head": ("out", "head", "normalisation", "last"),
     "embeddings": ("timeembed", "contextembed", "embed", "embeddings"),
 }
+PART_OF = {component: part for part, components in COMPONENTS.items() for component in components}
 # Operators of the inference form, for compiled code, which has no modules.
 OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_relu": "head"}
 
@@ -37,11 +37,7 @@ OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_rel
 def part_of(path: str) -> str:
     """The part that a module belongs to; `other` for a network that is not known here."""
     first = path.split(".", 1)[0]
-    for name in (first, re.sub(r"\d+$", "", first)):
-        for part, components in COMPONENTS.items():
-            if name in components:
-                return part
-    return OTHER
+    return PART_OF.get(first) or PART_OF.get(first.rstrip("0123456789"), OTHER)
 
 
 @contextmanager

@@ -4,12 +4,13 @@ The trace file is the one source: what the report says can be checked in Perfett
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.profiling.operators import Work, work_of
+from bench.profiling.operators import work_of
 from bench.profiling.ranges import AHEAD, GAPS, MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
+from kernels.backend import Cost
 
 RANGE, OPERATOR = "user_annotation", "cpu_op"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -40,16 +41,15 @@ class Span:
             yield from child.walk()
 
 
-@dataclass
-class Group:
-    """Outermost operator calls of one name and shapes. times: on the CPU their own, on CUDA of the kernels launched."""
+class Call(NamedTuple):
+    """An outermost operator call. time: on the CPU its own, on CUDA of the kernels launched. number: how many it is."""
 
     name: str
-    shapes: list[Any]
-    calls: float = 0
-    times: Counter[str] = field(default_factory=Counter)  # by part
-    modules: set[str] = field(default_factory=set)
-    works: list[Work | None] = field(default_factory=list)
+    dims: Any
+    part: str
+    time: float
+    work: Cost | None = None
+    number: float = 1
 
 
 def slim(trace: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,27 +67,19 @@ def slim(trace: Mapping[str, Any]) -> dict[str, Any]:
 
 def steps_of(trace: Mapping[str, Any]) -> list[Span]:
     """The step ranges of the trace, each a tree of ranges and operators of its thread."""
-    events = [
-        event
-        for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in (RANGE, OPERATOR) and "dur" in event
-    ]
+    timed = [event for event in trace["traceEvents"] if event.get("ph") == "X" and "dur" in event]
+    events = [event for event in timed if event.get("cat") in (RANGE, OPERATOR)]
     threads = {(event["pid"], event["tid"]) for event in events if event["name"].startswith(STEP)}
     steps: list[Span] = []
     stack: list[Span] = []
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
-        if (event["pid"], event["tid"]) not in threads:
-            continue
         begin = event["ts"]
         span = Span(event["name"], event["cat"], begin, begin + event["dur"], event.get("args", {}))
         while stack and stack[-1].end <= begin:
             stack.pop()
-        if stack:
-            stack[-1].children.append(span)
-        elif span.name.startswith(STEP):
-            steps.append(span)
-        else:
+        if (event["pid"], event["tid"]) not in threads or not (stack or span.name.startswith(STEP)):
             continue
+        (stack[-1].children if stack else steps).append(span)
         stack.append(span)
     return steps
 
@@ -101,18 +93,18 @@ def union(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _node(parent: dict[str, Any] | None, name: str, path: str, kind: str, part: str) -> dict[str, Any]:
-    """The child of this name of a module's node, made if it is not there; without a parent a new root."""
-    children = [] if parent is None else parent["children"]
-    found = next((node for node in children if node["name"] == name), None)
+def _add(parent: dict[str, Any], time: float, name: str, path: str, kind: str, part: str) -> dict[str, Any]:
+    """Add time to the child of this name of a module's node, made if it is not there, and return it."""
+    found = next((node for node in parent["children"] if node["name"] == name), None)
     if found is None:
         found = {"name": name, "path": path, "kind": kind, "part": part, "ms": 0.0, "children": []}
-        children.append(found)
+        parent["children"].append(found)
+    found["ms"] += time
     return found
 
 
 class _Reading:
-    """The steps of a trace, summed up: `groups` of operator calls, and `root`, nested times of modules.
+    """The steps of a trace, read: operator `calls`, and `root`, the nested times of modules.
 
     A call belongs to the innermost range around it that is a part or a module. Outside of both it is the solver's if
     the network has already returned, else `other`. launched: on CUDA, operator id -> microseconds of its kernels.
@@ -121,8 +113,8 @@ class _Reading:
 
     def __init__(self, steps: Sequence[Span], launched: Mapping[int, float] | None) -> None:
         self.launched, self.ahead = launched, 0.0
-        self.groups: dict[tuple[str, str], Group] = {}
-        self.root = _node(None, "step", "", "step", OTHER)
+        self.calls: list[Call] = []
+        self.root = _add({"children": []}, 0.0, "step", "", "step", OTHER)
         for step in steps:
             self.root["ms"] += step.time
             self.returned = False
@@ -130,48 +122,35 @@ class _Reading:
                 self._visit(child, None, "", self.root)
 
     def _visit(self, span: Span, part: str | None, module: str, node: dict[str, Any]) -> None:
+        compiled = span.name.startswith(COMPILED)
         if span.name == AHEAD:
             self.ahead += span.time
             return
-        compiled = span.name.startswith(COMPILED)
         if span.category == RANGE and span.name in PARTS:
-            part, node = span.name, _node(node, span.name, "", "range", span.name)
-            node["ms"] += span.time
+            part, node = span.name, _add(node, span.time, span.name, "", "range", span.name)
         elif span.category == RANGE and span.name.startswith(MODULE):
             path, _, kind = span.name.removeprefix(MODULE).partition("|")
-            part = part_of(path)
-            name = path.removeprefix(f"{module}.") if path else "network"
-            module, node = path, _node(node, name, path, kind, part if path else OTHER)
-            node["ms"] += span.time
+            part, name = part_of(path), path.removeprefix(f"{module}.") if path else "network"
+            module, node = path, _add(node, span.time, name, path, kind, part if path else OTHER)
         elif span.category == OPERATOR and not compiled:
-            self._call(span, OPERATORS.get(span.name, part), module)
+            self._call(span, OPERATORS.get(span.name, part))
             return
         for child in span.children:
             self._visit(child, part, module, node)
         if compiled and self.launched is None:
             own = span.time - sum(child.time for child in span.children)
-            self.add(COMPILED_CODE, part or OTHER, own, module)
+            self.calls.append(Call(COMPILED_CODE, (), part or OTHER, own))
         self.returned |= span.name.startswith(f"{MODULE}|")
 
-    def _call(self, span: Span, part: str | None, module: str) -> None:
+    def _call(self, span: Span, part: str | None) -> None:
         if part is None and self.returned:
             part = "solver"
-            _node(self.root, part, "", "operators", part)["ms"] += span.time
+            _add(self.root, span.time, part, "", "operators", part)
         time = span.time
         if self.launched is not None:
             time = sum(self.launched.get(inner.args.get("External id", -1), 0.0) for inner in span.walk())
         written = [span.args.get(key, []) for key in ("Input Dims", "Input type", "Concrete Inputs")]
-        self.add(span.name, part or OTHER, time, module, written[0], work_of(span.name, *written))
-
-    def add(self, name: str, part: str, time: float, module: str, dims: Any = (), work: Work | None = None) -> Group:
-        """Count a call and return the group that it is in."""
-        shapes = [shape for shape in dims if shape]
-        group = self.groups.setdefault((name, str(dims)), Group(name.removeprefix("aten::"), shapes))
-        group.calls += 1
-        group.times[part] += time
-        group.modules.add(module)
-        group.works.append(work)
-        return group
+        self.calls.append(Call(span.name, written[0], part or OTHER, time, work_of(span.name, *written)))
 
 
 def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ()) -> dict[str, Any]:
@@ -183,20 +162,20 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
     """
     steps = steps_of(trace)
     ran = [event for event in trace["traceEvents"] if event.get("ph") == "X" and event.get("cat") in KERNELS]
-    launched: dict[int, float] = defaultdict(float)
+    launched: Counter[int] = Counter()
     for event in ran:
         launched[event.get("args", {}).get("External id")] += event["dur"]
     count = len(steps)
     reading = _Reading(steps, launched if ran else None)
-    root, drawn = reading.root, 0.0
+    root, calls, drawn = reading.root, reading.calls, 0.0
     if ahead:
         rows, seconds = map(sum, zip(*ahead, strict=True))
         drawn = seconds / rows * 1e6 * count
-        reading.add("noise, drawn ahead", "noise", drawn, "").calls = count * len(ahead) / rows
-        _node(root, "noise", "", "range", "noise")["ms"] += drawn
+        calls.append(Call("noise, drawn ahead", (), "noise", drawn, number=count * len(ahead) / rows))
+        _add(root, drawn, "noise", "", "range", "noise")
     root["ms"] += drawn - reading.ahead
     _scale(root, 1e-3 / count)
-    times = sum((group.times for group in reading.groups.values()), Counter())
+    times = _sums((call.part, call.time) for call in calls)
     # Kernels of several streams may overlap: the parts share the time in which the device was busy.
     busy = union([(event["ts"], event["ts"] + event["dur"]) for event in ran]) if ran else times.total()
     scale = busy / times.total() / count / 1e3 if times else 0.0
@@ -204,11 +183,14 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
     parts = {name: scale * times[name] for name in (*PARTS, OTHER)}
     parts[GAPS] = max(0.0, step_ms - sum(parts.values()))
     whole = sum(parts.values())
-    operators = sorted((_row(group, count, whole) for group in reading.groups.values()), key=lambda row: -row["ms"])
+    groups = defaultdict(list)
+    for call in calls:
+        groups[call.name, str(call.dims)].append(call)
+    operators = sorted((_row(group, count, whole) for group in groups.values()), key=lambda row: -row["ms"])
     counted = sum(row["ms"] for row in operators if row["bytes"] is not None)
     middle = steps[count // 2]
     held = _memory(trace, middle, bool(ran))
-    peak = max(held, key=lambda point: point[1], default=None)
+    peak = max(held, key=lambda point: point[1], default=(0.0, None))
     return {
         "parts": [
             {"name": name, "ms": round(ms, 4), "share": round(ms / whole, 6)} for name, ms in parts.items() if ms > 0
@@ -222,10 +204,17 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
         },
         "memory": {
             "step": held,
-            "step_peak_in": None if peak is None else _module_at(middle, peak[0]),
-            "step_peak_bytes": None if peak is None else peak[1],
+            "step_peak_in": _module_at(middle, peak[0]) if held else None,
+            "step_peak_bytes": peak[1],
         },
     }
+
+
+def _sums(pairs: Iterable[tuple[str, float]]) -> Counter[str]:
+    sums: Counter[str] = Counter()
+    for key, value in pairs:
+        sums[key] += value
+    return sums
 
 
 def _scale(node: dict[str, Any], factor: float) -> None:
@@ -234,18 +223,19 @@ def _scale(node: dict[str, Any], factor: float) -> None:
         _scale(child, factor)
 
 
-def _row(group: Group, count: int, step_ms: float) -> dict[str, Any]:
-    """A group's figures per step, of `count` steps."""
-    ms = group.times.total() / count / 1e3
+def _row(group: Sequence[Call], count: int, step_ms: float) -> dict[str, Any]:
+    """The figures per step, of `count` steps, of calls of one name and shapes."""
+    times = _sums((call.part, call.time) for call in group)
+    ms = times.total() / count / 1e3
+    works = [call.work for call in group]
     flops, moved = None, None
-    if None not in group.works:
-        flops, moved = (sum(amounts) / count for amounts in zip(*group.works, strict=True))
+    if None not in works:
+        flops, moved = sum(work.flops for work in works) / count, sum(work.bytes for work in works) / count
     return {
-        "name": group.name,
-        "shapes": group.shapes,
-        "parts": [part for part, _ in group.times.most_common()],
-        "modules": sorted(group.modules)[:8],
-        "calls": round(group.calls / count, 3),
+        "name": group[0].name.removeprefix("aten::"),
+        "shapes": [shape for shape in group[0].dims if shape],
+        "parts": [part for part, _ in times.most_common()],
+        "calls": round(sum(call.number for call in group) / count, 3),
         "ms": round(ms, 5),
         "share": round(ms / step_ms, 6),
         "flops": flops,
