@@ -26,6 +26,7 @@ from ddpm.networks import condition_shape
 from ddpm.trajectory import Trajectory
 
 FORMAT_VERSION = 1
+DIGITS = 7  # of a figure that is kept
 TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
 
 
@@ -69,7 +70,7 @@ def profile(
     synchronize(target)
     build_ms = (time.perf_counter() - began) * 1e3
     figures, trace = measured(Sampler(trajectory, batch, contexts, guidance, seed), trajectories)
-    figures["latency"]["build_ms"] = round(build_ms, 3)
+    figures["latency"]["build_ms"] = build_ms
     content = {
         "format_version": FORMAT_VERSION,
         "command": store.command(),
@@ -80,22 +81,15 @@ def profile(
             "model": {"kind": opened.config["network"], **opened.config["model"]},
             "schedule": opened.config["schedule"],
         },
-        "recipe": {
-            "engine": chosen,
-            "batch": batch,
-            "rows": batch * (2 if guides else 1),
-            "steps": len(table),
-            "trajectories": trajectories,
-            "solver": options["solver"],
-            "guidance": guidance,
-            "context": context,
-            "dtype": "float32",
-        },
+        "recipe": {"engine": chosen, "batch": batch, "rows": batch * (2 if guides else 1), "steps": len(table)}
+        | {"trajectories": trajectories, "solver": options["solver"], "guidance": guidance, "context": context}
+        | {"dtype": "float32"},
         # Measured afterwards: its copies would be the process's peak of memory.
         "ceilings": ceilings(target),
         **figures,
     }
     content["floor"] = floor(content)
+    content = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}"))
     events = json.dumps(trace, separators=(",", ":")) + "\n"
     texts = {REPORT: render(content), PROFILE: json_text(content), TRACE: events}
     paths = [out / name for name in texts]
@@ -134,10 +128,10 @@ def floor(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "flops": flops,
         "bytes": moved,
-        "arithmetic_ms": round(arithmetic, 4),
-        "traffic_ms": round(traffic, 4),
+        "arithmetic_ms": arithmetic,
+        "traffic_ms": traffic,
         "binds": "arithmetic" if arithmetic >= traffic else "traffic",
-        "share": round(max(arithmetic, traffic) / content["latency"]["step_ms"]["p50"], 4),
+        "share": max(arithmetic, traffic) / content["latency"]["step_ms"]["p50"],
     }
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bench.profiling.ranges import OTHER, PARTS
+from bench.profiling.trace import OTHER, PARTS
 
 # matplotlib knows no variables: it draws with #0000NN, NN the place in this list, as page.mplstyle does.
 VARIABLES = ("ink", "soft", "paper", "line", *PARTS, OTHER)

@@ -7,8 +7,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 from bench.measure import _quiet_stderr, convolution_ceiling
 from bench.profiling import trace as traces
-from bench.profiling.ranges import GAPS, STEP, WARM_UP, RangedNoise, module_ranges
+from bench.profiling.trace import AHEAD, GAPS, MODULE, STEP, WARM_UP
 from bench.timing import synchronize
 from ddpm.errors import WorkFailed
 from ddpm.inference import kept_form
@@ -39,6 +39,45 @@ CEILING_SECONDS, CEILING_ROUNDS = 0.2, 8  # of a copy or product, of the convolu
 # cannot.
 CACHED_BYTES, LARGE_BYTES = 4 * 2**20, {"cpu": 256 * 2**20, "cuda": 2**30}
 MATRIX_SIDES = {"cpu": (768, 1536), "cuda": (4096, 8192)}
+
+
+@contextmanager
+def module_ranges(model: nn.Module) -> Iterator[None]:
+    """While open, the forward of every module of the model is a range."""
+    opened: list[record_function] = []
+
+    def enter(name: str) -> None:
+        opened.append(record_function(name))
+        opened[-1].__enter__()
+
+    handles = []
+    for path, module in model.named_modules():
+        name = f"{MODULE}{path}|{type(module).__name__}"
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: enter(name)),
+            module.register_forward_hook(lambda *_: opened.pop().__exit__(None, None, None), always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class RangedNoise(PhiloxNoise):
+    """The same noise, each draw of it a range. ahead: (steps, seconds) of every draw for several steps at once."""
+
+    ahead: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(self, samples: Tensor, step: int | Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+        steps = step.unique().numel() if isinstance(step, Tensor) else 1
+        began = time.perf_counter()
+        with record_function("noise" if steps == 1 else AHEAD):
+            drawn = super().__call__(samples, step, stream, shape)
+        if steps > 1:
+            self.ahead.append((steps, time.perf_counter() - began))
+        return drawn
 
 
 class _Enough(Exception):
@@ -140,14 +179,13 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
             wall = (time.perf_counter() - began) * 1e3
             if len(steps) < sampler.steps:
                 raise WorkFailed(f"engine: called back after {len(steps)} of {sampler.steps} steps, needs all")
-            runs.append({"wall_ms": round(wall, 3), "steps_ms": [round(step, 4) for step in steps]})
+            runs.append({"wall_ms": wall, "steps_ms": steps})
     pooled = [step for run in runs for step in run["steps_ms"]]
-    quantiles = {name: round(float(np.quantile(pooled, q)), 4) for name, q in QUANTILES.items()}
-    wall = float(np.median([run["wall_ms"] for run in runs]))
+    quantiles = {name: float(np.quantile(pooled, q)) for name, q in QUANTILES.items()}
     return {
-        "step_ms": {**quantiles, "mean": round(float(np.mean(pooled)), 4)},
-        "images_per_s": round(sampler.batch * 1e3 / wall, 4),
-        "warm_up_ms": [round(step, 3) for step in warm],
+        "step_ms": {**quantiles, "mean": float(np.mean(pooled))},
+        "images_per_s": sampler.batch * 1e3 / float(np.median([run["wall_ms"] for run in runs])),
+        "warm_up_ms": warm,
         "trajectories": runs,
         "held_bytes": [now for now in held if now is not None],
     }
@@ -218,9 +256,9 @@ def ceilings(device: torch.device) -> dict[str, Any]:
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         rate = amount / min(timer.blocked_autorange(min_run_time=CEILING_SECONDS).times) / 1e9
         if rate > best.get(name, 0.0):
-            best |= {name: round(rate, 2), f"{name.split('_g')[0]}_at": size}
+            best |= {name: rate, f"{name.split('_g')[0]}_at": size}
     convolution = convolution_ceiling(device, CEILING_ROUNDS)
-    return best | {"conv_gflop_per_s": round(convolution.flops_per_s / 1e9, 2), "conv_at": convolution.at}
+    return best | {"conv_gflop_per_s": convolution.flops_per_s / 1e9, "conv_at": convolution.at}
 
 
 def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -230,10 +268,8 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
     trace, ahead = profiled(sampler)
     figures, median = traces.breakdown(trace, ahead), timed["step_ms"]["p50"]
     working = sum(part["ms"] for part in figures["parts"] if part["name"] != GAPS)
-    figures["profiler"] |= {
-        "overhead": round(figures["profiler"]["step_ms"] / median, 4),
-        "gaps_without_ms": round(max(0.0, median - working), 4),
-    }
+    overhead, gaps = figures["profiler"]["step_ms"] / median, max(0.0, median - working)
+    figures["profiler"] |= {"overhead": overhead, "gaps_without_ms": gaps}
     figures["memory"] |= {
         "held_bytes": timed.pop("held_bytes"),
         "peak_bytes": peak,

@@ -11,7 +11,7 @@ from typing import Any
 from bench.profile import best_rate
 from bench.profiling import charts
 from bench.profiling.charts import Number
-from bench.profiling.ranges import GAPS, OTHER
+from bench.profiling.trace import GAPS, OTHER
 
 TABLE_ROWS = 16
 ROOFLINE_SHARE = 0.002  # of the step: what an operator needs to be worth a dot

@@ -1,22 +1,48 @@
 """A profile read from its Chrome trace: parts of a step, operators, modules and memory.
 
-The trace file is the one source: what the report says can be checked in Perfetto. Its times are microseconds.
+The trace file is the one source: what the report says can be checked in Perfetto. Its times are microseconds. A range
+`module:PATH|CLASS` is a module's forward (the root's PATH is empty); an engine whose network is not called module by
+module may emit ranges named like PARTS itself.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from bench.profiling.operators import work_of
-from bench.profiling.ranges import AHEAD, GAPS, MODULE, OPERATORS, OTHER, PARTS, STEP, part_of
 from kernels.backend import Cost
 
+MODULE = "module:"
+STEP, WARM_UP = "step ", "warm-up "
+PARTS = ("encoder", "bottleneck", "decoder", "head", "embeddings", "solver", "noise")
+OTHER, GAPS = "other", "gaps"
+AHEAD = "noise ahead"  # of several steps: what happens inside belongs to all of them, not to the step around it
+
+# Part -> first component of a module's path, without its number, of the networks in ddpm/networks/ and of the inference
+# form. What the root itself does (gates, concatenations) happens around the up stages.
+COMPONENTS = {
+    "encoder": ("init_conv", "down", "inp", "initial", "shortcut", "downs"),
+    "bottleneck": ("to_vec", "up0", "bottleneck"),
+    "decoder": ("up", "blocks", "upsamplings", "ups", ""),
+    "head": ("out", "head", "normalisation", "last"),
+    "embeddings": ("timeembed", "contextembed", "embed", "embeddings"),
+}
+PART_OF = {component: part for part, components in COMPONENTS.items() for component in components}
+# Operators of the inference form, for compiled code, which has no modules.
+OPERATORS = {"fused_ddpm::bottleneck": "bottleneck", "fused_ddpm::group_norm_relu": "head"}
 RANGE, OPERATOR = "user_annotation", "cpu_op"
 KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 # A compiled region is not an operator: what it calls is, and the rest of it is code that the compiler made.
 COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph")
 COMPILED_CODE = "compiled code"
+
+
+def part_of(path: str) -> str:
+    """The part that a module belongs to; `other` for a network that is not known here."""
+    first = path.split(".", 1)[0]
+    return PART_OF.get(first) or PART_OF.get(first.rstrip("0123456789"), OTHER)
 
 
 @dataclass
@@ -162,9 +188,7 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
     """
     steps = steps_of(trace)
     ran = [event for event in trace["traceEvents"] if event.get("ph") == "X" and event.get("cat") in KERNELS]
-    launched: Counter[int] = Counter()
-    for event in ran:
-        launched[event.get("args", {}).get("External id")] += event["dur"]
+    launched = _sums((event.get("args", {}).get("External id"), event["dur"]) for event in ran)
     count = len(steps)
     reading = _Reading(steps, launched if ran else None)
     root, calls, drawn = reading.root, reading.calls, 0.0
@@ -188,65 +212,53 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
         groups[call.name, str(call.dims)].append(call)
     operators = sorted((_row(group, count, whole) for group in groups.values()), key=lambda row: -row["ms"])
     counted = sum(row["ms"] for row in operators if row["bytes"] is not None)
-    middle = steps[count // 2]
-    held = _memory(trace, middle, bool(ran))
-    peak = max(held, key=lambda point: point[1], default=(0.0, None))
+    share = counted / (sum(row["ms"] for row in operators) or 1.0)
     return {
-        "parts": [
-            {"name": name, "ms": round(ms, 4), "share": round(ms / whole, 6)} for name, ms in parts.items() if ms > 0
-        ],
+        "parts": [{"name": name, "ms": ms, "share": ms / whole} for name, ms in parts.items() if ms > 0],
         "operators": operators,
         "modules": root,
-        "profiler": {
-            "steps": count,
-            "step_ms": round(step_ms, 4),
-            "counted": round(counted / (sum(row["ms"] for row in operators) or 1.0), 4),
-        },
-        "memory": {
-            "step": held,
-            "step_peak_in": _module_at(middle, peak[0]) if held else None,
-            "step_peak_bytes": peak[1],
-        },
+        "profiler": {"steps": count, "step_ms": step_ms, "counted": share},
+        "memory": _memory(trace, steps[count // 2], bool(ran)),
     }
 
 
-def _sums(pairs: Iterable[tuple[str, float]]) -> Counter[str]:
-    sums: Counter[str] = Counter()
+def _sums(pairs: Iterable[tuple[Any, float]]) -> Counter[Any]:
+    sums: Counter[Any] = Counter()
     for key, value in pairs:
         sums[key] += value
     return sums
 
 
 def _scale(node: dict[str, Any], factor: float) -> None:
-    node["ms"] = round(node["ms"] * factor, 4)
+    node["ms"] *= factor
     for child in node["children"]:
         _scale(child, factor)
 
 
 def _row(group: Sequence[Call], count: int, step_ms: float) -> dict[str, Any]:
     """The figures per step, of `count` steps, of calls of one name and shapes."""
-    times = _sums((call.part, call.time) for call in group)
-    ms = times.total() / count / 1e3
-    works = [call.work for call in group]
-    flops, moved = None, None
-    if None not in works:
-        flops, moved = sum(work.flops for work in works) / count, sum(work.bytes for work in works) / count
+    times, works = _sums((call.part, call.time) for call in group), [call.work for call in group]
+    ms, counted = times.total() / count / 1e3, None not in works
+    flops, moved = (sum(getattr(w, key) for w in works) / count if counted else None for key in ("flops", "bytes"))
     return {
         "name": group[0].name.removeprefix("aten::"),
         "shapes": [shape for shape in group[0].dims if shape],
         "parts": [part for part, _ in times.most_common()],
-        "calls": round(sum(call.number for call in group) / count, 3),
-        "ms": round(ms, 5),
-        "share": round(ms / step_ms, 6),
+        "calls": sum(call.number for call in group) / count,
+        "ms": ms,
+        "share": ms / step_ms,
         "flops": flops,
         "bytes": moved,
-        "gflop_per_s": round(flops / ms / 1e6, 3) if flops is not None and ms else None,
-        "gb_per_s": round(moved / ms / 1e6, 3) if moved is not None and ms else None,
+        "gflop_per_s": flops / ms / 1e6 if counted and ms else None,
+        "gb_per_s": moved / ms / 1e6 if counted and ms else None,
     }
 
 
-def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[float, float]]:
-    """(milliseconds since the step's start, bytes held above what the step started with), by allocator event."""
+def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> dict[str, Any]:
+    """step: (milliseconds since the step's start, bytes held above what it started with), by allocator event.
+
+    step_peak_in: the innermost module, by its path, that runs when most is held.
+    """
     events = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in trace["traceEvents"]
@@ -254,13 +266,10 @@ def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> list[tuple[floa
     )
     inside = [event for event in events if step.begin <= event[0] <= step.end]
     if not inside:
-        return []
+        return {"step": [], "step_peak_in": None, "step_peak_bytes": None}
     base = inside[0][1] - inside[0][2]
-    return [(0.0, 0), *((round((time - step.begin) / 1e3, 4), total - base) for time, total, _ in inside)]
-
-
-def _module_at(step: Span, milliseconds: float) -> str | None:
-    """The innermost module, by its path, that runs at this time after the step's start."""
-    time = step.begin + milliseconds * 1e3
-    found = [span.name for span in step.walk() if span.begin <= time <= span.end and span.name.startswith(MODULE)]
-    return (found[-1].removeprefix(MODULE).split("|")[0] or "network") if found else None
+    held = [((time - step.begin) / 1e3, total - base) for time, total, _ in ((step.begin, base, 0), *inside)]
+    time, peak = max(((event[0], event[1] - base) for event in inside), key=itemgetter(1))
+    around = [span.name for span in step.walk() if span.begin <= time <= span.end and span.name.startswith(MODULE)]
+    module = (around[-1].removeprefix(MODULE).split("|")[0] or "network") if around else None
+    return {"step": held, "step_peak_in": module, "step_peak_bytes": peak}

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,30 +19,26 @@ IMAGE, RAGGED = (N, 3, 16, 16), (N, 1, 5, 7)  # 35 elements: no whole number of 
 
 @dataclass(frozen=True)
 class Case:
-    """A launch worth watching: the operator's file, what makes the arguments of its `launch`, those of its `cost`.
+    """A launch worth watching: the operator's name, what makes the arguments of its `launch`, those of its `cost`.
 
     elements: of the output, for kernels that draw no noise and are not launched over items.
     """
 
-    operator: ModuleType
+    operator: str
     arguments: Callable[[], tuple]
     costs: tuple
     stored: torch.dtype
     elements: int | None = None
 
-    def run(self) -> None:
-        """Call it."""
-        self.operator.launch(*self.arguments())
-
     @property
     def cost(self) -> Cost:
         """Of an element."""
-        return self.operator.cost(*self.costs)
+        return operator_file(self.operator).cost(*self.costs)
 
     def launch(self) -> Launch:
         """The launch, recorded and not executed."""
         with recording() as launches:
-            self.run()
+            operator_file(self.operator).launch(*self.arguments())
         (launch,) = launches
         return launch
 
@@ -56,8 +51,10 @@ class Case:
         return prod(launch.constants[name] for name in ("BLOCK", "REPEAT", "RUN")) / threads
 
 
-def _images(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format | None = None) -> Tensor:
-    return torch.zeros(shape, dtype=dtype).to(memory_format=layout or torch.contiguous_format)
+def _images(
+    dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    return torch.zeros(shape, dtype=dtype).to(memory_format=layout)
 
 
 def _features(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -72,23 +69,19 @@ def _rows() -> Tensor:
     return torch.zeros(N, dtype=torch.int64)
 
 
-def _operator(name: str, *case: Any) -> Case:
-    return Case(operator_file(name), *case)
-
-
 # In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
 def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
     def arguments() -> tuple:
         return _images(x0, *where), _rows(), torch.ones(501), _one(), _rows(), out
 
-    return _operator("q_sample", arguments, (x0, out), out)
+    return Case("q_sample", arguments, (x0, out), out)
 
 
 def _q_sample_rows(data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, noise: bool = False) -> Case:
     def arguments() -> tuple:
         return _images(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, noise, out
 
-    return _operator("q_sample_rows", arguments, (data, out, noise), out)
+    return Case("q_sample_rows", arguments, (data, out, noise), out)
 
 
 def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
@@ -96,7 +89,7 @@ def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward:
         weight, grad = torch.ones(N) if weighted else None, _one(F32) if backward else None
         return _images(pred, *where), _one(), _rows(), weight, grad
 
-    return _operator("noise_mse", arguments, (pred, backward), pred)
+    return Case("noise_mse", arguments, (pred, backward), pred)
 
 
 def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False) -> Case:
@@ -107,7 +100,7 @@ def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False
         uncond, previous, clip = (output, image, 1.0) if full else (None, None, None)
         return image, output, torch.zeros(50, 8), _one(), _one(), _rows(), uncond, _one(F32), previous, clip
 
-    return _operator("solver_step", arguments, (x, m, full, full), x)
+    return Case("solver_step", arguments, (x, m, full, full), x)
 
 
 def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
@@ -116,7 +109,7 @@ def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
     def arguments() -> tuple:
         return _features(x, N, 64, side, side), torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5
 
-    return _operator("group_norm_relu", arguments, (x,), x, N * 64 * side * side)
+    return Case("group_norm_relu", arguments, (x,), x, N * 64 * side * side)
 
 
 def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
@@ -127,7 +120,7 @@ def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
         image, weight = _features(x, N, 128, side, side), _features(x, 128, 128, side, side)
         return image, weight, vector, vector, vector, scale, shift, 8, 1e-5
 
-    return _operator("bottleneck", arguments, (x, 128, N), x, N * 128 * side * side)
+    return Case("bottleneck", arguments, (x, 128, N), x, N * 128 * side * side)
 
 
 def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 0, then: str = "keep") -> Case:
@@ -142,7 +135,7 @@ def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 
         return *source(channels), bias, *second, None, None, None, gelu, then
 
     costs = (BF16, channels + skip, columns, size * size, then)
-    return _operator("convolution", arguments, costs, BF16, n * columns * side * side)
+    return Case("convolution", arguments, costs, BF16, n * columns * side * side)
 
 
 # Named "operator variant"; images are 64 of 3x16x16.

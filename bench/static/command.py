@@ -14,33 +14,27 @@ from bench.static import ARCHS, BASELINE
 from ddpm.command_line import FAILED
 
 WIDTH = 120
-HEADINGS = ("kernel", "regs", "spill", "stack", "shared", "SASS", "/elem", "ld/st", "B/elem")
-NOTE = "SASS: instructions of a thread. ld/st: bits of the widest load and store. B/elem: memory traffic. Not timed."
-
-
-def _cells(record: Mapping[str, Any]) -> list[str]:
-    return [
-        record["kernel"],
-        str(record["registers"]),
-        str(record["spill_store_bytes"] + record["spill_load_bytes"]),
-        str(record["stack"]),
-        str(record["shared"]),
-        str(record["instructions"]),
-        f"{record['instructions_per_element']:.1f}",
-        f"{record['load_bits']}/{record['store_bits']}",
-        f"{record['bytes_per_element']:.3g}",
-    ]
+# Heading -> what stands below it.
+COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
+COLUMNS |= {
+    "stack": "{stack}",
+    "shared": "{shared}",
+    "SASS": "{instructions}",
+    "/elem": "{instructions_per_element:.1f}",
+}
+COLUMNS |= {"ld/st": "{load_bits}/{store_bits}", "B/elem": "{bytes_per_element:.3g}"}
+NOTE = "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Not timed."
 
 
 def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
     """Print a table per architecture, kernels that spill in red, and what the columns mean."""
     for arch in archs:
-        rows = [_cells(record) for record in records if record["arch"] == arch]
-        spills = {
-            number: "red bold" for number, (_, _, spill, stack, *_) in enumerate(rows) if (spill, stack) != ("0", "0")
-        }
+        mine = [record for record in records if record["arch"] == arch]
+        rows = [[text.format(**record) for text in COLUMNS.values()] for record in mine]
+        spills = ("spill_store_bytes", "spill_load_bytes", "stack")
+        red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
         notes = [NOTE] if arch == archs[-1] else []
-        Table(HEADINGS, "l" + "r" * (len(HEADINGS) - 1), rows, arch, spills).show(notes, "dim", WIDTH)
+        Table(tuple(COLUMNS), "l" + "r" * (len(COLUMNS) - 1), rows, arch, red).show(notes, "dim", WIDTH)
 
 
 def versions() -> dict[str, str]:

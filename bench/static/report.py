@@ -17,14 +17,19 @@ NO_MORE = ("spill_store_bytes", "spill_load_bytes", "global_loads", "global_stor
 NO_LESS = ("load_bits", "store_bits")
 
 
-def _capability(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
-
-
-def _compile(name: str, arch: str) -> tuple[bytes, int, str]:
-    """(cubin, shared bytes, TTIR): what a process can hand back."""
-    compiled = sass.compile_launch(CASES[name].launch(), _capability(arch))
-    return compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttir"]
+def _compiled(name: str, arch: str) -> tuple[dict[str, Any], str, str]:
+    """(record, TTIR, SASS) of a case: what a process can hand back."""
+    case = CASES[name]
+    launch = case.launch()
+    compiled = sass.compile_launch(launch, int(arch.removeprefix("sm_")))
+    listing = sass.listing_of(compiled.asm["cubin"])
+    facts = sass.measure(compiled.metadata.shared, listing)
+    more = {
+        "instructions_per_element": round(facts["instructions"] / case.elements_per_thread(), 3),
+        "bytes_per_element": case.cost.bytes,
+        "vectors": launch.constants.get("LAYOUT", "even") in ("even", "interleaved"),
+    }
+    return {"kernel": name, "arch": arch} | facts | more, compiled.asm["ttir"], listing
 
 
 def report(archs: Sequence[str] = ARCHS, names: Sequence[str] = tuple(CASES), dump: Path | None = None) -> list[dict]:
@@ -36,29 +41,16 @@ def report(archs: Sequence[str] = ARCHS, names: Sequence[str] = tuple(CASES), du
     (instructions / elements per thread, an upper bound where a branch skips some, a lower one where a loop repeats
     some), bytes_per_element, vectors (whether the memory layout allows vector accesses).
     """
-    pairs = [(name, arch) for arch in archs for name in names]
-    binaries = {}
+    pairs, records = [(name, arch) for arch in archs for name in names], []
     workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(pairs)), mp_context=get_context("spawn"))
     with workers, Bar("compiling", len(pairs), "kernels/s") as bar:
-        for pair, binary in zip(pairs, workers.map(_compile, *zip(*pairs, strict=True)), strict=True):
-            binaries[pair] = binary
-            bar.update(len(binaries))
-    records = []
-    for arch in archs:
-        codes = [sass.machine_code(binaries[name, arch][0]) for name in names]
-        for name, listing in zip(names, sass.disassemble(codes, _capability(arch)), strict=True):
-            case, (cubin, shared, ttir) = CASES[name], binaries[name, arch]
-            facts = sass.measure(cubin, shared, listing)
-            more = {
-                "instructions_per_element": round(facts["instructions"] / case.elements_per_thread(), 3),
-                "bytes_per_element": case.cost.bytes,
-                "vectors": case.launch().constants.get("LAYOUT", "even") in ("even", "interleaved"),
-            }
-            records.append({"kernel": name, "arch": arch} | facts | more)
+        for record, ttir, listing in workers.map(_compiled, *zip(*pairs, strict=True)):
+            records.append(record)
             if dump is not None:
-                stem = "-".join(name.replace(",", "").split()) + "." + arch
+                stem = "-".join(record["kernel"].replace(",", "").split()) + "." + record["arch"]
                 (dump / f"{stem}.ttir").write_text(ttir)
-                (dump / f"{stem}.sass").write_text(listing + "\n")
+                (dump / f"{stem}.sass").write_text(listing)
+            bar.update(len(records))
     return records
 
 

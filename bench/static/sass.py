@@ -1,24 +1,20 @@
-"""What a launch becomes on a card that is not here: compiled by Triton, disassembled by the nvdisasm it ships.
+"""What a launch becomes on a card that is not here: compiled by Triton, disassembled by the cuobjdump it ships.
 
 The specialisation (types, alignment, which integers become constants) is made by Triton's own launcher code, so the
 binary is the one that a launch with these arguments would run. Tried with triton 3.6.0 and 3.7.1.
 """
 
 import re
-import struct
 import subprocess
 import tempfile
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from kernels import backend
 from kernels.backend import Launch, triton
 
-INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 ACCESS_BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
 
@@ -55,34 +51,14 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
 
 
-def _run(tool: str, content: bytes, *options: str) -> str:
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+def listing_of(cubin: bytes) -> str:
+    """What cuobjdump says of a cubin with one kernel: its resource usage and its instructions."""
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
+        file.write(cubin)
         file.flush()
-        command = [str(binary), *options, file.name]
+        command = [str(binary), "--dump-resource-usage", "--dump-sass", file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
-
-
-def machine_code(cubin: bytes) -> bytes:
-    """The instructions of a cubin with one kernel: section .text.* of a 64-bit ELF file."""
-    (table,) = struct.unpack_from("<Q", cubin, 40)
-    size, count, names = struct.unpack_from("<HHH", cubin, 58)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    strings = sections[names][4]
-    (code,) = [section for section in sections if cubin.startswith(b".text.", strings + section[0])]
-    return cubin[code[4] : code[4] + code[5]]
-
-
-def disassemble(codes: Sequence[bytes], capability: int) -> list[str]:
-    """A listing for each piece of machine code; one nvdisasm for all, its start takes as long as a compilation."""
-    listings: list[list[str]] = [[] for _ in codes]
-    ends, piece = list(accumulate(map(len, codes))), 0
-    for line in _run("nvdisasm", b"".join(codes), "--binary", f"SM{capability}", "--no-dataflow").splitlines():
-        if found := INSTRUCTION.match(line):
-            piece = bisect_right(ends, int(found[1], 16))
-        listings[piece].append(line)
-    return ["\n".join(lines) for lines in listings]
 
 
 def access_bits(instruction: str) -> int:
@@ -92,12 +68,12 @@ def access_bits(instruction: str) -> int:
 
 def count(listing: str) -> list[str]:
     """The instructions of a listing that are executed: without padding and the endless branch at its end."""
-    instructions = [name for _, name in INSTRUCTION.findall(listing) if name.split(".")[0] != "NOP"]
+    instructions = [name for name in INSTRUCTION.findall(listing) if name.split(".")[0] != "NOP"]
     return instructions[:-1] if instructions and instructions[-1].startswith("BRA") else instructions
 
 
-def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
-    """The facts of a binary that uses `shared` bytes and disassembles to `listing`.
+def measure(shared: int, listing: str) -> dict[str, Any]:
+    """The facts of a binary that uses `shared` bytes, from its `listing_of`.
 
     Per thread: registers, stack and spills in bytes, instructions; per program: shared bytes. instructions: every
     instruction of the listing but padding (NOP) and the endless branch after the last EXIT; both sides of a branch
@@ -106,8 +82,8 @@ def measure(cubin: bytes, shared: int, listing: str) -> dict[str, Any]:
     """
     instructions = count(listing)
     if "EXIT" not in instructions:
-        raise RuntimeError("nvdisasm gave a listing without an EXIT")
-    usage = RESOURCES.search(_run("cuobjdump", cubin, "--dump-resource-usage"))
+        raise RuntimeError("cuobjdump gave a listing without an EXIT")
+    usage = RESOURCES.search(listing)
     if usage is None:
         raise RuntimeError("cuobjdump found no resource usage in a cubin")
     names = ("LDG", "STG", "STL", "LDL")
