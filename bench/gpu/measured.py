@@ -43,6 +43,8 @@ def measure_all(record: Record, workloads: Iterable[Workload], device: torch.dev
     record.keep(seed=seed, tf32=False, product_flops_per_s=matrix_ceiling(device))
     takes, left_out = dict(TAKES), 0
     for workload in workloads:
+        if workload.suite != "kernels" and not re.search(record.content["filter"], workload.name):
+            continue
         began, kind = time(), workload.name.rsplit("/", 1)[1]
         if began + takes.get(kind, 0.0) > until:
             record.skip(workload.name, OUT_OF_TIME)
@@ -74,18 +76,14 @@ def kernels(record: Record, device: torch.device, until: float, sizes: Sequence[
     measure_all(record, workloads, device, until, operators.SEED)
 
 
-def _matching(record: Record, workloads: Sequence[Workload]) -> list[Workload]:
-    return [workload for workload in workloads if re.search(record.content["filter"], workload.name)]
-
-
 def step(record: Record, device: torch.device, until: float, rows: Sequence[cuda.Row] = cuda.ROWS) -> None:
     """Suite `cuda`, those whose name matches: our engines on all rows, then beside max-autotune."""
-    measure_all(record, _matching(record, cuda.workloads(False, device, rows)), device, until, cuda.SEED)
+    measure_all(record, cuda.workloads(False, device, rows), device, until, cuda.SEED)
 
 
 def train(record: Record, device: torch.device, until: float, batch: int = training.BATCHES[-1]) -> None:
     """Training steps of the suite `training` as on CUDA, those whose name matches."""
-    measure_all(record, _matching(record, training.cuda_workloads(batch)), device, until, training.SEED)
+    measure_all(record, training.cuda_workloads(batch), device, until, training.SEED)
 
 
 def trace(

@@ -26,14 +26,14 @@ UNITS = {"": 1, "giga": 1e9, "mega": 1e6}
 
 
 class Number(float):
-    """A number with three significant digits and without an exponent: 0.0123, 1.23, 123, 12300.
+    """A number with three significant digits and without an exponent: 0.0123, 1.23, 123, 12300. nan is nothing.
 
     f"{Number(5e9):giga}" is in another unit, see UNITS; other formats are those of a float.
     """
 
     def __format__(self, spec: str) -> str:
-        if spec not in UNITS:
-            return super().__format__(spec)
+        if spec not in UNITS or math.isnan(self):
+            return "" if math.isnan(self) else super().__format__(spec)
         value = self / UNITS[spec]
         digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
         return f"{float(value):,.{digits}f}"

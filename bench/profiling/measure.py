@@ -142,20 +142,13 @@ class Sampler:
         return [a.elapsed_time(b) if cuda else (b - a) * 1e3 for a, b in pairs]
 
 
-def held_bytes(device: torch.device) -> int | None:
-    """What the process holds now: allocated on the GPU, or resident on Linux; None where nobody tells."""
+def memory(device: torch.device) -> tuple[int | None, int]:
+    """Bytes that the process holds, and the most so far: allocated on the GPU, or resident, which only Linux tells."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most so far: allocated on the GPU, or resident of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    statm, peak = Path("/proc/self/statm"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
+    return held, peak if sys.platform == "darwin" else peak * 1024
 
 
 def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
@@ -169,7 +162,7 @@ def latency(sampler: Sampler, trajectories: int) -> dict[str, Any]:
     with Bar("steps", trajectories * sampler.steps, "steps/s") as bar:
 
         def after_step(i: int) -> None:
-            held.append(held_bytes(sampler.device))
+            held.append(memory(sampler.device)[0])
             bar.update(len(held))
 
         for _ in range(trajectories):
@@ -264,7 +257,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
 def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """(figures, trace) of a sampler: `latency`, then `breakdown` of a few profiled steps."""
     timed = latency(sampler, trajectories)
-    peak = peak_bytes(sampler.device)  # before the profiler adds its own
+    _, peak = memory(sampler.device)  # before the profiler adds its own
     trace, ahead = profiled(sampler)
     figures, median = traces.breakdown(trace, ahead), timed["step_ms"]["p50"]
     working = sum(part["ms"] for part in figures["parts"] if part["name"] != GAPS)

@@ -48,22 +48,15 @@ NO_COUNTS = '<p class="note">No operator of this engine has a count of flops and
 ROW_PIXELS = 32
 
 
-class _Nothing:
-    """What is not known, shown as nothing in any format."""
-
-    def __format__(self, spec: str) -> str:
-        return ""
-
-
 def _shown(content: Any) -> Any:
-    """A part of profile.json as the page shows it: numbers as `Number`, text escaped."""
+    """A part of profile.json as the page shows it: numbers as `Number`, nothing as nan, text escaped."""
     if isinstance(content, Mapping):
         return {key: _shown(value) for key, value in content.items()}
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [_shown(value) for value in content]
     if isinstance(content, str):
         return escape(content)
-    return Number(content) if isinstance(content, float) else _Nothing() if content is None else content
+    return Number("nan" if content is None else content) if isinstance(content, float | None) else content
 
 
 def render(content: Mapping[str, Any]) -> str:

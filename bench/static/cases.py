@@ -71,25 +71,18 @@ def _rows() -> Tensor:
 
 # In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
 def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
-    def arguments() -> tuple:
-        return _images(x0, *where), _rows(), torch.ones(501), _one(), _rows(), out
-
-    return Case("q_sample", arguments, (x0, out), out)
+    more = (torch.ones(501), _one(), _rows(), out)
+    return Case("q_sample", lambda: (_images(x0, *where), _rows(), *more), (x0, out), out)
 
 
 def _q_sample_rows(data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, noise: bool = False) -> Case:
-    def arguments() -> tuple:
-        return _images(data, *where), _rows(), torch.ones(501), _one(), _rows(), flip, noise, out
-
-    return Case("q_sample_rows", arguments, (data, out, noise), out)
+    more = (torch.ones(501), _one(), _rows(), flip, noise, out)
+    return Case("q_sample_rows", lambda: (_images(data, *where), _rows(), *more), (data, out, noise), out)
 
 
 def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
-    def arguments() -> tuple:
-        weight, grad = torch.ones(N) if weighted else None, _one(F32) if backward else None
-        return _images(pred, *where), _one(), _rows(), weight, grad
-
-    return Case("noise_mse", arguments, (pred, backward), pred)
+    more = (_one(), _rows(), torch.ones(N) if weighted else None, _one(F32) if backward else None)
+    return Case("noise_mse", lambda: (_images(pred, *where), *more), (pred, backward), pred)
 
 
 def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False) -> Case:
@@ -105,11 +98,8 @@ def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False
 
 def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
     """The out head of a network with n_feat 64."""
-
-    def arguments() -> tuple:
-        return _features(x, N, 64, side, side), torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5
-
-    return Case("group_norm_relu", arguments, (x,), x, N * 64 * side * side)
+    more = (torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5)
+    return Case("group_norm_relu", lambda: (_features(x, N, 64, side, side), *more), (x,), x, N * 64 * side * side)
 
 
 def _bottleneck(x: torch.dtype, side: int = 4) -> Case:

@@ -13,7 +13,6 @@ from bench.show import Table
 from bench.static import ARCHS, BASELINE
 from ddpm.command_line import FAILED
 
-WIDTH = 120
 # Heading -> what stands below it.
 COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
 COLUMNS |= {
@@ -34,7 +33,7 @@ def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
         spills = ("spill_store_bytes", "spill_load_bytes", "stack")
         red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
         notes = [NOTE] if arch == archs[-1] else []
-        Table(tuple(COLUMNS), "l" + "r" * (len(COLUMNS) - 1), rows, arch, red).show(notes, "dim", WIDTH)
+        Table(tuple(COLUMNS), "l" + "r" * (len(COLUMNS) - 1), rows, arch, red).show(notes, "dim")
 
 
 def versions() -> dict[str, str]:
