@@ -15,13 +15,8 @@ from ddpm.command_line import FAILED
 
 # Heading -> what stands below it.
 COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
-COLUMNS |= {
-    "stack": "{stack}",
-    "shared": "{shared}",
-    "SASS": "{instructions}",
-    "/elem": "{instructions_per_element:.1f}",
-}
-COLUMNS |= {"ld/st": "{load_bits}/{store_bits}", "B/elem": "{bytes_per_element:.3g}"}
+COLUMNS |= {"stack": "{stack}", "shared": "{shared}", "SASS": "{instructions}", "ld/st": "{load_bits}/{store_bits}"}
+COLUMNS |= {"/elem": "{instructions_per_element:.1f}", "B/elem": "{bytes_per_element:.3g}"}
 NOTE = "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Not timed."
 
 
