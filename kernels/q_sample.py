@@ -10,8 +10,11 @@ from torch import Tensor
 
 from kernels import backend, philox
 from kernels.backend import FLOATS, Cost, jit, tl
-from kernels.items import COUNTS, Items, access, launch_items, place
-from kernels.philox import Stream, tl_item_normals
+from kernels.items import COUNTS, Items, access, launch_items, place, within
+from kernels.philox import Stream, tl_item_normals, tl_words
+
+TRAINING_NOISE = tl.constexpr(int(Stream.TRAINING_NOISE))
+TIMESTEP, AUGMENTATION = tl.constexpr(int(Stream.TIMESTEP)), tl.constexpr(int(Stream.AUGMENTATION))
 
 
 def pixels_to_unit(x0: Tensor) -> Tensor:
@@ -28,11 +31,12 @@ def reference(x0: Tensor, t: Tensor, alpha_bars: Tensor, noise: Tensor) -> Tenso
 @jit(do_not_specialize=COUNTS)
 def q_sample_kernel(
     x0,
-    t,
+    given,
     alpha_bars,
     seed,
     samples,
     x_t,
+    t,
     noise,
     total,
     per_row,
@@ -41,34 +45,57 @@ def q_sample_kernel(
     numel,
     HW,
     C,
-    STREAM: tl.constexpr,
+    timesteps,
+    side,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
     LAYOUT: tl.constexpr,
-    PIXELS: tl.constexpr,
 ):
+    """given [n]: the times if t is None, else (in `q_sample_rows`) the rows of x0, whose times are drawn into t.
+
+    noise is not kept if it is None; nothing is mirrored if side, the length of the last axis, is None.
+    """
     spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
-    live, row, shape = spot[0], spot[1], (numel, HW, C)
-    alpha_bar = tl.load(alpha_bars + tl.load(t + row, mask=live, other=0), mask=live, other=1.0)
+    live, row, first, shape = spot[0], spot[1], spot[2], (numel, HW, C)
+    if t is None:
+        alpha_bar = tl.load(alpha_bars + tl.load(given + row, mask=live, other=0), mask=live, other=1.0)
     sample = tl.load(samples + row, mask=live, other=0)
     key, zero = tl.load(seed), tl.full((), 0, tl.int32)
+    if t is not None:
+        start = (tl.load(given + row, mask=live, other=0) * numel)[:, None]
+        # Every item draws its row's t again: one Philox call for 16 elements, no second launch.
+        word, _, _, _ = tl_words(key, zero, sample, TIMESTEP, first * 0)
+        step = 1 + ((word.to(tl.uint64) * timesteps) >> 32).to(tl.int64)
+        alpha_bar = tl.load(alpha_bars + step, mask=live, other=1.0)
+    if side is not None:
+        word, _, _, _ = tl_words(key, zero, sample, AUGMENTATION, first * 0)
+        mirrored = ((word >> 31) == 1)[:, None]
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
     clean = ()
     for j in tl.static_range(REPEAT):
         offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
-        clean = clean + (tl.load(x0 + offsets, mask=mask),)
+        if t is not None:
+            offsets, mask = within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
+            if side is not None:
+                column = offsets // C % side
+                offsets = tl.where(mirrored, offsets + (side - 1 - 2 * column) * C, offsets)
+            offsets = start + offsets
+        clean = clean + (tl.load(x0 + offsets, mask=mask, other=None if t is None else 0),)
     signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
+    if t is not None:
+        tl.store(t + row, step, mask=live & (first == 0))
     for j in tl.static_range(REPEAT):
         offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
-        z = tl_item_normals(key, zero, sample, STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
+        z = tl_item_normals(key, zero, sample, TRAINING_NOISE, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
         x = clean[j].to(tl.float32)
-        if PIXELS:
+        if x0.dtype.element_ty == tl.uint8:
             x = x * (1 / 127.5) - 1.0
         out = signal * x + spread * z
         tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
-        tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
+        if noise is not None:
+            tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -78,14 +105,8 @@ def launch(
     clean = backend.packed(x0)
     t, alpha_bars, samples = map(backend.vector, (t, alpha_bars, samples))
     x_t, noise = torch.empty_like(clean, dtype=dtype), torch.empty_like(clean, dtype=dtype)
-    tensors = (clean, t, alpha_bars, seed, samples, x_t, noise)
-    launch_items(
-        q_sample_kernel,
-        Items.of(clean, x_t),
-        *tensors,
-        STREAM=int(Stream.TRAINING_NOISE),
-        PIXELS=x0.dtype == torch.uint8,
-    )
+    tensors = (clean, t, alpha_bars, seed, samples, x_t, None, noise)
+    launch_items(q_sample_kernel, Items.of(clean, x_t), *tensors, more=(None, None))
     return backend.like(x_t, x0), backend.like(noise, x0)
 
 

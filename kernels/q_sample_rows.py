@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels import backend, philox
-from kernels.backend import FLOATS, Cost, jit, tl
-from kernels.items import COUNTS, Items, access, launch_items, place, within
-from kernels.philox import Stream, tl_item_normals, tl_words
-from kernels.q_sample import check_diffusion, pixels_to_unit
+from kernels.backend import FLOATS, Cost
+from kernels.items import Items, launch_items
+from kernels.philox import Stream
+from kernels.q_sample import check_diffusion, pixels_to_unit, q_sample_kernel
 from kernels.q_sample import reference as diffuse
 
 
@@ -35,73 +35,6 @@ def reference(
     return x_t.to(dtype), t, noise.to(dtype)
 
 
-@jit(do_not_specialize=COUNTS)
-def q_sample_rows_kernel(
-    data,
-    rows,
-    alpha_bars,
-    seed,
-    samples,
-    x_t,
-    t,
-    noise,
-    total,
-    per_row,
-    magic,
-    shift,
-    numel,
-    HW,
-    C,
-    timesteps,
-    side,
-    NOISE_STREAM: tl.constexpr,
-    TIMESTEP_STREAM: tl.constexpr,
-    FLIP_STREAM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    REPEAT: tl.constexpr,
-    RUN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    PIXELS: tl.constexpr,
-    FLIP: tl.constexpr,
-    KEEP_NOISE: tl.constexpr,
-):
-    spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
-    live, row, first = spot[0], spot[1], spot[2]
-    shape = (numel, HW, C)
-    key, zero = tl.load(seed), tl.full((), 0, tl.int32)
-    sample = tl.load(samples + row, mask=live, other=0)
-    start = (tl.load(rows + row, mask=live, other=0) * numel)[:, None]
-    # Every item draws its row's t again: one Philox call for 16 elements, no second launch.
-    word, _, _, _ = tl_words(key, zero, sample, TIMESTEP_STREAM, first * 0)
-    step = 1 + ((word.to(tl.uint64) * timesteps) >> 32).to(tl.int64)
-    alpha_bar = tl.load(alpha_bars + step, mask=live, other=1.0)
-    mirrored = live
-    if FLIP:
-        flip_word, _, _, _ = tl_words(key, zero, sample, FLIP_STREAM, first * 0)
-        mirrored = (flip_word >> 31) == 1
-    # All loads stand before the first store: the tensors may alias for all the compiler knows.
-    clean = ()
-    for j in tl.static_range(REPEAT):
-        inside, mask = within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
-        if FLIP:
-            column = inside // C % side
-            inside = tl.where(mirrored[:, None], inside + (side - 1 - 2 * column) * C, inside)
-        clean = clean + (tl.load(data + (start + inside), mask=mask, other=0),)
-    signal, spread = tl.sqrt(alpha_bar)[:, None], tl.sqrt(1.0 - alpha_bar)[:, None]
-    tl.store(t + row, step, mask=live & (first == 0))
-    for j in tl.static_range(REPEAT):
-        offsets, mask = access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
-        z = tl_item_normals(key, zero, sample, NOISE_STREAM, spot, j, HW, LANES, REPEAT, RUN, LAYOUT)
-        x = clean[j].to(tl.float32)
-        if PIXELS:
-            x = x * (1 / 127.5) - 1.0
-        out = signal * x + spread * z
-        tl.store(x_t + offsets, out.to(x_t.dtype.element_ty), mask=mask)
-        if KEEP_NOISE:
-            tl.store(noise + offsets, z.to(noise.dtype.element_ty), mask=mask)
-
-
 def launch(
     data: Tensor,
     rows: Tensor,
@@ -116,19 +49,9 @@ def launch(
     data = backend.packed(data)
     x_t, t, noise = _empty(data, rows, flip, keep_noise, dtype)
     rows, alpha_bars, samples = map(backend.vector, (rows, alpha_bars, samples))
-    tensors = (data, rows, alpha_bars, seed, samples, x_t, t, noise)
-    launch_items(
-        q_sample_rows_kernel,
-        Items.of(data, x_t, n=rows.shape[0]),
-        *tensors,
-        more=(alpha_bars.shape[0] - 1, data.shape[-1]),
-        NOISE_STREAM=int(Stream.TRAINING_NOISE),
-        TIMESTEP_STREAM=int(Stream.TIMESTEP),
-        FLIP_STREAM=int(Stream.AUGMENTATION),
-        PIXELS=data.dtype == torch.uint8,
-        FLIP=flip,
-        KEEP_NOISE=keep_noise,
-    )
+    tensors = (data, rows, alpha_bars, seed, samples, x_t, t, noise if keep_noise else None)
+    more = (alpha_bars.shape[0] - 1, data.shape[-1] if flip else None)
+    launch_items(q_sample_kernel, Items.of(data, x_t, n=rows.shape[0]), *tensors, more=more)
     return x_t, t, noise
 
 
