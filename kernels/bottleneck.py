@@ -81,14 +81,7 @@ def reference(
 
 
 @jit
-def columns_of(
-    first,
-    C: tl.constexpr,
-    AREA: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BY_PIXEL: tl.constexpr,
-):
+def columns_of(first, AREA, GROUP, BLOCK_N, BY_PIXEL):
     """A group's outputs in the order of their memory: (channel, pixel), both [BLOCK_N]."""
     j = tl.arange(0, BLOCK_N)
     if BY_PIXEL:
@@ -125,7 +118,7 @@ def bottleneck_kernel(
     first = tl.program_id(1) * GROUP
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    channel, pixel = columns_of(first, C, AREA, GROUP, BLOCK_N, CHANNELS_LAST)
+    channel, pixel = columns_of(first, AREA, GROUP, BLOCK_N, CHANNELS_LAST)
     columns = pixel * C + channel if CHANNELS_LAST else channel * AREA + pixel
     weights = pixel * C + channel if WEIGHT_CHANNELS_LAST else channel * AREA + pixel
     exists = tl.arange(0, BLOCK_N) < GROUP * AREA

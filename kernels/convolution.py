@@ -63,7 +63,7 @@ def reference(
 
 
 @jit
-def pixels_of(m, H: tl.constexpr, W: tl.constexpr, POOLED: tl.constexpr):
+def pixels_of(m, H, W, POOLED):
     """(image, y, x) of row m of the product; pooled, four neighbours that become one follow each other."""
     if POOLED:
         cell, corner = m // 4, m % 4
@@ -75,23 +75,7 @@ def pixels_of(m, H: tl.constexpr, W: tl.constexpr, POOLED: tl.constexpr):
 
 
 @jit
-def add_product(
-    total,
-    source,
-    weight,
-    image,
-    y,
-    x,
-    live,
-    column,
-    exists,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    C: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def add_product(total, source, weight, image, y, x, live, column, exists, H, W, C, TAPS, BLOCK_K, STAGES):
     """total [BLOCK_M, BLOCK_N] plus one source's sum over taps and channels."""
     PARTS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     k = tl.arange(0, BLOCK_K)
@@ -112,7 +96,7 @@ def add_product(
 
 
 @jit
-def film_of(film, row, live, channel, exists, C: tl.constexpr, SHARED: tl.constexpr):
+def film_of(film, row, live, channel, exists, C, SHARED):
     """film[row, channel], or film[0, channel] for all rows."""
     if SHARED:
         values = tl.load(film + channel, mask=exists, other=0)[None, :]

@@ -61,15 +61,7 @@ def reference(
 
 
 @jit
-def tile_of(
-    i,
-    C: tl.constexpr,
-    AREA: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-):
+def tile_of(i, C, AREA, GROUP, BLOCK_P, BLOCK_C, CHANNELS_LAST):
     """The i-th tile of a group: (offsets from the group's first element, mask), both [BLOCK_P, BLOCK_C]."""
     pixel, channel = i * BLOCK_P + tl.arange(0, BLOCK_P)[:, None], tl.arange(0, BLOCK_C)[None, :]
     offsets = pixel * C + channel if CHANNELS_LAST else channel * AREA + pixel

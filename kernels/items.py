@@ -129,16 +129,7 @@ def vector_run(*stored: Tensor | None) -> int:
 
 
 @jit
-def place(
-    total,
-    per_row,
-    magic,
-    shift,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    REPEAT: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):
+def place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT):
     """Of this program's items [BLOCK]: (which exist, row, first run within the row, first run of all, int64)."""
     q = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     chunk, lane = q // LANES, q % LANES
@@ -149,7 +140,7 @@ def place(
 
 
 @jit
-def within(spot, j, shape, LANES: tl.constexpr, REPEAT: tl.constexpr, RUN: tl.constexpr, LAYOUT: tl.constexpr):
+def within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT):
     """Of the j-th vectors of the items at `spot` = place(...): (places in their row's memory, mask), both [B, RUN].
 
     shape: (numel, H*W, C).
@@ -171,7 +162,7 @@ def within(spot, j, shape, LANES: tl.constexpr, REPEAT: tl.constexpr, RUN: tl.co
 
 
 @jit
-def access(spot, j, shape, LANES: tl.constexpr, REPEAT: tl.constexpr, RUN: tl.constexpr, LAYOUT: tl.constexpr):
+def access(spot, j, shape, LANES, REPEAT, RUN, LAYOUT):
     """(offsets int64 [B, RUN] from the tensor's start, mask) of the same vectors."""
     offsets, mask = within(spot, j, shape, LANES, REPEAT, RUN, LAYOUT)
     if LAYOUT == "even":

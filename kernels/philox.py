@@ -34,6 +34,7 @@ NORMAL_FLOPS = 6
 
 SEED_LIMIT = 1 << 63
 STEP_LIMIT = 1 << 32
+STREAM_LIMIT = 1 << 8
 SAMPLE_LIMIT = 1 << 56
 
 
@@ -50,41 +51,31 @@ class Stream(IntEnum):
     LATENT = 7
 
 
+def is_integer(value: object) -> bool:
+    """An integer proper: no bool, no float that happens to be whole."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: int | Tensor, limit: int, n: int = 1) -> None:
+    """Raise unless it is an integer in [0, limit), or an int64 tensor of 1 or n elements (not read)."""
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() not in (1, n):
+            raise TypeError(f"{name}: got a {value.dtype} tensor of {value.numel()} elements, needs one int64 or {n}")
+    elif not is_integer(value):
+        raise TypeError(f"{name}: got {value!r}, needs an integer")
+    elif not 0 <= int(value) < limit:  # int: Dynamo of torch 2.11 compares no member of an enumeration
+        raise ValueError(f"{name}: got {value}, needs 0..{limit - 1}")
+
+
 def check_seed(seed: int | Tensor) -> None:
-    """Raise unless `seed` is an integer in [0, 2^63), or a one-element int64 tensor (its value is not read)."""
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: got a {seed.dtype} tensor of {seed.numel()} elements, needs one int64")
-    elif not is_integer(seed):
-        raise TypeError(f"seed: got {seed!r}, needs an integer")
-    elif not 0 <= seed < SEED_LIMIT:
-        raise ValueError(f"seed: got {seed}, needs 0 <= seed < 2^63")
+    """Raise unless `seed` is an integer in [0, 2^63), or a one-element int64 tensor."""
+    check_integer("seed", seed, SEED_LIMIT)
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """The seed as operators take it: an int64 scalar on the device. Raises as `check_seed` and `backend.scalar` do."""
     check_seed(seed)
     return backend.scalar("seed", seed, torch.int64, device)
-
-
-def is_integer(value: object) -> bool:
-    """An integer proper: no bool, no float that happens to be whole."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def check_counter(step: int | Tensor, stream: int, n: int = 1) -> None:
-    """Raise unless step is an integer in [0, 2^32) or int64 of 1 or n elements, and stream an integer in [0, 256)."""
-    if isinstance(step, Tensor):
-        if step.dtype != torch.int64 or step.numel() not in (1, n):
-            raise TypeError(f"step: got a {step.dtype} tensor of {step.numel()} elements, needs one int64 or {n}")
-    elif not is_integer(step):
-        raise TypeError(f"step: got {step!r}, needs an integer")
-    elif not 0 <= step < STEP_LIMIT:
-        raise ValueError(f"step: got {step}, needs 0 <= step < 2^32")
-    if not is_integer(stream):
-        raise TypeError(f"stream: got {stream!r}, needs an integer")
-    if not 0 <= stream < 256:
-        raise ValueError(f"stream: got {stream}, needs 0 <= stream < 256")
 
 
 def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
@@ -103,41 +94,24 @@ def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
 
 
 def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndarray:
-    """The first `numel` words of one sample: uint32 array [numel]. Plain NumPy, the readable definition.
+    """The first `numel` words of one sample: uint32 array [numel].
 
     Raises ValueError for a seed, sample, step or stream outside its range.
     """
-    check_seed(seed)
-    check_counter(step, stream)
-    if not 0 <= sample < SAMPLE_LIMIT:
-        raise ValueError(f"sample: got {sample}, needs 0 <= sample < 2^56")
-    block = np.arange((numel + 3) // 4, dtype=np.uint64)
-    rest = (step, sample & MASK, stream | (sample >> 32) << 8)
-    counter = [block, *(np.full_like(block, value) for value in rest)]
-    key = [np.uint64(seed & MASK), np.uint64(seed >> 32)]
-    mask, half = np.uint64(MASK), np.uint64(32)
-    for _ in range(ROUNDS):
-        product0 = counter[0] * np.uint64(MULTIPLIERS[0])
-        product1 = counter[2] * np.uint64(MULTIPLIERS[1])
-        counter = [
-            (product1 >> half) ^ counter[1] ^ key[0],
-            product1 & mask,
-            (product0 >> half) ^ counter[3] ^ key[1],
-            product0 & mask,
-        ]
-        key = [(word + np.uint64(weyl)) & mask for word, weyl in zip(key, WEYL, strict=True)]
-    return np.stack(counter, axis=1).reshape(-1)[:numel].astype(np.uint32)
+    check_integer("sample", sample, SAMPLE_LIMIT)
+    return word_tensor(seed, torch.tensor([int(sample)]), step, stream, numel)[0].numpy().astype(np.uint32)
 
 
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
-    """The same words for many samples in torch: int64 tensor [n, numel] of values in [0, 2^32).
+    """The words of many samples: int64 tensor [n, numel] of values in [0, 2^32).
 
     samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
     of n, for each sample its own.
     """
     check_seed(seed)
     check_samples(samples)
-    check_counter(step, stream, samples.shape[0])
+    check_integer("step", step, STEP_LIMIT, samples.shape[0])
+    check_integer("stream", stream, STREAM_LIMIT)
     samples = samples.to(torch.int64)
     device, n, blocks = samples.device, samples.shape[0], (numel + 3) // 4
 
@@ -285,7 +259,7 @@ def tl_box_muller(r0, r1):
 
 
 @jit
-def tl_draw(seed, step, sample, stream, run, RUN: tl.constexpr):
+def tl_draw(seed, step, sample, stream, run, RUN):
     """float32 normals of elements RUN * run .. RUN * run + RUN - 1 of their samples: RUN (4 or 8) tensors [B].
 
     run: int32 [B]; seed, step: scalars; sample: int64 [B].
@@ -304,7 +278,7 @@ def tl_draw(seed, step, sample, stream, run, RUN: tl.constexpr):
 
 
 @jit
-def tl_vector(z, RUN: tl.constexpr):
+def tl_vector(z, RUN):
     """RUN (4 or 8) tensors [B] as the columns of one [B, RUN].
 
     Joined values stay in the thread that made them; two calls as an axis of one tensor would be exchanged through
@@ -317,25 +291,13 @@ def tl_vector(z, RUN: tl.constexpr):
 
 
 @jit
-def tl_normals(seed, step, sample, stream, run, RUN: tl.constexpr):
+def tl_normals(seed, step, sample, stream, run, RUN):
     """The normals of `tl_draw` as one tensor [B, RUN]."""
     return tl_vector(tl_draw(seed, step, sample, stream, run, RUN), RUN)
 
 
 @jit
-def tl_item_normals(
-    seed,
-    step,
-    sample,
-    stream,
-    spot,
-    j,
-    HW,
-    LANES: tl.constexpr,
-    REPEAT: tl.constexpr,
-    RUN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-):
+def tl_item_normals(seed, step, sample, stream, spot, j, HW, LANES, REPEAT, RUN, LAYOUT):
     """Normals [B, RUN] of the j-th vectors of the items at `spot` (see items.Items), in the order of their memory."""
     if LAYOUT == "interleaved":
         # Each vector takes of all channels: every j draws them again, and the compiler keeps one of the equal draws.
