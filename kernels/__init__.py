@@ -32,15 +32,3 @@ from kernels.q_sample import q_sample  # noqa: E402
 from kernels.q_sample_rows import q_sample_rows  # noqa: E402
 from kernels.solver_step import solver_step  # noqa: E402
 from kernels.winograd import winograd  # noqa: E402
-
-__all__ = [
-    "bottleneck",
-    "convolution",
-    "group_norm_relu",
-    "noise_mse",
-    "philox",
-    "q_sample",
-    "q_sample_rows",
-    "solver_step",
-    "winograd",
-]

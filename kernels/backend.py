@@ -67,10 +67,12 @@ def register(
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
     mutates: tuple[str, ...] = (),
+    signature: Callable[..., Any] | None = None,
 ) -> torch.library.CustomOpDef:
-    """The operator fused_ddpm::NAME with the signature of `launch`, which runs where Triton does, `on_cpu` elsewhere.
+    """The operator fused_ddpm::NAME: `launch` where Triton runs, `on_cpu` elsewhere.
 
     fake: makes the outputs of traced calls. check: raises for what tracing leaves out, see `reads_values`.
+    signature: the annotated function that has the operator's arguments, default launch.
     """
 
     def run(*arguments: Any) -> Any:
@@ -78,7 +80,7 @@ def register(
             check(*arguments)
         return (launch if runs_triton(arguments[0]) else on_cpu)(*arguments)
 
-    schema = torch.library.infer_schema(launch, mutates_args=mutates)
+    schema = torch.library.infer_schema(signature or launch, mutates_args=mutates)
     operator = torch.library.custom_op(f"fused_ddpm::{name}", run, mutates_args=mutates, schema=schema)
     operator.register_fake(fake)
     return operator
@@ -94,6 +96,12 @@ def reads_values(tensor: Tensor) -> bool:
     if tensor.device.type == "cpu":
         return True
     return DEBUG and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raise ValueError unless all values are in low..high, where they are read."""
+    if reads_values(tensor) and tensor.numel() and not low <= (least := int(tensor.min())) <= int(tensor.max()) <= high:
+        raise ValueError(f"{name}: got {least}..{int(tensor.max())}, needs {low}..{high}")
 
 
 def same_device(first: Tensor, **others: Tensor | None) -> None:
@@ -148,8 +156,12 @@ def vector(tensor: Tensor | None) -> Tensor | None:
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether images lie pixel by pixel. What is contiguous too, with one channel or pixel, is not."""
-    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return channels_last and not tensor.is_contiguous()
+    if tensor.ndim != 4 or tensor.is_contiguous():
+        return False
+    _, channels, height, width = tensor.shape
+    # By strides as well: torch 2.11 denies it of a symbolic batch.
+    strides = (channels * height * width, 1, width * channels, channels)
+    return tensor.is_contiguous(memory_format=torch.channels_last) or tensor.stride() == strides
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

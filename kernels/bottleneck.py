@@ -8,21 +8,8 @@
 (Hendrycks & Gimpel: Gaussian Error Linear Units, 2016; Perez et al.: FiLM, 2018, equation 2.) Its `to_vec`, `up0`
 and first gate. Inference only: no autograd.
 
-When it is faster, modelled for an H200 (4.3 TB/s copy, 5.5 TB/s from L2, 1.5-2 us for each dependent launch of a CUDA
-graph), not measured, on a U-Net with n_feat 64 and 16x16 images in bf16: C = 128, s = 4, 4 KiB read and 4 KiB written
-per image, 512 KiB of weights, 0.5 MFLOP per image (1024 images: 0.7 us of tensor cores). The eager sequence is pool,
-GELU, transposed convolution, moments, affine, ReLU, product, sum: eight launches. Times in us, in brackets of the
-step's:
-
-    n                    1        16        64      1024
-    step             60-90     60-90     60-90   800-950
-    eager            12-16     12-16     12-16     24-28     L2 holds the 4 MiB tensors: launches and 3 us a pass
-    this               3-4       3-4       3-4     12-15
-    saved   8-13 (12-16%)      8-13      8-13      9-16 (1-2%)
-
-At n = 1 each of the 8 programs reads 64 KiB of weights at one SM's share of L2 (42 bytes/ns: 1.5 us), plus latency. At
-n = 1024 each of 512 programs reads 64 KiB of weights and 64 KiB of x, because every group pools again: 64 MiB from L2.
-A launch of its own for the pooling would save half of that, 6 us, but costs 2 us at every batch: left out.
+When it is faster: docs/kernels.md. Every group pools again: a launch of its own for that would save 6 us at n = 1024
+and cost 2 us at every batch (modelled for an H200).
 """
 
 from typing import Any
@@ -157,21 +144,13 @@ def bottleneck_kernel(
     tl.store(out + image + columns[None, :], y.to(out.dtype.element_ty), mask=live[:, None] & exists[None, :])
 
 
-def launch(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    film_scale: Tensor | None,
-    film_shift: Tensor,
-    groups: int,
-    eps: float,
-) -> Tensor:
+def launch(*arguments: Any) -> Tensor:
     """One launch for each copy; for groups wider than WIDEST the library's product between pooling and group_norm_relu.
 
-    Copies repeat everything before FiLM: at small batches that is less than a launch of its own for the FiLM.
+    Takes the reference's arguments. Copies repeat everything before FiLM: at small batches that is less than a launch
+    of its own for the FiLM.
     """
+    x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps = arguments
     if film_scale is not None and film_scale.ndim == 3:
         tensors = (x, up_weight, up_bias, norm_weight, norm_bias)
         copies = [launch(*tensors, scale, film_shift, groups, eps) for scale in film_scale.unbind()]
@@ -235,7 +214,7 @@ def _check_rows(x: Tensor, *others: Any) -> None:
             raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating {needs}")
 
 
-operator = backend.register("bottleneck", launch, _on_cpu, _fake, _check_rows)
+operator = backend.register("bottleneck", launch, _on_cpu, _fake, _check_rows, signature=reference)
 
 
 def bottleneck(

@@ -8,10 +8,7 @@ The second source is a skip connection: the sum is the convolution of the concat
 guidance x has twice its images, which share it. The last form is ConvTranspose with kernel = stride = 2. (Implicit
 GEMM: Chetlur et al., cuDNN, 2014, section 3; FiLM: Perez et al. 2018, equation 2.) Inference only: no autograd.
 
-When it is faster: a step of the inference form is about 90 launches with the library's convolutions, 30 with these.
-Modelled for an H200 (1.5-2 us for each dependent launch of a CUDA graph), not measured: 130-180 us at batch 1 against
-60-90. At large batches the library's matrix loop may win. Nothing was measured yet, so `kernel=False`, the library, is
-the default.
+Nothing was measured on a GPU yet (modelled: docs/kernels.md), so `kernel=False`, the library, is the default.
 """
 
 from typing import Any
@@ -186,19 +183,9 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
     return down, across
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
-    film_scale: Tensor | None,
-    film_shift: Tensor | None,
-    onto: Tensor | None,
-    gelu: bool,
-    then: str,
-) -> Tensor:
-    """One launch; images and weights are read in channels_last."""
+def launch(*arguments: Any) -> Tensor:
+    """One launch, of the reference's arguments; images and weights are read in channels_last."""
+    x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then = arguments
     images = (x, weight, skip, skip_weight, onto)
     images = (None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in images)
     x, weight, skip, skip_weight, onto = images
@@ -282,7 +269,7 @@ def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
         raise ValueError(f"onto: got {onto.dtype} {list(onto.shape)}, needs {x.dtype} {[n, columns, height, width]}")
 
 
-operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes)
+operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes, signature=reference)
 
 
 def convolution(

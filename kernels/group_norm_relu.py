@@ -5,23 +5,10 @@
 
 (Wu & He: Group Normalization, 2018, equations 1-3 and 6.) Inference only: no autograd.
 
-When it is faster, modelled for an H200 (4.3 TB/s copy, 1.5-2 us for each dependent launch of a CUDA graph), not
-measured, on the out head [n, 64, 16, 16] in bf16, 64 KiB per image read and written. The eager sequence is moments,
-affine and ReLU: three launches, five passes. PyTorch's CUDA GroupNorm works on contiguous images (pytorch issue
-111824), so a channels_last network copies there and back as well: five launches, nine passes. Times in us, in brackets
-of the step's:
-
-    n                    1        16        64      1024
-    step             60-90     60-90     60-90   800-950
-    eager, 3 launches  5-6       5-6       5-8        40     bytes / bandwidth where that exceeds the launches
-    eager, 5 launches 8-10      8-10      8-12        71
-    this           1.5-2       1.5-2         2        16
-    saved   3-8 (4-11%)     3-8       3-10     24-55 (3-6%)
-
-So the kernel is the faster one. One program is one group of one image, so that a batch of one still has 8 of them;
-narrow groups (16 bytes per pixel in bf16) fetch each 32-byte sector twice from L2 for it, modelled below the time of
-the copy. A group of more than TILE elements is read twice, by one program: at batch 1 large images would want more
-programs per group.
+One program is one group of one image, so that a batch of one still has 8 of them; narrow groups (16 bytes per pixel in
+bf16) fetch each 32-byte sector twice from L2 for it, modelled below the time of the copy. A group of more than TILE
+elements is read twice, by one program: at batch 1 large images would want more programs per group. When it is faster:
+docs/kernels.md.
 """
 
 import torch
@@ -176,11 +163,7 @@ def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) ->
     return backend.like(y.to(x.dtype), x)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return launch(x, weight, bias, groups, eps)
-
-
-operator = backend.register("group_norm_relu", _launch, _on_cpu, lambda x, *others: torch.empty_like(x))
+operator = backend.register("group_norm_relu", launch, _on_cpu, lambda x, *_: torch.empty_like(x), signature=_on_cpu)
 
 
 def check_images(x: Tensor, groups: int, eps: float) -> None:

@@ -72,7 +72,7 @@ def noise_mse_kernel(
         tl.store(out + tl.program_id(0), tl.sum(squares * factor) * scale)
 
 
-def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None) -> Tensor:
+def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None = None) -> Tensor:
     """The loss (grad None), or its gradient in pred; the sum over programs has a fixed order, so it is repeatable."""
     flat = backend.packed(pred)
     samples, weight = map(backend.vector, (samples, weight))
@@ -82,16 +82,6 @@ def launch(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, g
     tensors = (flat, seed, samples, weight, grad, out)
     launch_items(noise_mse_kernel, items, *tensors, more=(scale,), STREAM=int(Stream.TRAINING_NOISE))
     return out.sum() if grad is None else backend.like(out, pred)
-
-
-def launch_loss(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None) -> Tensor:
-    """The loss; seed is an int64 scalar tensor."""
-    return launch(pred, seed, samples, weight, None)
-
-
-def launch_gradient(grad: Tensor, pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient in pred, in its dtype and layout; grad: a scalar tensor."""
-    return launch(pred, seed, samples, weight, grad)
 
 
 def _noise(pred: Tensor, seed: Tensor, samples: Tensor) -> Tensor:
@@ -115,12 +105,14 @@ def _fake_loss(pred: Tensor, *others: object) -> Tensor:
     return pred.new_empty((), dtype=backend.computed_in(pred.dtype))
 
 
-def _fake_gradient(grad: Tensor, pred: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(pred)
-
-
-operator = backend.register("noise_mse", launch_loss, _loss_on_cpu, _fake_loss)
-backward_operator = backend.register("noise_mse_backward", launch_gradient, _gradient_on_cpu, _fake_gradient)
+operator = backend.register("noise_mse", launch, _loss_on_cpu, _fake_loss, signature=_loss_on_cpu)
+backward_operator = backend.register(
+    "noise_mse_backward",
+    lambda grad, *others: launch(*others, grad),
+    _gradient_on_cpu,
+    lambda grad, pred, *others: torch.empty_like(pred),
+    signature=_gradient_on_cpu,
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -85,10 +85,8 @@ def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
     """
     if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
-    if backend.reads_values(samples) and samples.numel() and not torch.compiler.is_compiling():
-        low, high = int(samples.min()), int(samples.max())
-        if low < 0 or high >= SAMPLE_LIMIT:
-            raise ValueError(f"samples: got indices {low}..{high}, needs 0 <= index < 2^56")
+    if not torch.compiler.is_compiling():
+        backend.check_range("samples", samples, 0, SAMPLE_LIMIT - 1)
     if n is not None and samples.shape != (n,):
         raise ValueError(f"samples: got {list(samples.shape)}, needs [{n}], one index per row of {of}")
 

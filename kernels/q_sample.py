@@ -120,9 +120,7 @@ def _on_cpu(
 
 
 def _check_values(x0: Tensor, t: Tensor, alpha_bars: Tensor, *others: object) -> None:
-    last = alpha_bars.shape[0] - 1
-    if backend.reads_values(t) and t.numel() and not (int(t.min()) >= 1 and int(t.max()) <= last):
-        raise ValueError(f"t: got {int(t.min())}..{int(t.max())}, needs 1..{last}")
+    backend.check_range("t", t, 1, alpha_bars.shape[0] - 1)
 
 
 def _fake(x0: Tensor, *others: object) -> tuple[Tensor, Tensor]:

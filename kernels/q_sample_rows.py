@@ -71,9 +71,7 @@ def _on_cpu(data: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _check_values(data: Tensor, rows: Tensor, *others: object) -> None:
-    last = data.shape[0] - 1
-    if backend.reads_values(rows) and rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) <= last):
-        raise ValueError(f"rows: got {int(rows.min())}..{int(rows.max())}, needs 0..{last}")
+    backend.check_range("rows", rows, 0, data.shape[0] - 1)
 
 
 operator = backend.register("q_sample_rows", launch, _on_cpu, _empty, _check_values)

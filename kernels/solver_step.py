@@ -167,40 +167,11 @@ def _on_cpu(x: Tensor, m: Tensor, table: Tensor, index: Tensor, seed: Tensor, sa
 
 
 def _check_values(x: Tensor, m: Tensor, table: Tensor, index: Tensor, *others: object) -> None:
-    if backend.reads_values(index) and not 0 <= int(index) < table.shape[0]:
-        raise ValueError(f"index: got {int(index)}, needs 0..{table.shape[0] - 1}")
-
-
-def _fake(*arguments: object) -> None:
-    return None
+    backend.check_range("index", index, 0, table.shape[0] - 1)
 
 
 # index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S].
-operator = backend.register("solver_step", launch, _on_cpu, _fake, _check_values, mutates=("x", "x0_prev"))
-
-
-def _check(
-    x: Tensor, m: Tensor, table: Tensor, samples: Tensor, m_uncond: Tensor | None, x0_prev: Tensor | None
-) -> None:
-    backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
-    for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
-        if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
-            raise ValueError(
-                f"{name}: got {other.dtype} {list(other.shape)}, needs a floating tensor of x's shape {list(x.shape)}"
-            )
-    backend.check_layout("x", x)
-    if x0_prev is not None and x0_prev.stride() != x.stride():
-        raise ValueError(f"x0_prev: has strides {x0_prev.stride()}, needs those of x {x.stride()}")
-    if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"table: got {table.dtype} {list(table.shape)}, needs float32 [S, {COLUMNS}]: seven coefficients and t"
-        )
-    if table.is_cuda and table.dtype != torch.float32:
-        raise TypeError(f"table: got {table.dtype} on CUDA, needs float32 there")
-    if not table.is_contiguous():
-        raise ValueError(f"table: has strides {table.stride()}, needs a contiguous tensor")
-    philox.check_samples(samples, x.shape[0], "x")
-    backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
+operator = backend.register("solver_step", launch, _on_cpu, lambda *_: None, _check_values, mutates=("x", "x0_prev"))
 
 
 def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
@@ -245,15 +216,27 @@ def solver_step(
 
     Returns: x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
-    _check(x, m, table, samples, m_uncond, x0_prev)
+    backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
+    for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
+        if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
+            raise ValueError(
+                f"{name}: got {other.dtype} {list(other.shape)}, needs a floating tensor of x's shape {list(x.shape)}"
+            )
+    backend.check_layout("x", x)
+    if x0_prev is not None and x0_prev.stride() != x.stride():
+        raise ValueError(f"x0_prev: has strides {x0_prev.stride()}, needs those of x {x.stride()}")
+    if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"table: got {table.dtype} {list(table.shape)}, needs float32 [S, {COLUMNS}]: seven coefficients and t"
+        )
+    if table.is_cuda and table.dtype != torch.float32:
+        raise TypeError(f"table: got {table.dtype} on CUDA, needs float32 there")
+    if not table.is_contiguous():
+        raise ValueError(f"table: has strides {table.stride()}, needs a contiguous tensor")
+    philox.check_samples(samples, x.shape[0], "x")
+    backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
     seed = philox.seed_tensor(seed, x.device)
-    if isinstance(index, Tensor):
-        if index.dtype != torch.int64 or index.numel() != 1:
-            raise TypeError(f"index: got a {index.dtype} tensor of {index.numel()} elements, needs one int64")
-    elif not philox.is_integer(index):
-        raise TypeError(f"index: got {index!r}, needs an integer")
-    elif not 0 <= index < table.shape[0]:
-        raise ValueError(f"index: got {index}, needs 0..{table.shape[0] - 1}")
+    philox.check_integer("index", index, table.shape[0])
     if clip is not None and not clip > 0:
         raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
     index = backend.scalar("index", index, torch.int64, x.device)

