@@ -1,33 +1,23 @@
 """The command line `ddpm-export`: one function per command. `run` lives in export/run.py, which needs no PyTorch."""
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.sampling_options import (
-    Clip,
-    Eta,
-    Solver,
-    Spacing,
-    Steps,
-    Variance,
-    check_output,
-    is_table_file,
-    table_of,
-)
-from ddpm.errors import BadInput
-from export import bundle, packages, quality, run
-from export.parity import Parity, require
+from ddpm.commands.sampling_options import Clip, Eta, Solver, Spacing, Steps, Variance, check_output
+from ddpm.runs import Run
+from export import bundle, packages, run
+from export.verification import FLOORS, Parity, Quality, require
 
+LIMITS = ("measured", "allowed")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
@@ -57,16 +47,12 @@ def onnx(
     labels: Labels = None,
 ) -> None:
     """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
-    opened = runs.load_run(folder)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    options, table = table_of(opened, asked)
-    stored = is_table_file(solver)
-    request = bundle.Request(options, table, stored, precision, noise, verify, evaluate, data, labels)
-    manifest = bundle.write(opened, out, request)
-    if manifest["parity"]:
-        print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
-    if manifest["quality"]:
-        print_quality(manifest["quality"])
+    how = {"precision": precision, "noise": noise, "verify": verify}
+    judged = {"evaluate": evaluate, "data": data, "labels": labels}
+    manifest = bundle.write(runs.load_run(folder), out, asked, **how, **judged)
+    print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
+    print_quality(manifest["quality"])
     for name, file in manifest["files"].items():
         print(f"wrote {out / name} ({file['bytes']:,} bytes)")
     print(f"wrote {out / bundle.MANIFEST}")
@@ -86,7 +72,10 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
     """What an exported file tells of itself."""
     session = run.open_session(file)
     metadata = run.metadata_of(session, file)
-    table = Table(title=Text(str(file)), show_header=False)
+
+    def pairs(name: str) -> str:
+        return ", ".join(f"{key} {value}" for key, value in metadata[name].items())
+
     rows = {
         "kind": metadata["kind"],
         "size": f"{file.stat().st_size:,} bytes",
@@ -94,24 +83,23 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
         "values": "-1..1, not clamped",
         "condition": str(list(run.condition_shape(metadata) or ())),
         "classes": ", ".join(metadata["classes"]),
-        "network": ", ".join([metadata.get("network", ""), *(f"{k} {v}" for k, v in metadata["model"].items())]),
-        "schedule": ", ".join(f"{name} {value}" for name, value in metadata["schedule"].items()),
+        "network": f"{metadata.get('network', '')}, {pairs('model')}",
+        "schedule": pairs("schedule"),
         "prediction": metadata["prediction"],
         "precision": metadata["precision"],
     }
     if "table" in metadata:
-        clip = metadata["table"]["clip"]
-        rows["solver"] = f"{metadata['table']['options']['solver']}, {metadata['table']['steps']} steps, clip {clip}"
+        steps, clip = (metadata["table"][name] for name in ("steps", "clip"))
+        rows["solver"] = f"{metadata['table']['options']['solver']}, {steps} steps, clip {clip}"
         rows["noise"] = f"{metadata['noise']} ({metadata['rng']})"
     rows |= {
         "inputs": _values(session.get_inputs()),
         "overridable": _values(session.get_overridable_initializers()),
         "outputs": _values(session.get_outputs()),
         "weights": f"sha256 {metadata['weights_sha256']}",
-        "made with": ", ".join(f"{name} {version}" for name, version in metadata["versions"].items()),
+        "made with": pairs("versions"),
     }
-    table.add_column()
-    table.add_column(overflow="fold")
+    table = Table("", Column(overflow="fold"), title=Text(str(file)), show_header=False)
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
@@ -131,18 +119,12 @@ def verify(
     evaluate: Evaluate = 100,
     data: Data = None,
     labels: Labels = None,
-) -> int:
+) -> None:
     """Measure again how far an exported file is from the run."""
-    if evaluate < 2:
-        raise BadInput(f"--evaluate: got {evaluate}, needs at least 2")
-    opened = runs.load_run(folder)
-    parity, measured = bundle.verify(file, opened, data, labels, evaluate)
-    if measured is not None:
-        print_quality(asdict(measured))
-        return 0
+    parity, measured = bundle.verify(file, runs.load_run(folder), data, labels, evaluate)
+    print_quality(measured)
     print_parity(parity)
     require(parity)
-    return 0
 
 
 @app.command()
@@ -165,51 +147,46 @@ def aoti(
     _package(folder, out or folder / "denoiser.aoti.pt2", packages.write_aoti, verify)
 
 
-def _package(folder: Path, out: Path, write: packages.Writer, verify: bool) -> None:
+def _package(folder: Path, out: Path, write: Callable[[Run, Path, bool], Parity | None], verify: bool) -> None:
     opened = runs.load_run(folder)
     check_output(out, "--out", ".pt2")
     bundle.check_network(opened)
     parity = write(opened, out, verify)
-    if parity is not None:
-        print_parity([parity])
+    print_parity([] if parity is None else [parity])
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 
 
 def print_parity(results: Sequence[Parity]) -> None:
-    """A table of comparisons, and which failed."""
-    table = Table()
-    headings = (("max|difference| / max(1, max|reference|)", "left"), ("measured", "right"), ("allowed", "right"))
-    for heading, side in (*headings, ("", "left")):
-        table.add_column(heading, justify=side)
-    for result in results:
-        table.add_row(result.name, f"{result.error:.1e}", f"{result.tolerance:.0e}", "ok" if result.good else "FAILED")
-    Console().print(table)
+    """A table of comparisons, if there are any, and which failed."""
+    if results:
+        table = Table("max|difference| / max(1, max|reference|)", *(Column(n, justify="right") for n in LIMITS), "")
+        for each in results:
+            table.add_row(each.name, f"{each.error:.1e}", f"{each.tolerance:.0e}", "ok" if each.good else "FAILED")
+        Console().print(table)
 
 
-def print_quality(measured: dict) -> None:
-    """A table of what a precision costs, and gives."""
-    floor = quality.FLOORS[measured["precision"]]
-    table = Table()
-    for heading in ("", measured["precision"], "eager fp32", "floor"):
-        table.add_column(heading, justify="right" if heading else "left")
+def print_quality(measured: Quality | None) -> None:
+    """A table of what a precision costs, and gives, if it was measured."""
+    if measured is None:
+        return
+    floor = FLOORS[measured["precision"]]
+    table = Table("", *(Column(name, justify="right") for name in (measured["precision"], "eager fp32", "floor")))
     for name, psnr in measured["trajectories"].items():
         table.add_row(f"PSNR of {name}, its own table", f"{psnr:.1f} dB", "", f"{floor.psnr_db:g} dB")
     if measured["psnr_db"] is not None:
-        recipe = f"{measured['samples']} samples, {measured['solver']}, {measured['steps']} steps, guidance "
         table.add_section()
-        table.add_row(recipe + f"{measured['guidance']:g}:")
+        table.add_row("{samples} samples, {solver}, {steps} steps, guidance {guidance:g}:".format(**measured))
         table.add_row("  PSNR", f"{measured['psnr_db']:.1f} dB", "", f"{floor.psnr_db:g} dB")
     if measured["accuracy"] is not None:
         lowest = f"{measured['accuracy_fp32'] - floor.accuracy_loss:.1%}"
-        row = (f"{measured[name]:.1%}" for name in ("accuracy", "accuracy_fp32"))
-        table.add_row("  class accuracy (SVM)", *row, lowest)
+        table.add_row("  class accuracy (SVM)", *(f"{measured[n]:.1%}" for n in ("accuracy", "accuracy_fp32")), lowest)
     if measured["frechet"] is not None:
         table.add_row("  Frechet distance", f"{measured['frechet']:.2f}", f"{measured['frechet_fp32']:.2f}", "")
     if measured["relative_l2"] is not None:
         table.add_section()
         table.add_row("relative L2 of the network", f"{measured['relative_l2']:.2g}", "", f"{floor.relative_l2:g}")
-        name = f"a call of batch {measured['batch']}"
-        table.add_row(name, f"{measured['denoiser_ms']:.1f} ms", f"{measured['eager_ms']:.1f} ms", "")
+        times = (f"{measured[name]:.1f} ms" for name in ("denoiser_ms", "eager_ms"))
+        table.add_row(f"a call of batch {measured['batch']}", *times, "")
     Console().print(table)
     if measured["skipped"] is not None:
         print(f"note: class accuracy and Frechet distance were not measured: {measured['skipped']}")

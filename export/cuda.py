@@ -19,6 +19,7 @@ from export.run import (
     normals,
     null_conditions,
     open_session,
+    step_noise,
 )
 
 # Steps of noise on the device at a time. Untuned.
@@ -31,7 +32,7 @@ class StepLoop:
     """Samples a fixed batch with step.onnx.
 
     Args:
-        path: step.onnx. rows: float32 [steps, 8], the table to run (and its clip, None = none).
+        path: step.onnx. rows: float32 [steps, 8], the table to run (and its clip, None = none); None: the file's own.
         batch: samples per call. guided: whether the unconditional half is computed too.
         provider: cuda, or cpu. Raises ProviderError where it is missing.
     """
@@ -39,40 +40,32 @@ class StepLoop:
     def __init__(
         self,
         path: str | Path,
-        rows: np.ndarray,
-        clip: float | None,
-        batch: int,
+        rows: np.ndarray | None = None,
+        clip: float | None = None,
+        batch: int = 1,
         *,
         guided: bool = False,
         provider: str = "cuda",
-        threads: int = 0,
     ) -> None:
         if provider not in ("cuda", "cpu"):
             raise UsageError(f"provider: got {provider!r}, needs cuda or cpu")
-        rows = np.ascontiguousarray(rows, np.float32)
-        if rows.ndim != 2 or rows.shape[1] != COLUMNS or not len(rows):
-            raise UsageError(f"rows: got {list(rows.shape)}, needs [steps, {COLUMNS}]")
-        if batch < 1:
-            raise UsageError(f"batch: got {batch}, needs at least 1")
         graphs = provider == "cuda"
-        self.session = open_session(path, provider, threads, cuda_graph=graphs)
+        self.session = open_session(path, provider, cuda_graph=graphs)
         self.metadata = metadata_of(self.session, path, "step")
         self.device, self.batch, self.guided = provider, batch, guided
-        self.rows = rows
+        self.rows = np.ascontiguousarray(self.metadata["table"]["rows"] if rows is None else rows, np.float32)
+        if self.rows.ndim != 2 or self.rows.shape[1] != COLUMNS or not len(self.rows):
+            raise UsageError(f"rows: got {list(self.rows.shape)}, needs [steps, {COLUMNS}]")
         self.shape = tuple(self.metadata[side] for side in ("channels", "height", "width"))
         images = np.zeros((batch, *self.shape), np.float32)
-        self.fixed = {
-            "noise": self._value(np.zeros((WINDOW, *images.shape), np.float32)),
-            "noise_start": self._value(np.zeros(1, np.int64)),
-            "table": self._value(self.rows),
-            # A scalar input of the graph: rank 0.
-            "clip": self._value(np.array(np.inf if clip is None else clip, np.float32)),
-        }
+        fixed = {"noise": np.zeros((WINDOW, *images.shape), np.float32), "noise_start": np.zeros(1, np.int64)}
+        if rows is not None:  # the clip is a scalar input of the graph: rank 0
+            fixed |= {"table": self.rows, "clip": np.array(np.inf if clip is None else clip, np.float32)}
         condition = condition_shape(self.metadata)
         if condition is not None:
-            copies = 2 if guided else 1
-            self.fixed["contexts"] = self._value(np.zeros((copies, batch, *condition), np.float32))
-            self.fixed["guidance"] = self._value(np.ones(1, np.float32))
+            fixed["contexts"] = np.zeros((2 if guided else 1, batch, *condition), np.float32)
+            fixed["guidance"] = np.ones(1, np.float32)
+        self.fixed = {name: self._value(array) for name, array in fixed.items()}
         self.buffers = [[self._value(v) for v in (images, images, np.zeros(1, np.int64))] for _ in "AB"]
         self.bindings = [self._binding(*self.buffers), self._binding(*reversed(self.buffers))]
         self.options = [ort.RunOptions() for _ in self.bindings]
@@ -102,10 +95,8 @@ class StepLoop:
             raise UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
         check_draw(self.metadata, samples, context, seed, guidance)
         if context is not None:
-            context = np.ascontiguousarray(context, np.float32)
-            nothing = null_conditions(self.metadata, self.batch)
-            copies = np.stack([context, nothing]) if self.guided else context[None]
-            self.fixed["contexts"].update_inplace(copies)
+            copies = [np.ascontiguousarray(context, np.float32), null_conditions(self.metadata, self.batch)]
+            self.fixed["contexts"].update_inplace(np.stack(copies[: 2 if self.guided else 1]))
             self.fixed["guidance"].update_inplace(np.array([guidance], np.float32))
         x, x0, index = self.buffers[0]
         x.update_inplace(normals(seed, samples, 0, 0, self.shape))
@@ -113,15 +104,9 @@ class StepLoop:
         index.update_inplace(np.zeros(1, np.int64))
         for i in range(len(self.rows)):
             if i % WINDOW == 0:
-                self.fixed["noise"].update_inplace(self._noise(seed, samples, i))
+                part = self.rows[i : i + WINDOW]
+                padded = np.pad(part, ((0, WINDOW - len(part)), (0, 0)))
+                self.fixed["noise"].update_inplace(step_noise(padded, seed, samples, self.shape))
                 self.fixed["noise_start"].update_inplace(np.array([i], np.int64))
             self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
         return self.buffers[len(self.rows) % 2][0].numpy().copy()
-
-    def _noise(self, seed: int, samples: np.ndarray, start: int) -> np.ndarray:
-        """The next WINDOW steps of noise; zeros where the table adds none."""
-        noise = np.zeros((WINDOW, len(samples), *self.shape), np.float32)
-        for k, row in enumerate(self.rows[start : start + WINDOW]):
-            if row[6] != 0:
-                noise[k] = normals(seed, samples, int(row[7]), 1, self.shape)
-        return noise

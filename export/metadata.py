@@ -1,6 +1,7 @@
 """What an exported file tells of itself: one JSON object, and what stands beside it in manifest.json."""
 
 import hashlib
+from contextlib import suppress
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -23,20 +24,15 @@ def versions() -> dict[str, str]:
     """Of what made the file; ONNX Runtime is whichever of its distributions is installed."""
     found = {}
     for name in ("fused-ddpm", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"):
-        try:
+        with suppress(packages.PackageNotFoundError):
             found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
     return found
 
 
-def describe_table(
-    table: StepTable, options: dict[str, Any], stored: bool = False, rows: bool = False
-) -> dict[str, Any]:
-    """A table by the options of `make_table` that make it; one that was `stored` whole. rows: also the numbers."""
+def describe_table(table: StepTable, options: dict[str, Any], stored: bool = False) -> dict[str, Any]:
+    """A table by the options of `make_table` that make it; one that was `stored` whole."""
     described = {"options": options, "steps": len(table), "clip": table.clip}
-    described |= {"stored": table.asdict()} if stored else {}
-    return described | ({"rows": table.rows().tolist()} if rows else {})
+    return described | ({"stored": table.asdict()} if stored else {})
 
 
 def described_table(described: dict[str, Any], run: Run, **changed: Any) -> StepTable:

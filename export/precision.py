@@ -6,7 +6,8 @@ activations uint8, weights int8 per channel (the pair that VNNI multiplies), cal
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from ddpm.inference import Form
 from ddpm.networks import condition_shape, one_hot_conditions
 from ddpm.runs import Run
 from ddpm.sampling import sample
@@ -31,7 +31,7 @@ QUANTISED = ["Conv"]  # MaxPool too: 1% faster, MatMul too: 2% slower (n_feat 64
 Call = tuple[Tensor, Tensor, Tensor | None]
 
 
-def trajectory_calls(run: Run, seed: int, steps: int = CALIBRATION_STEPS) -> list[Call]:
+def trajectory_calls(run: Run, seed: int) -> list[Call]:
     """What the network is called with on real trajectories of every class: (x [n, ...], t [n], c [n, ...]) each."""
     calls: list[Call] = []
 
@@ -39,25 +39,16 @@ def trajectory_calls(run: Run, seed: int, steps: int = CALIBRATION_STEPS) -> lis
         calls.append(tuple(None if a is None else a.detach().clone() for a in arguments))
 
     shape = condition_shape(run.model)
-    classes = 0 if shape is None else math.prod(shape)
-    n = CALIBRATION_PER_CLASS * max(classes, 1)
-    context = one_hot_conditions(run.model, torch.arange(n))
-    options = run.options(steps=min(steps, run.schedule.timesteps), spacing="trailing")
+    n = CALIBRATION_PER_CLASS * (1 if shape is None else math.prod(shape))
+    given = {"context": one_hot_conditions(run.model, torch.arange(n)), "seed": seed, "engine": "eager"}
+    given["guidance"] = 1.0 if shape is None else CALIBRATION_GUIDANCE
+    options = run.options(steps=min(CALIBRATION_STEPS, run.schedule.timesteps), spacing="trailing")
     hook = run.model.register_forward_pre_hook(note)
     try:
-        guidance = CALIBRATION_GUIDANCE if classes else 1.0
-        sample(run.model, run.schedule, n, context=context, guidance=guidance, seed=seed, engine="eager", **options)
+        sample(run.model, run.schedule, n, **given, **options)
     finally:
         hook.remove()
     return calls
-
-
-def network_feeds(form: Form, names: Sequence[str], call: Call) -> dict[str, np.ndarray]:
-    """A call of the module, at one time, as inputs of its network graph."""
-    x, t, c = call
-    with torch.no_grad():
-        values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()))
-    return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
 
 def to_fp16(network: onnx.ModelProto) -> onnx.ModelProto:
@@ -91,11 +82,17 @@ def to_int8(network: onnx.ModelProto, names: Sequence[str], run: Run) -> onnx.Mo
     """The flat network with its convolutions between quantise and dequantise nodes, calibrated on the run."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    calls, form = trajectory_calls(run, CALIBRATION_SEED), exported_form(run.model)
+    form = exported_form(run.model)
+
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        for x, t, c in trajectory_calls(run, CALIBRATION_SEED):
+            with torch.no_grad():
+                values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()))
+            yield {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
-            self.feeds = iter(network_feeds(form, names, call) for call in calls)
+            self.feeds = feeds()
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.feeds, None)
@@ -120,5 +117,5 @@ def in_precision(traced: Traced, precision: str, run: Run) -> Traced:
     """The fp32 graphs with their network in one of PRECISIONS."""
     if precision == "fp32":
         return traced
-    network = traced.network
-    return traced.with_network(to_fp16(network) if precision == "fp16" else to_int8(network, traced.names, run))
+    network = to_fp16(traced.network) if precision == "fp16" else to_int8(traced.network, traced.names, run)
+    return replace(traced, network=network)

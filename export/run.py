@@ -298,6 +298,15 @@ def normals(seed: int, samples: np.ndarray, step: int, stream: int, shape: Seque
     return z[:, :numel].reshape(len(samples), *shape).astype(np.float32)
 
 
+def step_noise(rows: np.ndarray, seed: int, samples: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Noise of table rows [k, 8]: float32 [k, n, *shape], zeros where a row adds none."""
+    noise = np.zeros((len(rows), len(samples), *shape), np.float32)
+    for i, row in enumerate(rows):
+        if row[6] != 0:
+            noise[i] = normals(seed, samples, int(row[7]), 1, shape)
+    return noise
+
+
 def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) -> np.ndarray | None:
     """float32 [n, *shape] of a class by name or number, `v1,v2,..` (all numbers of a condition), `all` or None.
 
@@ -384,10 +393,7 @@ def draw(
     if metadata["noise"] == "input":
         rows = np.asarray(metadata["table"]["rows"] if table is None else table, np.float32)
         feeds["x_T"] = normals(seed, samples, 0, 0, shape)
-        feeds["noise"] = np.zeros((len(rows), len(samples), *shape), np.float32)
-        for i, row in enumerate(rows):
-            if row[6] != 0:
-                feeds["noise"][i] = normals(seed, samples, int(row[7]), 1, shape)
+        feeds["noise"] = step_noise(rows, seed, samples, shape)
     else:
         feeds |= {"seed": np.array(seed, np.int64), "first_sample": np.array(samples[0], np.int64)}
         if context is None:

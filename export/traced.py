@@ -7,9 +7,9 @@ network   x [n, ...], a row of each table, rows [k, n, ..] -> m [k * n, ...]
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -35,38 +35,16 @@ class Traced:
     network: onnx.ModelProto
     names: tuple[str, ...]
 
-    def with_network(self, network: onnx.ModelProto) -> "Traced":
-        """The same with a changed network, as precisions are."""
-        return replace(self, network=network)
 
+class _Part(nn.Module):
+    """A function of (form, *arguments) as a module whose weights are the form's."""
 
-class _Tables(nn.Module):
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, call: Callable[..., Any]) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.call = form, call
 
-    def forward(self, times: Tensor) -> tuple[Tensor, ...]:
-        return tuple(table.clone() for table in self.form.tables(times))
-
-
-class _Rows(nn.Module):
-    def __init__(self, form: Form) -> None:
-        super().__init__()
-        self.form = form
-
-    def forward(self, conditions: Tensor) -> tuple[Tensor, ...]:
-        return tuple(row.clone() for row in self.form.rows(conditions, conditions.shape[0], False))
-
-
-class _Network(nn.Module):
-    """forward(x, *table_row, *rows)."""
-
-    def __init__(self, form: Form, tables: int) -> None:
-        super().__init__()
-        self.form, self.tables = form, tables
-
-    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        return self.form(x, more[: self.tables], more[self.tables :] or None)
+    def forward(self, first: Tensor, *more: Tensor) -> Any:
+        return self.call(self.form, first, *more)
 
 
 class Denoiser(nn.Module):
@@ -103,12 +81,10 @@ def example_times(model: nn.Module, count: int = 1) -> Tensor:
     return in_type(network_times(model, torch.ones(count, dtype=torch.int64), 1))
 
 
-def _graph(
-    module: nn.Module, arguments: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str], shapes: Any
-) -> onnx.ModelProto:
+def _graph(part: _Part, arguments: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str], *shapes: Any) -> Any:
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
-            module.eval(),
+            part.eval(),
             tuple(arguments),
             dynamo=True,
             optimize=True,
@@ -116,7 +92,7 @@ def _graph(
             opset_version=OPSET,
             input_names=list(names),
             output_names=list(outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=(shapes[0], shapes[1:])[: len(shapes)],
             verbose=False,
         )
     return program.model_proto
@@ -135,24 +111,23 @@ def trace(model: nn.Module) -> Traced:
 
 
 def _trace(model: nn.Module) -> Traced:
-    form, shape = exported_form(model), condition_shape(model)
-    x = torch.zeros(EXAMPLE_ROWS, *sample_shape(model))
-    batch, copies, steps = Dim("batch"), Dim("copies"), Dim("steps")
-    times = example_times(model, EXAMPLE_ROWS)
+    form, shape, n = exported_form(model), condition_shape(model), EXAMPLE_ROWS
+    batch, copies = Dim("batch"), Dim("copies")
+    times = example_times(model, n)
+    conditions = None if shape is None else torch.zeros(n, *shape)
     with torch.no_grad():
         table_row = form.tables(times[:1])
-        rows = None
-        if shape is not None:
-            rows = form.rows(torch.zeros(EXAMPLE_ROWS, *shape), EXAMPLE_ROWS, True)
+        rows = () if conditions is None else form.rows(conditions, n, True)
     table_names = tuple(f"table{k}" for k, _ in enumerate(table_row, start=1))
-    row_names = tuple(f"rows{k}" for k, _ in enumerate(rows or (), start=1))
-    tables = _graph(_Tables(form), (times,), ("times",), table_names, ({0: steps},))
+    row_names = tuple(f"rows{k}" for k, _ in enumerate(rows, start=1))
+    of_times = _Part(form, lambda form, times: tuple(table.clone() for table in form.tables(times)))
+    tables = _graph(of_times, (times,), ("times",), table_names, {0: Dim("steps")})
     rows_graph = None
-    if rows is not None:
-        conditions = torch.zeros(EXAMPLE_ROWS, *shape)
-        rows_graph = _graph(_Rows(form), (conditions,), ("conditions",), row_names, ({0: batch},))
-    dynamic = (*({} for _ in table_row), *({0: copies, 1: batch} for _ in rows or ()))
-    names = ("x", *table_names, *row_names)
-    module = _Network(form, len(table_row))
-    network = _graph(module, (x, *table_row, *(rows or ())), names, ("m",), ({0: batch}, dynamic))
-    return Traced(tables, rows_graph, network, names)
+    if conditions is not None:
+        of_rows = _Part(form, lambda form, c: tuple(row.clone() for row in form.rows(c, c.shape[0], False)))
+        rows_graph = _graph(of_rows, (conditions,), ("conditions",), row_names, {0: batch})
+    cut, names = len(table_row), ("x", *table_names, *row_names)
+    of_x = _Part(form, lambda form, x, *more: form(x, more[:cut], more[cut:] or None))
+    dynamic = ({0: batch}, *({} for _ in table_row), *({0: copies, 1: batch} for _ in rows))
+    x = torch.zeros(n, *sample_shape(model))
+    return Traced(tables, rows_graph, _graph(of_x, (x, *table_row, *rows), names, ("m",), *dynamic), names)

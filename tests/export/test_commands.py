@@ -14,9 +14,8 @@ from PIL import Image
 from ddpm.engines.compile import compiler_missing
 from ddpm.networks import PointMLP
 from ddpm.runs import load_run
-from export import bundle, quality, run
+from export import run, verification
 from export.metadata import sha256
-from export.parity import Parity
 
 
 def line(answer, code):
@@ -89,15 +88,20 @@ def test_verify_fails_on_other_weights(exported, run_folder, export, tmp_path):
     assert "parity" in line(export("verify", exported / "denoiser.onnx", folder), 1)
 
 
+def broken_loop(value):
+    """A StepLoop whose pictures have this value everywhere."""
+    return lambda *_, **__: lambda samples, *_, **__: np.full((len(samples), 3, 16, 16), value, np.float32)
+
+
 def test_a_failed_verification_leaves_what_was_there(copied, run_folder, export, monkeypatch):
     before = contents(copied)
-    monkeypatch.setattr(bundle, "step_parity", lambda *_: Parity("step.onnx", 1.0, 1e-4))
-    assert "step.onnx is off by 1" in line(export("onnx", run_folder, "--out", copied, "--steps", 4), 1)
+    monkeypatch.setattr(verification, "StepLoop", broken_loop(2.0))
+    assert "step.onnx, whole trajectory is off by" in line(export("onnx", run_folder, "--out", copied, "--steps", 4), 1)
     assert contents(copied) == before
 
 
 def test_a_failed_verification_makes_no_folder(run_folder, export, monkeypatch, tmp_path):
-    monkeypatch.setattr(bundle, "step_parity", lambda *_: Parity("step.onnx", float("nan"), 1e-4))
+    monkeypatch.setattr(verification, "StepLoop", broken_loop(float("nan")))
     line(export("onnx", run_folder, "--out", tmp_path / "new", "--steps", 2), 1)
     assert not (tmp_path / "new").exists()
 
@@ -342,7 +346,7 @@ def test_cuda_is_never_silently_the_cpu(exported, export, tmp_path, monkeypatch)
 
 def test_fp16_and_int8_are_judged(exported, run_folder, export, tmp_path, monkeypatch):
     """Random weights quantise badly, so the floor is lowered here; its effect is the next test."""
-    monkeypatch.setitem(quality.FLOORS, "int8", quality.Floor(-50.0, 5.0, 1.0))
+    monkeypatch.setitem(verification.FLOORS, "int8", verification.Floor(-50.0, 5.0, 1.0))
     sizes = {}
     for precision in ("fp16", "int8"):
         out = tmp_path / precision
@@ -362,7 +366,7 @@ def test_fp16_and_int8_are_judged(exported, run_folder, export, tmp_path, monkey
 
 
 def test_below_the_floor_nothing_is_written(run_folder, export, tmp_path, monkeypatch):
-    monkeypatch.setitem(quality.FLOORS, "fp16", quality.Floor(500.0, 1.0, 1.0))
+    monkeypatch.setitem(verification.FLOORS, "fp16", verification.Floor(500.0, 1.0, 1.0))
     answer = export("onnx", run_folder, "--out", tmp_path / "x", "--precision", "fp16", "--evaluate", 2)
     assert answer.code == 1
     assert "PSNR" in answer.err.splitlines()[-1]

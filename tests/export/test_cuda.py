@@ -7,7 +7,7 @@ import torch
 from ddpm import make_table, sample
 from export import run
 from export.cuda import StepLoop
-from export.parity import SAMPLER_TOLERANCE, distance
+from export.verification import SAMPLER_TOLERANCE, distance
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 
 from ddpm.errors import WorkFailed
-from export import models, quality, run
+from export import models, run, verification
 from tests.export.test_commands import line
 
 
@@ -164,7 +164,7 @@ def test_class_accuracy_and_frechet_distance_of_a_trained_run(tmp_path, export, 
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
     folder, tiny = tmp_path / "digits", ("--n-feat", "8", "--epochs", "1", "--timesteps", "20", "--beta-end", "0.35")
     assert ddpm(["train", "--data", "digits", "--out", str(folder), *tiny, "--device", "cpu"]) == 0
-    monkeypatch.setitem(quality.FLOORS, "int8", quality.Floor(-50.0, 5.0, 1.0))
+    monkeypatch.setitem(verification.FLOORS, "int8", verification.Floor(-50.0, 5.0, 1.0))
     for precision in ("fp16", "int8"):
         out = tmp_path / precision
         answer = export("onnx", folder, "--out", out, "--precision", precision, "--evaluate", 60)
@@ -193,15 +193,15 @@ def test_class_accuracy_and_frechet_distance_of_a_trained_run(tmp_path, export, 
     ],
 )
 def test_each_floor_holds(figures, says):
-    good = {"trajectories": {"step.onnx": 30.0}, "psnr_db": 30.0, "relative_l2": 0.03}
+    good = {"precision": "int8", "trajectories": {"step.onnx": 30.0}, "psnr_db": 30.0, "relative_l2": 0.03}
     good |= {"accuracy": 0.52, "accuracy_fp32": 0.54}
-    quality.require(quality.Quality("int8", None, **good))
+    verification.require_quality(good)
     with pytest.raises(WorkFailed, match=says):
-        quality.require(quality.Quality("int8", None, **(good | figures)))
+        verification.require_quality(good | figures)
 
 
 def test_the_denoiser_of_int8_is_not_a_copy_of_fp32(run_folder, opened, export, tmp_path, monkeypatch):
-    monkeypatch.setitem(quality.FLOORS, "int8", quality.Floor(-50.0, 5.0, 1.0))
+    monkeypatch.setitem(verification.FLOORS, "int8", verification.Floor(-50.0, 5.0, 1.0))
     arguments = ("--precision", "int8", "--evaluate", 2, "--no-verify")
     assert export("onnx", run_folder, "--out", tmp_path / "x", *arguments).code == 0
     session = run.open_session(tmp_path / "x" / "denoiser.onnx", threads=1)

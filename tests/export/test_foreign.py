@@ -16,8 +16,8 @@ from ddpm.table import StepTable
 from export import bundle, models, packages, run
 from export.cuda import StepLoop
 from export.metadata import describe
-from export.parity import DENOISER_TOLERANCE, SAMPLER_TOLERANCE
 from export.traced import trace
+from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE
 
 T = 10
 
@@ -68,7 +68,7 @@ def test_every_file_of_it_draws_its_pictures(foreign, tmp_path):
     options = foreign.options(steps=6)
     table = make_table(foreign.schedule, **options)
     out = tmp_path / "onnx"
-    manifest = bundle.write(foreign, out, bundle.Request(options, table))
+    manifest = bundle.write(foreign, out, {"steps": 6})
     assert len(manifest["parity"]) == 5
     c = conditions(3)
     expected = sample(foreign.model, foreign.schedule, 3, context=c, guidance=2.0, seed=4, engine="eager", **options)

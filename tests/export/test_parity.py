@@ -15,8 +15,8 @@ from ddpm.metrics import distance
 from export import models, run, traced
 from export.cuda import StepLoop
 from export.metadata import describe
-from export.parity import DENOISER_TOLERANCE, SAMPLER_TOLERANCE, Parity, denoiser_cases, denoiser_parity
 from export.traced import Denoiser
+from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE, Parity, denoiser_cases, denoiser_parity
 
 CALL_OPTIONS = ("context", "guidance", "seed", "first_sample")
 
