@@ -185,8 +185,6 @@ def print_quality(measured: Quality | None) -> None:
     if measured["relative_l2"] is not None:
         table.add_section()
         table.add_row("relative L2 of the network", f"{measured['relative_l2']:.2g}", "", f"{floor.relative_l2:g}")
-        times = (f"{measured[name]:.1f} ms" for name in ("denoiser_ms", "eager_ms"))
-        table.add_row(f"a call of batch {measured['batch']}", *times, "")
     Console().print(table)
     if measured["skipped"] is not None:
         print(f"note: class accuracy and Frechet distance were not measured: {measured['skipped']}")

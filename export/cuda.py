@@ -10,17 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from export.run import (
-    COLUMNS,
-    UsageError,
-    check_draw,
-    condition_shape,
-    metadata_of,
-    normals,
-    null_conditions,
-    open_session,
-    step_noise,
-)
+from export import run
 
 # Steps of noise on the device at a time. Untuned.
 WINDOW = 50
@@ -48,20 +38,20 @@ class StepLoop:
         provider: str = "cuda",
     ) -> None:
         if provider not in ("cuda", "cpu"):
-            raise UsageError(f"provider: got {provider!r}, needs cuda or cpu")
+            raise run.UsageError(f"provider: got {provider!r}, needs cuda or cpu")
         graphs = provider == "cuda"
-        self.session = open_session(path, provider, cuda_graph=graphs)
-        self.metadata = metadata_of(self.session, path, "step")
+        self.session = run.open_session(path, provider, cuda_graph=graphs)
+        self.metadata = run.metadata_of(self.session, path, "step")
         self.device, self.batch, self.guided = provider, batch, guided
         self.rows = np.ascontiguousarray(self.metadata["table"]["rows"] if rows is None else rows, np.float32)
-        if self.rows.ndim != 2 or self.rows.shape[1] != COLUMNS or not len(self.rows):
-            raise UsageError(f"rows: got {list(self.rows.shape)}, needs [steps, {COLUMNS}]")
+        if self.rows.ndim != 2 or self.rows.shape[1] != run.COLUMNS or not len(self.rows):
+            raise run.UsageError(f"rows: got {list(self.rows.shape)}, needs [steps, {run.COLUMNS}]")
         self.shape = tuple(self.metadata[side] for side in ("channels", "height", "width"))
         images = np.zeros((batch, *self.shape), np.float32)
         fixed = {"noise": np.zeros((WINDOW, *images.shape), np.float32), "noise_start": np.zeros(1, np.int64)}
         if rows is not None:  # the clip is a scalar input of the graph: rank 0
             fixed |= {"table": self.rows, "clip": np.array(np.inf if clip is None else clip, np.float32)}
-        condition = condition_shape(self.metadata)
+        condition = run.condition_shape(self.metadata)
         if condition is not None:
             fixed["contexts"] = np.zeros((2 if guided else 1, batch, *condition), np.float32)
             fixed["guidance"] = np.ones(1, np.float32)
@@ -90,23 +80,23 @@ class StepLoop:
     ) -> np.ndarray:
         """Images float32 [batch, C, H, W], not clamped, of consecutive global samples [batch]."""
         if len(samples) != self.batch:
-            raise UsageError(f"samples: got {len(samples)}, this loop was built for {self.batch}")
+            raise run.UsageError(f"samples: got {len(samples)}, this loop was built for {self.batch}")
         if guidance != 1.0 and not self.guided:
-            raise UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
-        check_draw(self.metadata, samples, context, seed, guidance)
+            raise run.UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
+        run.check_draw(self.metadata, samples, context, seed, guidance)
         if context is not None:
-            copies = [np.ascontiguousarray(context, np.float32), null_conditions(self.metadata, self.batch)]
+            copies = [np.ascontiguousarray(context, np.float32), run.null_conditions(self.metadata, self.batch)]
             self.fixed["contexts"].update_inplace(np.stack(copies[: 2 if self.guided else 1]))
             self.fixed["guidance"].update_inplace(np.array([guidance], np.float32))
         x, x0, index = self.buffers[0]
-        x.update_inplace(normals(seed, samples, 0, 0, self.shape))
+        x.update_inplace(run.normals(seed, samples, 0, 0, self.shape))
         x0.update_inplace(np.zeros((self.batch, *self.shape), np.float32))
         index.update_inplace(np.zeros(1, np.int64))
         for i in range(len(self.rows)):
             if i % WINDOW == 0:
                 part = self.rows[i : i + WINDOW]
                 padded = np.pad(part, ((0, WINDOW - len(part)), (0, 0)))
-                self.fixed["noise"].update_inplace(step_noise(padded, seed, samples, self.shape))
+                self.fixed["noise"].update_inplace(run.step_noise(padded, seed, samples, self.shape))
                 self.fixed["noise_start"].update_inplace(np.array([i], np.int64))
             self.session.run_with_iobinding(self.bindings[i % 2], self.options[i % 2])
         return self.buffers[len(self.rows) % 2][0].numpy().copy()

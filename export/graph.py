@@ -1,6 +1,7 @@
 """A small builder of ONNX graphs: operators as calls, constants and copied weights as initialisers."""
 
 from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -54,10 +55,7 @@ class Builder:
 
     def sum_of(self, *terms: str) -> str:
         """Left to right, as the eager path adds."""
-        total = terms[0]
-        for term in terms[1:]:
-            total = self.op("Add", total, term)
-        return total
+        return reduce(partial(self.op, "Add"), terms)
 
     def input(self, name: str, dtype: int, shape: Sequence[int | str], default: Any = None) -> str:
         """A graph input; with a default it is also an initialiser, which a caller may override."""
@@ -75,32 +73,26 @@ class Builder:
     def inline(self, graph: onnx.GraphProto, arguments: Sequence[str], prefix: str) -> list[str]:
         """Copy a flat graph with its weights into this one, its inputs bound in order: the names of its outputs."""
         prefix = self.prefix + prefix
-        initialised = {tensor.name for tensor in graph.initializer}
-        names = {"": ""} | {name: prefix + name for name in initialised}
-        open_inputs = [value.name for value in graph.input if value.name not in initialised]
+        names = {"": ""} | {tensor.name: prefix + tensor.name for tensor in graph.initializer}
+        open_inputs = [value.name for value in graph.input if value.name not in names]
         names |= dict(zip(open_inputs, arguments, strict=True))
         for tensor in graph.initializer:
-            copied = self.initialisers
-            copied.append(onnx.TensorProto())
-            copied[-1].CopyFrom(tensor)
-            copied[-1].name = names[tensor.name]
-            copied[-1].doc_string = ""
+            copied = onnx.TensorProto()
+            copied.CopyFrom(tensor)
+            copied.name, copied.doc_string = names[tensor.name], ""
+            self.initialisers.append(copied)
         for node in graph.node:
             names |= {output: prefix + output for output in node.output if output}
-            self.nodes.append(plain_node(node, names, prefix))
+            # Without what exporters note in it: stack traces hold local paths.
+            plain = onnx.NodeProto(op_type=node.op_type, domain=node.domain, name=prefix + node.name)
+            plain.input.extend(map(names.__getitem__, node.input))
+            plain.output.extend(map(names.__getitem__, node.output))
+            plain.attribute.extend(node.attribute)
+            self.nodes.append(plain)
         return [names[value.name] for value in graph.output]
 
     def graph(self, name: str) -> onnx.GraphProto:
         return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initialisers)
-
-
-def plain_node(node: onnx.NodeProto, names: dict[str, str], prefix: str) -> onnx.NodeProto:
-    """The node under new names, without what exporters note in it: stack traces hold local paths."""
-    plain = onnx.NodeProto(op_type=node.op_type, domain=node.domain, name=prefix + node.name)
-    plain.input.extend(names[value] for value in node.input)
-    plain.output.extend(names[value] if value else "" for value in node.output)
-    plain.attribute.extend(node.attribute)
-    return plain
 
 
 def model_of(builder: Builder, name: str, metadata: str) -> onnx.ModelProto:

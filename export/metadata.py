@@ -44,16 +44,13 @@ def described_table(described: dict[str, Any], run: Run, **changed: Any) -> Step
 
 def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]:
     """The metadata of a file of this kind (denoiser, sampler, step); `more` is added."""
-    channels, height, width = sample_shape(run.model)
     condition = condition_shape(run.model)
     if condition is not None and (null := null_of(run.model, condition)).any():
         more["null_condition"] = null.tolist()
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "channels": channels,
-        "height": height,
-        "width": width,
+        **dict(zip(("channels", "height", "width"), sample_shape(run.model), strict=True)),
         "value_range": [-1, 1],
         "clamped": False,
         "condition_shape": None if condition is None else list(condition),

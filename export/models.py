@@ -114,13 +114,11 @@ def _halves(b: Builder, model: nn.Module, traced: Traced, context: str, guidance
     return _rows(b, traced, used, b.op("Concat", copies, batch, axis=0))
 
 
-def _noisy(b: Builder, x_new: str, c6: str, z: str) -> str:
+def _noisy(b: Builder, x_new: str, c6: str, z: str, x: str | None = None) -> str:
+    """x_new + c6 z. With x: z that a caller gave; of another batch it is an error of its Reshape, not a broadcast."""
+    if x is not None:
+        z = b.op("Reshape", z, b.op("Shape", x), allowzero=1)
     return b.op("Add", x_new, b.op("Mul", c6, z))
-
-
-def _given(b: Builder, z: str, x: str) -> str:
-    """Noise that a caller gave: of another batch than x it is an error of its Reshape, not a broadcast."""
-    return b.op("Reshape", z, b.op("Shape", x), allowzero=1)
 
 
 def sampler(
@@ -159,8 +157,10 @@ def sampler(
     body = Builder("body.")
     x, x0_previous = body.input("x", FLOAT, images), body.input("x0_previous", FLOAT, images)
     row = body.input("row", FLOAT, [COLUMNS])
-    kinds = [_kind_of(value) for value in traced.tables.graph.output]
-    at = [body.input(f"table{k}", kind, [1, *rest]) for k, (kind, rest) in enumerate(kinds, start=1)]
+    at = []
+    for k, value in enumerate(traced.tables.graph.output, start=1):
+        kind = value.type.tensor_type
+        at.append(body.input(f"table{k}", kind.elem_type, [1, *(dim.dim_value or None for dim in kind.shape.dim[1:])]))
     scanned = [rows, *tables]
     if condition is not None and (weights := _weights(b, table, guidance)) is not None:
         scanned.append(weights)
@@ -171,7 +171,7 @@ def sampler(
     x_new, x0, c6, t = _update(body, row, x, m, x0_previous, clip)
     if noise == "input":
         scanned.append(z_given)
-        x_new = _noisy(body, x_new, c6, _given(body, body.input("z", FLOAT, images), x))
+        x_new = _noisy(body, x_new, c6, body.input("z", FLOAT, images), x)
     elif noise == "philox":
         noisy, quiet = Builder("body.noisy."), Builder("body.quiet.")
         z = normals(noisy, shared, step_word(noisy, t), Stream.SAMPLING, shape)
@@ -186,12 +186,6 @@ def sampler(
     final, _ = b.many("Scan", start, memory, *scanned, outputs=2, body=body.graph("step"), num_scan_inputs=len(scanned))
     b.output(final, "images", FLOAT, images)
     return model_of(b, "sampler", metadata)
-
-
-def _kind_of(value: onnx.ValueInfoProto) -> tuple[int, list[int | None]]:
-    """(element type, dimensions after the first) of a traced output."""
-    dims = value.type.tensor_type.shape.dim[1:]
-    return value.type.tensor_type.elem_type, [dim.dim_value or None for dim in dims]
 
 
 def step(model: nn.Module, traced: Traced, table: StepTable, count: int, metadata: str) -> onnx.ModelProto:
@@ -222,7 +216,7 @@ def step(model: nn.Module, traced: Traced, table: StepTable, count: int, metadat
         m = _guided(b, m, guidance if weights is None else b.op("Gather", weights, index, axis=0), x)
     x_new, x0, c6, _ = _update(b, b.op("Squeeze", row, b.integers(0)), x, m, x0_previous, clip)
     z = b.op("Squeeze", b.op("Gather", noise, b.op("Sub", index, noise_start), axis=0), b.integers(0))
-    b.output(_noisy(b, x_new, c6, _given(b, z, x)), "x_next", FLOAT, images)
+    b.output(_noisy(b, x_new, c6, z, x), "x_next", FLOAT, images)
     b.output(x0, "x0", FLOAT, images)
     b.output(b.op("Add", index, b.integers(1)), "index_next", INT64, [1])
     return model_of(b, "step", metadata)

@@ -7,7 +7,7 @@ the last round P holds the words that give radii and L those that give angles.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,10 @@ from export.graph import DOUBLE, FLOAT, INT64, UINT64, Builder
 from kernels.philox import MASK, MULTIPLIERS, ROUNDS, WEYL
 
 
-@dataclass(frozen=True)
-class Counters:
+class Counters(NamedTuple):
     """What all steps share, computed once: the ten round keys [2, 1, 1] and the samples' words, uint64 [n, 1]."""
 
-    keys: tuple[str, ...]
+    keys: list[str]
     low: str
     high: str
     samples: str
@@ -40,7 +39,7 @@ def counters(b: Builder, seed: str, first_sample: str, batch: str) -> Counters:
     samples = b.op("Unsqueeze", b.op("Cast", samples, to=UINT64), b.integers(1))
     above = b.op("BitShift", samples, half, direction="RIGHT")
     high = b.op("BitShift", above, b.constant(8, np.uint64), direction="LEFT")
-    return Counters(tuple(keys), b.op("BitwiseAnd", samples, mask), high, samples)
+    return Counters(keys, b.op("BitwiseAnd", samples, mask), high, samples)
 
 
 def words(b: Builder, shared: Counters, step: str, stream: int, blocks: int) -> tuple[str, str]:
@@ -52,8 +51,10 @@ def words(b: Builder, shared: Counters, step: str, stream: int, blocks: int) -> 
     low = b.op("Add", shared.low, b.constant(np.zeros((1, blocks)), np.uint64))
     stream_word = b.op("Add", shared.high, b.constant(stream, np.uint64))
     step_word = b.op("Add", ones, step)
-    state = b.op("Concat", b.op("Unsqueeze", block, lead), b.op("Unsqueeze", low, lead), axis=0)
-    rest = b.op("Concat", b.op("Unsqueeze", step_word, lead), b.op("Unsqueeze", stream_word, lead), axis=0)
+    state, rest = (
+        b.op("Concat", *(b.op("Unsqueeze", each, lead) for each in pair), axis=0)
+        for pair in ((block, low), (step_word, stream_word))
+    )
     multipliers = b.constant(np.array(MULTIPLIERS, np.uint64).reshape(2, 1, 1), np.uint64)
     swap = b.integers(1, 0)
     for key in shared.keys:

@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ except ModuleNotFoundError as missing:
 KEY, FORMAT_VERSION, FORMER_VERSION = "fused_ddpm", 2, 1  # of the metadata
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
-PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}, "cpu": {}, "tensorrt": {}}
+PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
 # Rows per call of the model. Untuned; results do not depend on it, memory and the progress bar do.
 BATCH_SIZE = 16
 CELL_PIXELS, GAP = 64, 4
@@ -44,38 +44,36 @@ NOISE_MODES = ("philox", "input", "none")
 FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
 
 
-class UsageError(Exception):
-    """Arguments that cannot be used."""
-
-    exit_code = 2
-
-
-class ModelError(Exception):
-    """A model file that cannot be used."""
-
-    exit_code = 3
-
-
-class ProviderError(Exception):
-    """What was asked to compute is not there."""
-
-    exit_code = 4
-
-
-class RunError(Exception):
-    """The model failed while running."""
+class Failure(Exception):
+    """An error that is one line on stderr."""
 
     exit_code = 1
+
+
+class UsageError(Failure):
+    exit_code = 2  # arguments that cannot be used
+
+
+class ModelError(Failure):
+    exit_code = 3  # a model file that cannot be used
+
+
+class ProviderError(Failure):
+    exit_code = 4  # what was asked to compute is not there
+
+
+class RunError(Failure):
+    exit_code = 1  # the model failed while running
 
 
 # What stands before the reason in onnxruntime's messages: a code, the path, the C++ function.
 _PREAMBLE = re.compile(
     r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from .* failed:|Status Message: |/onnxruntime_src/\S+ .*\) "
 )
-_TOO_NEW = (
-    ("opset", re.compile(r"Opset (\d+) is under development.* till opset (\d+)")),
-    ("IR version", re.compile(r"IR version: (\d+), max supported IR version: (\d+)")),
-)
+_TOO_NEW = {
+    "opset": r"Opset (\d+) is under development.* till opset (\d+)",
+    "IR version": r"IR version: (\d+), max supported IR version: (\d+)",
+}
 
 
 def _reason(error: Exception) -> str:
@@ -102,64 +100,54 @@ def open_session(
     cores = os.cpu_count() or 1
     if not 0 <= threads <= cores:
         raise UsageError(f"--threads: got {threads}, needs 0 (all cores) to {cores}")
-    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 (False for a name that is too long)
-        raise ModelError(f"{path}: is no regular file, needs a model that `ddpm-export onnx` wrote")
-    if not os.path.isfile(path):  # noqa: PTH113
-        raise ModelError(f"{path}: no such file, needs a model that `ddpm-export onnx` wrote")
+    if not os.path.isfile(path):  # noqa: PTH113 (False for a name that is too long)
+        found = "is no regular file" if os.path.exists(path) else "no such file"  # noqa: PTH110
+        raise ModelError(f"{path}: {found}, needs a model that `ddpm-export onnx` wrote")
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: is empty, needs to be exported again")
     name, cpu = PROVIDERS[provider], PROVIDERS["cpu"]
-    if name not in ort.get_available_providers():
-        if not allow_fallback:
-            raise ProviderError(
-                f"{path}: {provider} was asked for, but this onnxruntime {ort.__version__} was built without it; "
-                "install onnxruntime-gpu, or use --provider cpu or --allow-fallback"
-            )
-        name = cpu
+    if name not in ort.get_available_providers() and not allow_fallback:
+        raise ProviderError(
+            f"{path}: {provider} was asked for, but this onnxruntime {ort.__version__} was built without it; "
+            "install onnxruntime-gpu, or use --provider cpu or --allow-fallback"
+        )
+    name = name if name in ort.get_available_providers() else cpu
     options = ort.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    settings = dict(PROVIDER_OPTIONS[provider]) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
+    settings = PROVIDER_OPTIONS.get(provider, {}) | ({"enable_cuda_graph": "1"} if cuda_graph else {})
     cause = "no device, driver or library"
-
-    def start(*providers: Any) -> ort.InferenceSession:
-        # It prints which libraries it misses; our one line says what to do.
-        with redirect_stdout(io.StringIO()):
-            if name != cpu and hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # CUDA's libraries out of the wheels of PyTorch or NVIDIA, where they are installed
-            return ort.InferenceSession(str(path), options, providers=list(providers))
-
-    try:  # onnxruntime's exceptions have no base class of their own
+    attempts = [[(cpu, {})]] if name == cpu else [[(name, settings), (cpu, {})], [(cpu, {})]]
+    for asked in attempts:
         try:
-            session = start(*([(name, settings)] if name != cpu else []), (cpu, {}))
-        except Exception as error:
-            if name == cpu:
-                raise
-            session, cause = start((cpu, {})), _reason(error)  # whose fault is it: the provider's or the file's?
-    except Exception as error:
-        raise _model_error(path, error) from error
-    if session.get_providers()[0] != name and not allow_fallback:
+            with redirect_stdout(io.StringIO()):  # it prints which libraries it misses; our one line says what to do
+                if name != cpu and hasattr(ort, "preload_dlls"):
+                    ort.preload_dlls()  # CUDA's libraries out of the wheels of PyTorch or NVIDIA, where they are
+                session = ort.InferenceSession(str(path), options, providers=asked)
+            break
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            if len(asked) == 1:
+                raise _model_error(path, error) from error
+            cause = _reason(error)  # whose fault is it: the provider's or the file's?
+    runs_on = session.get_providers()[0]
+    if runs_on != name and not allow_fallback:
         raise ProviderError(
             f"{path}: {provider} was asked for, but onnxruntime {ort.__version__} could not start it ({cause}); use "
             "--provider cpu or --allow-fallback"
         )
-    if PROVIDERS[provider] != session.get_providers()[0]:
-        print(f"note: {provider} is not available, runs on {session.get_providers()[0]}", file=sys.stderr)
+    if runs_on != PROVIDERS[provider]:
+        print(f"note: {provider} is not available, runs on {runs_on}", file=sys.stderr)
     return session
 
 
 def _model_error(path: Path, error: Exception) -> ModelError:
     """What onnxruntime found, in our words."""
-    for what, pattern in _TOO_NEW:
-        found = pattern.search(str(error))
-        if found is not None:
-            has, knows = found.groups()
-            return ModelError(
-                f"{path}: needs a newer runtime: it has {what} {has}, onnxruntime {ort.__version__} knows {knows}; "
-                "upgrade it"
-            )
+    for what, pattern in _TOO_NEW.items():
+        if found := re.search(pattern, str(error)):
+            known = f"it has {what} {found[1]}, onnxruntime {ort.__version__} knows {found[2]}"
+            return ModelError(f"{path}: needs a newer runtime: {known}; upgrade it")
     return ModelError(
         f"{path}: not a whole ONNX model ({_reason(error)}); damaged or another kind of file, export it again"
     )
@@ -190,56 +178,48 @@ def null_conditions(metadata: dict[str, Any], count: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(nothing, (count, *shape)))
 
 
-def _is_shape(value: object) -> bool:
-    return value is None or (type(value) is list and len(value) > 0 and all(type(n) is int and n > 0 for n in value))
-
-
-def _wrong(metadata: dict[str, Any], session: ort.InferenceSession) -> str | None:
-    """What is wrong with the metadata, of itself or beside the graph; None if nothing. May raise what damage raises."""
+def _claims(metadata: dict[str, Any], session: ort.InferenceSession) -> Iterator[tuple[bool, str]]:
+    """(whether it is so, what the metadata says), of itself and beside the graph. May raise what damage raises."""
     kind = metadata["kind"]
-    if kind not in KINDS:
-        return f"kind is {kind!r}"
+    yield kind in KINDS, f"kind is {kind!r}"
     for name, needed in (_ENTRIES | ({} if kind == "denoiser" else _SOLVER_ENTRIES)).items():
-        if type(metadata.get(name)) is not needed:
-            return f"{name} is {metadata.get(name)!r}"
+        yield type(metadata.get(name)) is needed, f"{name} is {metadata.get(name)!r}"
     if metadata["format_version"] == FORMER_VERSION:
-        if type(metadata.get("n_cfeat")) is not int:
-            return f"n_cfeat is {metadata.get('n_cfeat')!r}"
-    elif "condition_shape" not in metadata or not _is_shape(metadata["condition_shape"]):
-        return f"condition_shape is {metadata.get('condition_shape')!r}"
-    timesteps = metadata["schedule"].get("timesteps")
-    if type(timesteps) is not int or not 1 <= timesteps <= MOST_STEPS:
-        return f"schedule has timesteps {timesteps!r}"
-    if not all(type(name) is str for name in metadata["classes"]):
-        return f"classes are {metadata['classes']!r}"
+        yield type(metadata.get("n_cfeat")) is int, f"n_cfeat is {metadata.get('n_cfeat')!r}"
+    else:
+        shape = metadata.get("condition_shape", "missing")
+        sizes = type(shape) is list and len(shape) > 0 and all(type(n) is int and n > 0 for n in shape)
+        yield shape is None or sizes, f"condition_shape is {shape!r}"
+    yield _is_count(count := metadata["schedule"].get("timesteps")), f"schedule has timesteps {count!r}"
+    yield all(type(name) is str for name in metadata["classes"]), f"classes are {metadata['classes']!r}"
     inputs = {value.name: value.shape for value in session.get_inputs()}
     if kind != "denoiser":
         table, noise = metadata["table"], metadata["noise"]
-        if noise not in NOISE_MODES or (kind == "sampler" and (noise == "input") != ("noise" in inputs)):
-            return f"noise is {noise!r}, the graph's inputs are {', '.join(inputs)}"
+        fits = noise in NOISE_MODES and (kind == "step" or (noise == "input") == ("noise" in inputs))
+        yield fits, f"noise is {noise!r}, the graph's inputs are {', '.join(inputs)}"
         steps, clip, options = (table.get(name) for name in ("steps", "clip", "options"))
-        if type(steps) is not int or not 1 <= steps <= MOST_STEPS:
-            return f"table has steps {steps!r}"
-        if clip is not None and not (type(clip) in (int, float) and 0 < clip <= FLOAT_MAX):
-            return f"table has clip {clip!r}"
-        if type(options) is not dict or type(options.get("solver")) is not str:
-            return f"table has options {options!r}"
+        yield _is_count(steps), f"table has steps {steps!r}"
+        bound = clip is None or (type(clip) in (int, float) and 0 < clip <= FLOAT_MAX)
+        yield bound, f"table has clip {clip!r}"
+        yield type(options) is dict and type(options.get("solver")) is str, f"table has options {options!r}"
         if noise == "input" or "rows" in table:
             shape = np.asarray(table["rows"], np.float32).shape
-            if shape != (steps, COLUMNS):
-                return f"table has rows {list(shape)} for {steps} steps"
+            yield shape == (steps, COLUMNS), f"table has rows {list(shape)} for {steps} steps"
     first = 2 if kind == "step" else 1  # copies and batch, or batch alone
-    taken = [tuple(shape[first:]) for name, shape in inputs.items() if name.startswith("context")]
+    taken = [list(shape[first:]) for name, shape in inputs.items() if name.startswith("context")]
     condition = condition_shape(metadata)
-    if taken != ([] if condition is None else [condition]):
-        return f"conditions are {list(condition or ())}, the graph takes {[list(shape) for shape in taken] or 'none'}"
-    if "null_condition" in metadata and np.asarray(metadata["null_condition"], np.float32).shape != condition:
-        return "null_condition has another shape than conditions"
+    fits = taken == ([] if condition is None else [list(condition)])
+    yield fits, f"conditions are {list(condition or ())}, the graph takes {taken or 'none'}"
+    if "null_condition" in metadata:
+        shape = np.asarray(metadata["null_condition"], np.float32).shape
+        yield shape == condition, "null_condition has another shape than conditions"
     image = [metadata["channels"], metadata["height"], metadata["width"]]
     outputs = {value.name: value.shape for value in session.get_outputs()}
-    if outputs.get(KINDS[kind], [])[1:] != image:
-        return f"images are {image}, the graph's outputs {outputs}"
-    return None
+    yield outputs.get(KINDS[kind], [])[1:] == image, f"images are {image}, the graph's outputs {outputs}"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MOST_STEPS
 
 
 def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | None = None) -> dict[str, Any]:
@@ -255,7 +235,7 @@ def metadata_of(session: ort.InferenceSession, path: str | Path, kind: str | Non
         metadata = json.loads(text)
         version = metadata["format_version"]
         known = type(version) is int and version in (FORMER_VERSION, FORMAT_VERSION)
-        wrong = _wrong(metadata, session) if known else None
+        wrong = next((what for so, what in _claims(metadata, session) if not so), None) if known else None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{damaged} ({type(error).__name__}: {_reason(error)}), export it again") from error
     if not known:
@@ -322,22 +302,19 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
         return null_conditions(metadata, len(samples))
     if text == "all" and classes:
         return np.eye(size, dtype=np.float32)[samples % size]
-    named = f"name ({', '.join(names)}) or " if names else ""
-    known = f"a class by {named}number (0..{size - 1}), all, or " if classes else ""
-    known += f"{size} finite numbers" if size > 1 else "one finite number with a point (0.5)"
+    row = np.zeros(0)  # what no condition is
     if text in names:
         row = np.eye(size)[names.index(text)]
     elif classes and text.isdecimal():  # always a class: with one class, a vector of one number is written 0.5 or 1.0
-        if len(text) > 9 or int(text) >= size:
-            raise UsageError(f"--context: got {text!r}, needs {known}")
-        row = np.eye(size)[int(text)]
+        row = np.eye(size)[int(text)] if len(text) < 10 and int(text) < size else row
     else:
-        try:
+        with suppress(ValueError):
             row = np.array([float(part) for part in text.split(",")])
-        except ValueError:
-            raise UsageError(f"--context: got {text!r}, needs {known}") from None
-        if row.shape != (size,) or not (np.abs(row) <= FLOAT_MAX).all():
-            raise UsageError(f"--context: got {text!r}, needs {known}")
+    if row.shape != (size,) or not (np.abs(row) <= FLOAT_MAX).all():
+        named = f"name ({', '.join(names)}) or " if names else ""
+        known = f"a class by {named}number (0..{size - 1}), all, or " if classes else ""
+        known += f"{size} finite numbers" if size > 1 else "one finite number with a point (0.5)"
+        raise UsageError(f"--context: got {text!r}, needs {known}")
     return np.tile(row.astype(np.float32).reshape(shape), (len(samples), *(1 for _ in shape)))
 
 
@@ -408,24 +385,17 @@ def draw(
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size`, with progress on stderr: at once on a terminal, else a line every tenth after 2 s."""
+    """Slices of at most `size`, with progress on stderr: on a terminal, else a line every tenth from 2 s on."""
     began, live = time.monotonic(), sys.stderr.isatty()
-    shown = False
-    if live:
-        print(f"sample   0%  0/{total}", end="", file=sys.stderr, flush=True)
-    try:
-        for start in range(0, total, size):
-            yield slice(start, min(start + size, total))
-            done, elapsed = min(start + size, total), time.monotonic() - began
-            if live or (elapsed > 2 and (shown or done < total) and 10 * done // total > 10 * start // total):
-                left = elapsed * (total - done) / done
-                speed = f"{done / elapsed:.3g} images/s  {left:.0f} s left"
-                line = f"sample {100 * done // total:3d}%  {done}/{total}  {speed}"
-                print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
-                shown = True
-    finally:
-        if live:
-            print(file=sys.stderr)
+    for start in range(0, total, size):
+        done = min(start + size, total)
+        yield slice(start, done)
+        elapsed = time.monotonic() - began
+        if live or (elapsed > 2 and 10 * done // total > 10 * start // total):
+            left = f"{done / elapsed:.3g} images/s  {elapsed * (total - done) / done:.0f} s left"
+            line = f"sample {100 * done // total:3d}%  {done}/{total}  {left}"
+            ahead, behind = ("\r", "" if done < total else "   \n") if live else ("", "\n")
+            print(f"{ahead}{line}", end=behind, file=sys.stderr, flush=True)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
@@ -514,10 +484,9 @@ def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
     """The rows [steps, 8] of a .npy file, for this model. Raises UsageError."""
     try:
         table = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UsageError(f"{path}: not a readable .npy ({error.strerror or 'cut off'})") from error
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: not a .npy file of numbers, needs floats [steps, {COLUMNS}]") from error
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        why = f" ({error.strerror or 'cut off'})" if isinstance(error, OSError) else ""
+        raise UsageError(f"{path}: not a .npy file of numbers{why}, needs floats [steps, {COLUMNS}]") from error
     if not isinstance(table, np.ndarray) or table.dtype.kind != "f" or table.shape[1:] != (COLUMNS,) or not len(table):
         found = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else "an archive"
         raise UsageError(f"{path}: got {found}, needs floats [steps, {COLUMNS}]")
@@ -544,11 +513,10 @@ def sample(given: argparse.Namespace) -> None:
     if given.table is not None:
         clip = metadata["table"]["clip"] if given.clip is None else given.clip
         options |= {"table": read_table(given.table, metadata), "clip": clip or None}
-    with closing(chunks(given.n, given.batch_size)) as parts:
-        drawn = [
-            draw(session, metadata, samples[part], None if context is None else context[part], **options)
-            for part in parts
-        ]
+    drawn = [
+        draw(session, metadata, samples[part], None if context is None else context[part], **options)
+        for part in chunks(given.n, given.batch_size)
+    ]
     images = np.concatenate(drawn)
     if given.npy is not None:
         _write(given.npy, ".npy", lambda path: np.save(path, images))
@@ -567,15 +535,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except OSError as error:  # of standard output
-        print(f"error: {error.strerror or error}", file=sys.stderr)
-        return RunError.exit_code
-    except MemoryError:
-        print("error: the samples do not fit into memory, needs a smaller --n or --batch-size", file=sys.stderr)
-        return RunError.exit_code
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
-    except (UsageError, ModelError, ProviderError, RunError) as error:
+    except (OSError, MemoryError) as error:  # of standard output
+        few = "the samples do not fit into memory, needs a smaller --n or --batch-size"
+        print(f"error: {few if isinstance(error, MemoryError) else error.strerror or error}", file=sys.stderr)
+        return RunError.exit_code
+    except Failure as error:
         if "--debug" in arguments:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -1,17 +1,15 @@
 """Does what was exported compute what the run computes?
 
 fp32 by parity (`ddpm.metrics.distance`). A lower precision by its quality: PSNR, relative L2, class accuracy, Frechet
-distance, beside speed. Samples of both are drawn from the same noise, so they differ by the precision alone: two along
+distance. Samples of both are drawn from the same noise, so they differ by the precision alone: two along
 each file's own table, and many, for the statistics, by that table's solver in fewer steps.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +29,6 @@ from export.cuda import StepLoop
 from export.metadata import described_table
 from export.precision import trajectory_calls
 from export.run import draw, metadata_of, open_session
-from export.traced import example_times
 
 DENOISER_TOLERANCE, SAMPLER_TOLERANCE = CALL_TOLERANCE, ENGINE_TOLERANCE
 COMPARED = (
@@ -45,10 +42,9 @@ FIRST_SAMPLE, SAMPLES, GUIDANCE, SEED = 1000, 2, 2.0, 7
 # Of the statistics. Another seed than the calibration's: the calls that are judged were not calibrated on.
 QUALITY_SEED, CHUNK, STEPS = 2_000_003, 20, 50
 PSNR_MOST = 200.0  # dB, of equal images: JSON has no infinity
-TIMED_BATCH, TIMED_ROUNDS = 8, 7
 # Of a quality: of sampler.onnx, and of denoiser.onnx.
 FIGURES = ("samples", "solver", "steps", "guidance", "psnr_db", "accuracy", "accuracy_fp32", "frechet", "frechet_fp32")
-FIGURES += ("relative_l2", "batch", "eager_ms", "denoiser_ms")
+FIGURES += ("relative_l2",)
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], np.ndarray]
 # precision, skipped (why there is no evaluation), trajectories (PSNR of each file along its own table) and FIGURES,
@@ -196,27 +192,14 @@ def dataset_of(run: Run, data: str | None, labels: str | None) -> tuple[Dataset 
         return None, f"{error} (--data, --labels)"
 
 
-def _of_denoiser(path: Path, run: Run) -> Quality:
-    """Relative L2 over the calls of trajectories; medians of a batch's calls, eager and exported in turn."""
-    denoise, shape = file_denoiser(path), condition_shape(run.model)
-
-    def condition(n: int) -> Tensor | None:
-        return None if shape is None else torch.zeros(n, *shape)
-
-    def milliseconds(call: Callable[..., object], *arguments: Tensor | None) -> float:
-        began = time.perf_counter()
-        call(*arguments)
-        return 1e3 * (time.perf_counter() - began)
-
-    calls = [(x, t, condition(len(x)) if c is None else c) for x, t, c in trajectory_calls(run, QUALITY_SEED)]
-    x, t = torch.zeros(TIMED_BATCH, *sample_shape(run.model)), example_times(run.model, TIMED_BATCH)
-    timed = x, t, condition(TIMED_BATCH)
-    with torch.inference_mode():
-        found, exact = [denoise(*call) for call in calls], [run.model(*call).numpy() for call in calls]
-        rounds = [(milliseconds(run.model, *timed), milliseconds(denoise, *timed)) for _ in range(TIMED_ROUNDS + 1)]
-    eager_ms, denoiser_ms = map(median, zip(*rounds[1:], strict=True))
-    error = relative_l2(np.concatenate(found), np.concatenate(exact))
-    return {"relative_l2": error, "batch": TIMED_BATCH, "eager_ms": eager_ms, "denoiser_ms": denoiser_ms}
+def _of_denoiser(path: Path, run: Run) -> float:
+    """Relative L2 over the calls of trajectories."""
+    denoise, shape, pairs = file_denoiser(path), condition_shape(run.model), []
+    with torch.no_grad():
+        for x, t, c in trajectory_calls(run, QUALITY_SEED):
+            c = torch.zeros(len(x), *shape) if c is None and shape is not None else c
+            pairs.append((denoise(x, t, c), run.model(x, t, c).numpy()))
+    return relative_l2(*map(np.concatenate, zip(*pairs, strict=True)))
 
 
 def _of_samples(files: Mapping[str, Path], run: Run, samples: int, dataset: Dataset | None) -> Quality:
@@ -252,7 +235,7 @@ def quality(
     """Measure files {kind: path} of a lower precision. dataset None: no evaluation, `skipped` says why."""
     measured = {"precision": precision, "skipped": skipped, "trajectories": {}, **dict.fromkeys(FIGURES)}
     if "denoiser" in files:
-        measured |= _of_denoiser(files["denoiser"], run)
+        measured["relative_l2"] = _of_denoiser(files["denoiser"], run)
     if set(files) != {"denoiser"}:
         reference, found = own_trajectories(files, run)
         decibels = {kind: min(psnr(found[kind], reference), PSNR_MOST) for kind in ("sampler", "step") if kind in files}
