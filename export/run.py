@@ -329,11 +329,10 @@ def check_draw(
         raise UsageError(f"seed: got {seed}, needs 0..{2**63 - 1}")
     if not abs(guidance) <= FLOAT_MAX:
         raise UsageError(f"guidance: got {guidance}, needs a finite float32")
-    if (context is None) != (shape is None):
-        needs = "none" if shape is None else f"[{len(samples)}, {', '.join(map(str, shape))}]"
-        raise UsageError(f"context: got {'none' if context is None else 'one'}, this model needs {needs}")
-    if context is not None and context.shape != (len(samples), *shape):
-        raise UsageError(f"context: got {list(context.shape)}, needs {[len(samples), *shape]}")
+    needs = None if shape is None else [len(samples), *shape]
+    found = None if context is None else list(context.shape)
+    if found != needs:
+        raise UsageError(f"context: got {found or 'none'}, this model needs {needs or 'none'}")
     if context is not None and not (np.abs(context) <= FLOAT_MAX).all():
         raise UsageError("context: got NaN, infinite or huge values, needs finite float32")
 
@@ -384,18 +383,13 @@ def draw(
     return images
 
 
-def chunks(total: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size`, with progress on stderr: on a terminal, else a line every tenth from 2 s on."""
-    began, live = time.monotonic(), sys.stderr.isatty()
-    for start in range(0, total, size):
-        done = min(start + size, total)
-        yield slice(start, done)
-        elapsed = time.monotonic() - began
-        if live or (elapsed > 2 and 10 * done // total > 10 * start // total):
-            left = f"{done / elapsed:.3g} images/s  {elapsed * (total - done) / done:.0f} s left"
-            line = f"sample {100 * done // total:3d}%  {done}/{total}  {left}"
-            ahead, behind = ("\r", "" if done < total else "   \n") if live else ("", "\n")
-            print(f"{ahead}{line}", end=behind, file=sys.stderr, flush=True)
+def _show_progress(start: int, done: int, total: int, began: float) -> None:
+    """On stderr: on a terminal, else a line every tenth from 2 s on."""
+    elapsed, live = time.monotonic() - began, sys.stderr.isatty()
+    if live or (elapsed > 2 and 10 * done // total > 10 * start // total):
+        left = f"{done / elapsed:.3g} images/s  {elapsed * (total - done) / done:.0f} s left"
+        line = f"sample {100 * done // total:3d}%  {done}/{total}  {left}"
+        print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
@@ -513,10 +507,15 @@ def sample(given: argparse.Namespace) -> None:
     if given.table is not None:
         clip = metadata["table"]["clip"] if given.clip is None else given.clip
         options |= {"table": read_table(given.table, metadata), "clip": clip or None}
-    drawn = [
-        draw(session, metadata, samples[part], None if context is None else context[part], **options)
-        for part in chunks(given.n, given.batch_size)
-    ]
+    drawn, began = [], time.monotonic()
+    try:
+        for start in range(0, given.n, given.batch_size):
+            part = slice(start, start + given.batch_size)
+            drawn.append(draw(session, metadata, samples[part], None if context is None else context[part], **options))
+            _show_progress(start, min(part.stop, given.n), given.n, began)
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
     images = np.concatenate(drawn)
     if given.npy is not None:
         _write(given.npy, ".npy", lambda path: np.save(path, images))

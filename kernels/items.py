@@ -1,4 +1,7 @@
-"""How kernels that draw noise deal the elements of [n, ...] out to threads, whatever the memory layout."""
+"""How kernels that draw noise deal the elements of [n, ...] out to threads, whatever the memory layout.
+
+BLOCK, LANES, REPEAT, RUN and LAYOUT are constants of the compilation, here and in every kernel over items.
+"""
 
 import math
 from dataclasses import dataclass
