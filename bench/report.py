@@ -15,6 +15,7 @@ from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
 from bench.profile import summary
 from bench.show import Table, microseconds, middle, run_table, where
+from bench.static.cards import CARDS
 from bench.suites.networks import N_FEAT, NAME
 from ddpm.errors import WorkFailed
 from ddpm.files import read_json, write_text
@@ -26,7 +27,7 @@ RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.json" for name in ("run", "peers"
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 PROOF = MACHINE / "compare_proof.json"
-KERNEL_ARCH = "sm_90"
+KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
     "q_sample fp32", "q_sample bf16", "q_sample uint8 to bf16", "q_sample fp32 ragged", "q_sample fp32 channels_last",
@@ -98,11 +99,12 @@ def kernel_table() -> str:
             str(record["registers"]),
             str(record["spill_store_bytes"] + record["spill_load_bytes"]),
             f"{record['bytes_per_element']:g}",
+            max(times := CARDS[KERNEL_CARD].times(record), key=times.__getitem__),
         ]
         for record in map(records.__getitem__, KERNELS)
     ]
     headings = (f"kernel ({KERNEL_ARCH})", "SASS instructions per element", "registers", "spills")
-    return Table((*headings, "bytes per element"), "l", rows).markdown()
+    return Table((*headings, "bytes per element", f"binds on an {KERNEL_CARD}"), "l", rows).markdown()
 
 
 def sprites_table() -> str:

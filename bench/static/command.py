@@ -11,24 +11,41 @@ import typer
 
 from bench.show import Table
 from bench.static import ARCHS, BASELINE
+from bench.static.cards import CARDS, Card
 from ddpm.command_line import FAILED
 
 # Heading -> what stands below it.
 COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
 COLUMNS |= {"stack": "{stack}", "shared": "{shared}", "SASS": "{instructions}", "ld/st": "{load_bits}/{store_bits}"}
 COLUMNS |= {"/elem": "{instructions_per_element:.1f}", "B/elem": "{bytes_per_element:.3g}"}
-NOTE = "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Not timed."
+NOTE = (
+    "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Cards: "
+    "predicted us per million elements, the larger of issue and bytes (b). Not timed."
+)
+
+
+def predicted(card: Card, record: Mapping[str, Any]) -> str:
+    """ "3.1", or "3.1b" where bytes bind."""
+    times = card.times(record)
+    return f"{max(times.values()):.3g}{'b' if times['bytes'] > times['issue'] else ' '}"
 
 
 def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
     """Print a table per architecture, kernels that spill in red, and what the columns mean."""
     for arch in archs:
         mine = [record for record in records if record["arch"] == arch]
-        rows = [[text.format(**record) for text in COLUMNS.values()] for record in mine]
+        cards = {name: card for name, card in CARDS.items() if card.arch == arch}
+        rows = [
+            [
+                *(text.format(**record) for text in COLUMNS.values()),
+                *(predicted(card, record) for card in cards.values()),
+            ]
+            for record in mine
+        ]
         spills = ("spill_store_bytes", "spill_load_bytes", "stack")
         red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
         notes = [NOTE] if arch == archs[-1] else []
-        Table(tuple(COLUMNS), "l" + "r" * (len(COLUMNS) - 1), rows, arch, red).show(notes, "dim")
+        Table((*COLUMNS, *cards), "l", rows, arch, red).show(notes, "dim")
 
 
 def versions() -> dict[str, str]:

@@ -9,10 +9,12 @@ import torch
 import kernels
 from bench.cli import main
 from bench.gpu import command, measured, tools
+from bench.gpu.measured import predictor
 from bench.gpu.record import FAILED, PASSED, SKIPPED, Record, verdict
 from bench.kernels import TOLERANCE, workloads
 from bench.measure import measure
 from bench.registry import Workload
+from bench.static import BASELINE
 from bench.store import load
 from bench.suites import cuda
 from bench.suites.kernels import bench_of
@@ -282,3 +284,32 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
     assert line.startswith("error: ")
     assert message in line
     assert not (tmp_path / "new").exists()
+
+
+# --- the static prediction --------------------------------------------------------------------------------------
+
+
+def measured_as(kernel, label="fp32"):
+    return {"workload": f"kernels/{kernel}/{label}/1e6", "candidate": "operator", "parity": True, "kernel_us": 8.0}
+
+
+@pytest.mark.parametrize("kernel", sorted(OPERATORS | {"convolution two sources"}))
+def test_every_operator_has_a_prediction_for_the_h200(kernel):
+    records = json.loads(BASELINE.read_text())["records"]
+    for label in ("bf16",) if kernel.startswith("convolution") else ("fp32", "bf16"):
+        line = measured_as(kernel, label)
+        found = predictor("NVIDIA H200", {line["workload"]: 2_000_000})(line)
+        record = next(r for r in records if (r["kernel"], r["arch"]) == (found["static"], "sm_90"))
+        issue = record["instructions_per_element"] * 2e6 / (132 * 4 * 32 * 1.98e9)
+        moved = record["bytes_per_element"] * 2e6 / 4800e9
+        assert found["predicted_us"] == pytest.approx(1e6 * max(issue, moved))
+        assert found["predicted_share"] == pytest.approx(found["predicted_us"] / 8)
+
+
+def test_what_the_static_report_has_not_is_not_predicted():
+    line = measured_as("solver_step")
+    assert predictor("NVIDIA H200", {line["workload"]: 1000})(line)
+    assert predictor("NVIDIA GH200 480GB", {line["workload"]: 1000})(line) == {}
+    assert predictor("NVIDIA H200", {line["workload"]: 1000})(line | {"candidate": "eager"}) == {}
+    assert predictor("NVIDIA H200", {line["workload"]: 1000})(line | {"parity": False}) == {}
+    assert predictor("NVIDIA H200", {})(measured_as("another")) == {}

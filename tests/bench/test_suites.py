@@ -93,7 +93,7 @@ def test_the_time_of_the_step_that_users_compile_is_that_of_the_engines():
 @pytest.fixture
 def in_hardware(monkeypatch):
     """A CPU that computes bfloat16."""
-    for module in ("ddpm.inference.form", "bench.suites.ladder"):
+    for module in ("ddpm.inference", "bench.suites.ladder"):
         monkeypatch.setattr(f"{module}.computed_in", lambda dtype, device: dtype)
 
 

@@ -244,7 +244,7 @@ BAD_SAMPLING = [
     ("--n 0", "--n", "0", ">= 1"),
     ("--n -5", "--n", "-5", ">= 1"),
     ("--n many", "--n", "integer"),
-    ("--seed -1", "seed", "-1", "0 <= seed"),
+    ("--seed -1", "seed", "-1", "0..9223372036854775807"),
     ("--first-sample -1", "first_sample", "-1"),
     ("--batch-size 0", "--batch-size", "0", ">= 1"),
     ("--columns 0", "--columns", "0", ">= 1"),
