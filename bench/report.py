@@ -4,7 +4,7 @@
 """
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from bench import store
 from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
 from bench.profile import summary
-from bench.show import Table, microseconds, middle, run_table, where
+from bench.show import Table, middle, run_table, where
 from bench.static.cards import CARDS
 from bench.suites.networks import N_FEAT, NAME
 from ddpm.errors import WorkFailed
@@ -54,12 +54,6 @@ def _stored(path: Path) -> tuple[store.Content, Rows]:
     if bad:
         raise WorkFailed(f"{path.name}: no figures for {', '.join(bad)}; needs a run without failures")
     return content, store.rows(content["records"])
-
-
-def _recipe(content: store.Content) -> str:
-    """The command of a stored run, where it ran and how often."""
-    how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
-    return f"`{content['command']}` on {where(content['machine'])}{how}"
 
 
 def summary_table() -> str:
@@ -125,26 +119,11 @@ def profile_block() -> str:
 
 
 def run_block(path: Path) -> str:
-    """A stored `ddpm-bench run`."""
+    """A stored `ddpm-bench run`: the command, where it ran and how often, and its table."""
     content, _ = _stored(path)
-    return f"{_recipe(content)}:\n\n{run_table(content)[0].markdown()}"
-
-
-def peers_table() -> str:
-    """The stored `ddpm-bench run --suite peers`: time per step, and times eager."""
-    content, found = _stored(PEERS)
-    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for records in found.values():
-        _, *solver, batch = records[0]["workload"].split("/")
-        ratio = middle(records, "speed_up")
-        beside = "" if ratio is None else f" ({ratio:.2f}x)"
-        time = microseconds(middle(records, "kernel_us"))
-        cells[" ".join(solver), records[0]["candidate"]][batch] = f"{time}{beside}"
-    batches = list(dict.fromkeys(batch for row in cells.values() for batch in row))
-    rows = [[*key, *(row.get(batch, "") for batch in batches)] for key, row in cells.items()]
-    headings = ("solver and steps", "a step (times eager)", *(batch.replace("batch", "batch ") for batch in batches))
-    notes = "".join(f" {reason}." for reason in content["skipped"].values())
-    return f"{_recipe(content)}.{notes}\n\n{Table(headings, 'll', rows).markdown()}"
+    how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
+    recipe = f"`{content['command']}` on {where(content['machine'])}{how}"
+    return f"{recipe}:\n\n{run_table(content)[0].markdown()}"
 
 
 def proof_table() -> str:
@@ -161,17 +140,11 @@ def proof_table() -> str:
         own = [row for row in found if re.fullmatch(rf"kernels/{operator}/.*operator", row["row"])]
         slower, own_slower = ([row for row in group if row["status"] == "slower"] for group in (found, own))
         changes = [row["ratio"] - 1 for row in (own if operator else found)]
-        rows.append(
-            [
-                f"10% planted in `{operator}`" if operator else "nothing planted",
-                str(len(some)),
-                str(sum(line["exit"] == 1 for line in some)),
-                str(len(own_slower)) if operator else "",
-                str(len(slower) - len(own_slower)),
-                str(sum(row["status"] == "unconfirmed" for row in found)),
-                f"{min(changes):+.1%} to {max(changes):+.1%}",
-            ]
-        )
+        what = f"10% planted in `{operator}`" if operator else "nothing planted"
+        alarms = sum(line["exit"] == 1 for line in some)
+        unconfirmed = sum(row["status"] == "unconfirmed" for row in found)
+        counts = (len(some), alarms, len(own_slower) if operator else "", len(slower) - len(own_slower), unconfirmed)
+        rows.append([what, *map(str, counts), f"{min(changes):+.1%} to {max(changes):+.1%}"])
     headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
     machine, processes = record["machine"], lines[0]["processes"]
     recipe = f"{machine['processor']}, torch {machine['torch']}, {processes} processes each"
@@ -206,7 +179,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sprites": sprites_table,
     "bench": lambda: run_block(RUN),
     "profile": profile_block,
-    "peers": peers_table,
+    "peers": lambda: run_block(PEERS),
     "compare": proof_table,
     "export-parity": export_parity_table,
     "export-speed": lambda: run_block(EXPORT),

@@ -24,7 +24,7 @@ def test_the_documents_agree_with_the_records():
         "| q_sample bf16 | ",
         "| step/fp32/batch1/plain | eager | ",
         "| 1 image, engine `compile` | ",
-        "| ddim2 | fused | ",
+        "| peers/ddim2/batch1 | fused | ",
         "| nothing planted | ",
     ],
 )
