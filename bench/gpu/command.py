@@ -14,8 +14,7 @@ import torch
 import typer
 
 from bench.gpu import tools
-from bench.gpu.record import FAILED as PART_FAILED
-from bench.gpu.record import Record, verdict
+from bench.gpu.tools import Record
 from bench.measure import one_line
 from bench.registry import expression_of, matching
 from bench.show import Table, run_table
@@ -74,9 +73,9 @@ def run_parts(out: Path, names: Sequence[str], budget: float, device: torch.devi
         show(record.content)
     code = 0
     for name, record in records.items():
-        status, why = verdict(record.content)
+        status, why = tools.verdict(record.content)
         print(f"{name:10s} {status:8s} {why}")
-        if status == PART_FAILED:
+        if status == tools.FAILED:
             code = FAILED
             print(f"error: {name}: {why}", file=sys.stderr)
     print(f"wrote {out}")

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels as operators
-from bench.gpu.record import Record
+from bench.gpu.tools import Record
 from bench.measure import matrix_ceiling, measure
 from bench.registry import Workload
 from bench.static import BASELINE

@@ -1,7 +1,7 @@
 """The static report: what every kernel compiles to, for cards that are not here.
 
 A deterministic performance test that needs no GPU: registers, spills, instructions and access widths of real launches
-(`cases`, read by `sass`). `report` makes and compares the records, `command` is `ddpm-bench static`.
+(`cases`, read by `sass`). `command` is `ddpm-bench static`, which makes and compares the records.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import kernels
 from bench.cli import main
 from bench.gpu import command, measured, tools
 from bench.gpu.measured import predictor
-from bench.gpu.record import FAILED, PASSED, SKIPPED, Record, verdict
+from bench.gpu.tools import FAILED, PASSED, SKIPPED, Record, verdict
 from bench.kernels import TOLERANCE, workloads
 from bench.measure import measure
 from bench.registry import Workload

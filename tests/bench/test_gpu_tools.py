@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from bench.gpu import measured, tools
-from bench.gpu.record import FAILED, PASSED, Record, verdict
+from bench.gpu.tools import FAILED, PASSED, Record, verdict
 from bench.machine import ROOT
 from bench.suites import cuda
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bench import cli
-from bench.static import ARCHS, BASELINE, report
+from bench.static import ARCHS, BASELINE
 from bench.static.cases import CASES
-from bench.static.command import versions
+from bench.static.command import compare, versions
 from kernels import backend
 
 pytest.importorskip("triton")
@@ -232,8 +232,8 @@ def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
     slower = copy.deepcopy(list(records.values()))
     for record in slower:
         record["instructions_per_element"] *= 1.04
-    assert report.compare(records.values(), records.values()) == []
-    assert report.compare(slower, records.values()) == []
+    assert compare(records.values(), records.values()) == []
+    assert compare(slower, records.values()) == []
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_compare_is_silent_about_equal_and_slightly_longer_code(records):
 def test_compare_finds_planted_violations(records, field, change):
     planted = copy.deepcopy(list(records.values()))
     planted[7][field] = change(planted[7][field])
-    (line,) = report.compare(planted, records.values())
+    (line,) = compare(planted, records.values())
     assert planted[7]["kernel"] in line
     assert planted[7]["arch"] in line
     assert field in line
@@ -260,9 +260,9 @@ def test_compare_finds_planted_violations(records, field, change):
 @pytest.mark.long
 def test_compare_fails_closed(records):
     everything = list(records.values())
-    (line,) = report.compare(everything[1:], everything)
+    (line,) = compare(everything[1:], everything)
     assert "was not compiled" in line
-    (line,) = report.compare(everything, everything[1:])
+    (line,) = compare(everything, everything[1:])
     assert "no baseline" in line
 
 
