@@ -109,13 +109,9 @@ def full_precision(convolutions: bool = True) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows: int | None = None) -> list[Workload]:
-    """All operators on about this many elements.
-
-    data_rows: images of the data set, by default so many that gathered rows come from memory: of twice the L2 cache.
-    """
-    rows = 2 * _cache(device) // math.prod(ROW) + 1 if data_rows is None else data_rows
-    return image_workloads(elements, dtype, device, rows) + network_workloads(elements, dtype, device)
+def workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
+    """All operators on about this many elements."""
+    return image_workloads(elements, dtype, device) + network_workloads(elements, dtype, device)
 
 
 def seeded(dtype: torch.dtype, device: torch.device, k: int, *shape: int) -> Tensor:
@@ -209,7 +205,7 @@ def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -
     return found + [convolution(name, *shape) for name, shape in shapes.items()]
 
 
-def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, data_rows: int) -> list[Workload]:
+def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
     """Operators on images, [n, 3, 16, 16]."""
     n = max(1, elements // 768)
     alpha_bars = torch.linspace(1, 1e-3, TIMESTEPS + 1, device=device)
@@ -221,7 +217,7 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device, dat
     def draws(make: Callable[..., Tensor], k: int, *arguments: Any, **options: Any) -> Tensor:
         return make(*arguments, generator=torch.Generator(device).manual_seed(k), device=device, **options)
 
-    images = max(n, data_rows)
+    images = max(n, 2 * _cache(device) // math.prod(ROW) + 1)  # gathered rows come from memory, not from L2
     data = draws(torch.randint, SEED, 0, 256, (images, *ROW), dtype=torch.uint8)
 
     def two(k: int) -> tuple[Tensor, Tensor]:

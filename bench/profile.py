@@ -170,16 +170,13 @@ def summary(content: Mapping[str, Any]) -> str:
 
 def by_operator(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `operators` joined over shapes: name, calls, ms, share, flops, bytes; the most expensive first."""
-    groups = defaultdict(list)
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["name"]].append(row)
-
-    def total(group: Sequence[Mapping[str, Any]], key: str) -> float | None:
-        values = [row[key] for row in group]
-        return None if None in values else sum(values)
-
-    keys = ("calls", "ms", "share", "flops", "bytes")
-    joined = [{"name": name} | {key: total(group, key) for key in keys} for name, group in groups.items()]
+    joined = []
+    for name, group in groups.items():
+        values = {key: [row[key] for row in group] for key in ("calls", "ms", "share", "flops", "bytes")}
+        joined.append({"name": name} | {key: None if None in some else sum(some) for key, some in values.items()})
     return sorted(joined, key=lambda row: -row["ms"])
 
 

@@ -138,7 +138,7 @@ def trace(
     record.keep(seed=cuda.SEED, dtype=str(dtype).removeprefix("torch."))
     for engine, batch in which:
         name = f"{engine} batch{batch}"
-        call = cuda.trajectory(cuda.Row(name, batch), engine, dtype, device, STEPS)
+        call = cuda.trajectory(cuda.Row(name, batch, steps=STEPS), engine, dtype, device)
         for _ in range(WARM_UP):
             call()
         synchronize(device)

@@ -19,16 +19,8 @@ from torch import Tensor
 from bench.kernels import operator_file
 from kernels.backend import Cost
 
-TYPES = {
-    "float": torch.float32,
-    "double": torch.float64,
-    "c10::Half": torch.float16,
-    "c10::BFloat16": torch.bfloat16,
-    "long int": torch.int64,
-    "int": torch.int32,
-    "unsigned char": torch.uint8,
-    "bool": torch.bool,
-}
+TYPES = {"float": torch.float32, "double": torch.float64, "c10::Half": torch.float16, "c10::BFloat16": torch.bfloat16}
+TYPES |= {"long int": torch.int64, "int": torch.int32, "unsigned char": torch.uint8, "bool": torch.bool}
 PRODUCTS = ("mm", "addmm", "bmm", "matmul", "baddbmm")
 ONLY_MOVE = (
     *("cat", "stack", "copy", "clone", "contiguous", "to", "repeat", "repeat_interleave", "index_select"),

@@ -15,6 +15,7 @@ F32, F16, BF16, U8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
 LAST = torch.channels_last
 N = 64
 IMAGE, RAGGED = (N, 3, 16, 16), (N, 1, 5, 7)  # 35 elements: no whole number of vectors
+ONE, ROWS = torch.zeros((), dtype=torch.int64), torch.zeros(N, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,19 @@ def _images(
     return torch.zeros(shape, dtype=dtype).to(memory_format=layout)
 
 
-def _features(dtype: torch.dtype, *shape: int) -> Tensor:
-    return _images(dtype, shape, LAST)
-
-
-def _one(dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.zeros((), dtype=dtype)
-
-
-def _rows() -> Tensor:
-    return torch.zeros(N, dtype=torch.int64)
-
-
 # In the next four, where: shape and memory layout of the images, default IMAGE and contiguous.
 def _q_sample(x0: torch.dtype, out: torch.dtype, *where: Any) -> Case:
-    more = (torch.ones(501), _one(), _rows(), out)
-    return Case("q_sample", lambda: (_images(x0, *where), _rows(), *more), (x0, out), out)
+    more = (torch.ones(501), ONE, ROWS, out)
+    return Case("q_sample", lambda: (_images(x0, *where), ROWS, *more), (x0, out), out)
 
 
 def _q_sample_rows(data: torch.dtype, out: torch.dtype, *where: Any, flip: bool = False, noise: bool = False) -> Case:
-    more = (torch.ones(501), _one(), _rows(), flip, noise, out)
-    return Case("q_sample_rows", lambda: (_images(data, *where), _rows(), *more), (data, out, noise), out)
+    more = (torch.ones(501), ONE, ROWS, flip, noise, out)
+    return Case("q_sample_rows", lambda: (_images(data, *where), ROWS, *more), (data, out, noise), out)
 
 
 def _noise_mse(pred: torch.dtype, *where: Any, weighted: bool = False, backward: bool = False) -> Case:
-    more = (_one(), _rows(), torch.ones(N) if weighted else None, _one(F32) if backward else None)
+    more = (ONE, ROWS, torch.ones(N) if weighted else None, torch.zeros(()) if backward else None)
     return Case("noise_mse", lambda: (_images(pred, *where), *more), (pred, backward), pred)
 
 
@@ -91,7 +80,7 @@ def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False
     def arguments() -> tuple:
         image, output = _images(x, *where), _images(m, *where)
         uncond, previous, clip = (output, image, 1.0) if full else (None, None, None)
-        return image, output, torch.zeros(50, 8), _one(), _one(), _rows(), uncond, _one(F32), previous, clip
+        return image, output, torch.zeros(50, 8), ONE, ONE, ROWS, uncond, torch.zeros(()), previous, clip
 
     return Case("solver_step", arguments, (x, m, full, full), x)
 
@@ -99,7 +88,7 @@ def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False
 def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
     """The out head of a network with n_feat 64."""
     more = (torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5)
-    return Case("group_norm_relu", lambda: (_features(x, N, 64, side, side), *more), (x,), x, N * 64 * side * side)
+    return Case("group_norm_relu", lambda: (_images(x, (N, 64, side, side), LAST), *more), (x,), x, N * 64 * side**2)
 
 
 def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
@@ -107,7 +96,7 @@ def _bottleneck(x: torch.dtype, side: int = 4) -> Case:
 
     def arguments() -> tuple:
         vector, scale, shift = (torch.ones(shape, dtype=x) for shape in (128, (N, 128), (1, 128)))
-        image, weight = _features(x, N, 128, side, side), _features(x, 128, 128, side, side)
+        image, weight = _images(x, (N, 128, side, side), LAST), _images(x, (128, 128, side, side), LAST)
         return image, weight, vector, vector, vector, scale, shift, 8, 1e-5
 
     return Case("bottleneck", arguments, (x, 128, N), x, N * 128 * side * side)
@@ -118,7 +107,7 @@ def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 
     size, gelu = 1 if then == "spread" else 3, skip == 0 and columns >= 16
 
     def source(inputs: int) -> tuple[Tensor, Tensor]:
-        return _features(BF16, n, inputs, side, side), _features(BF16, columns, inputs, size, size)
+        return _images(BF16, (n, inputs, side, side), LAST), _images(BF16, (columns, inputs, size, size), LAST)
 
     def arguments() -> tuple:
         second, bias = source(skip) if skip else (None, None), torch.ones(columns, dtype=BF16)
@@ -129,44 +118,33 @@ def _convolution(n: int, channels: int, columns: int, side: int, *, skip: int = 
 
 
 # Named "operator variant"; images are 64 of 3x16x16.
-CASES: dict[str, Case] = {
-    "q_sample fp32": _q_sample(F32, F32),
-    "q_sample bf16": _q_sample(BF16, BF16),
-    "q_sample uint8 to fp32": _q_sample(U8, F32),
-    "q_sample uint8 to bf16": _q_sample(U8, BF16),
-    "q_sample fp16": _q_sample(F16, F16),
+CASES: dict[str, Case] = {}
+for label, dtype in {"fp32": F32, "bf16": BF16, "fp16": F16}.items():
+    CASES[f"q_sample {label}"] = _q_sample(dtype, dtype)
+    CASES[f"noise_mse {label}"] = _noise_mse(dtype)
+    CASES[f"noise_mse {label} backward"] = _noise_mse(dtype, backward=True)
+    CASES[f"solver_step {label}"] = _solver_step(dtype, dtype)
+for label, dtype in {"fp32": F32, "bf16": BF16}.items():
+    CASES[f"q_sample uint8 to {label}"] = _q_sample(U8, dtype)
+    CASES[f"q_sample_rows uint8 to {label}"] = _q_sample_rows(U8, dtype)
+    CASES[f"group_norm_relu {label}"] = _group_norm_relu(dtype)
+    CASES[f"bottleneck {label}"] = _bottleneck(dtype)
+for label, where in {"ragged": (RAGGED,), "channels_last": (IMAGE, LAST)}.items():
+    CASES[f"q_sample fp32 {label}"] = _q_sample(F32, F32, *where)
+    CASES[f"noise_mse fp32 {label}"] = _noise_mse(F32, *where)
+    CASES[f"solver_step fp32 {label}"] = _solver_step(F32, F32, *where)
+CASES |= {
     "q_sample fp32 28x28": _q_sample(F32, F32, (64, 1, 28, 28)),
-    "q_sample fp32 ragged": _q_sample(F32, F32, RAGGED),
-    "q_sample fp32 channels_last": _q_sample(F32, F32, IMAGE, LAST),
     "q_sample bf16 channels_last": _q_sample(BF16, BF16, IMAGE, LAST),
     "q_sample fp32 8 channels_last": _q_sample(F32, F32, (64, 8, 16, 16), LAST),
-    "q_sample_rows uint8 to fp32": _q_sample_rows(U8, F32),
-    "q_sample_rows uint8 to bf16": _q_sample_rows(U8, BF16),
     "q_sample_rows uint8, flip, noise": _q_sample_rows(U8, F32, flip=True, noise=True),
     "q_sample_rows uint8 ragged": _q_sample_rows(U8, F32, RAGGED),
-    "noise_mse fp32": _noise_mse(F32),
-    "noise_mse fp32 backward": _noise_mse(F32, backward=True),
     "noise_mse fp32 weighted": _noise_mse(F32, weighted=True),
     "noise_mse fp32 weighted backward": _noise_mse(F32, weighted=True, backward=True),
-    "noise_mse bf16": _noise_mse(BF16),
-    "noise_mse bf16 backward": _noise_mse(BF16, backward=True),
-    "noise_mse fp16": _noise_mse(F16),
-    "noise_mse fp16 backward": _noise_mse(F16, backward=True),
-    "noise_mse fp32 ragged": _noise_mse(F32, RAGGED),
-    "noise_mse fp32 channels_last": _noise_mse(F32, IMAGE, LAST),
     "noise_mse channels_last backward": _noise_mse(F32, IMAGE, LAST, backward=True),
-    "solver_step fp32": _solver_step(F32, F32),
     "solver_step fp32 full": _solver_step(F32, F32, full=True),
     "solver_step fp32, m bf16": _solver_step(F32, BF16),
-    "solver_step bf16": _solver_step(BF16, BF16),
-    "solver_step fp16": _solver_step(F16, F16),
-    "solver_step fp32 ragged": _solver_step(F32, F32, RAGGED),
-    "solver_step fp32 channels_last": _solver_step(F32, F32, IMAGE, LAST),
-    "group_norm_relu fp32": _group_norm_relu(F32),
-    "group_norm_relu bf16": _group_norm_relu(BF16),
     "group_norm_relu bf16 64x64": _group_norm_relu(BF16, 64),
-    "bottleneck fp32": _bottleneck(F32),
-    "bottleneck bf16": _bottleneck(BF16),
     "bottleneck bf16 28x28": _bottleneck(BF16, 7),
     "convolution bf16": _convolution(64, 64, 64, 16),
     "convolution bf16 one image": _convolution(1, 64, 64, 16),
@@ -176,3 +154,4 @@ CASES: dict[str, Case] = {
     "convolution bf16 two sources": _convolution(64, 64, 64, 16, skip=64),
     "convolution bf16 spread": _convolution(64, 128, 256, 4, skip=128, then="spread"),
 }
+CASES = {name: CASES[name] for name in sorted(CASES, key=lambda name: name.split()[0])}  # an operator's together

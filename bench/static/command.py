@@ -86,11 +86,10 @@ def compare(records: Iterable[Mapping[str, Any]], baseline: Iterable[Mapping[str
         worse = [field for field in NO_MORE if record[field] > before[field]]
         worse += [field for field in NO_LESS if record[field] < before[field]]
         lines += [f"{name}, {arch}: {field} {record[field]}, the baseline has {before[field]}" for field in worse]
-        field = "instructions_per_element"
-        if record[field] > MORE_INSTRUCTIONS * before[field]:
-            percent = 100 * (record[field] / before[field] - 1)
-            change = f"{record[field]}, {percent:.1f}% more than the baseline's {before[field]}"
-            lines.append(f"{name}, {arch}: {field} {change}")
+        now, then = (one["instructions_per_element"] for one in (record, before))
+        if now > MORE_INSTRUCTIONS * then:
+            change = f"{now}, {now / then - 1:.1%} more than the baseline's {then}"
+            lines.append(f"{name}, {arch}: instructions_per_element {change}")
     return lines
 
 
@@ -105,13 +104,8 @@ def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
     for arch in archs:
         mine = [record for record in records if record["arch"] == arch]
         cards = {name: card for name, card in CARDS.items() if card.arch == arch}
-        rows = [
-            [
-                *(text.format(**record) for text in COLUMNS.values()),
-                *(predicted(card, record) for card in cards.values()),
-            ]
-            for record in mine
-        ]
+        cells = ([text.format(**record) for text in COLUMNS.values()] for record in mine)
+        rows = [row + [predicted(card, one) for card in cards.values()] for row, one in zip(cells, mine, strict=True)]
         spills = ("spill_store_bytes", "spill_load_bytes", "stack")
         red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
         notes = [NOTE] if arch == archs[-1] else []
@@ -163,8 +157,7 @@ def static(
     records = report(archs, names, dump)
     show(records, archs)
     if json_file is not None:
-        text = json.dumps({"versions": versions(), "records": records}, indent=1)
-        json_file.write_text(text + "\n")
+        json_file.write_text(json.dumps({"versions": versions(), "records": records}, indent=1) + "\n")
     if check_baseline:
         wanted = [old for old in baseline_records() if old["arch"] in archs and pattern.search(old["kernel"])]
         violations = compare(records, wanted)

@@ -101,20 +101,14 @@ def compiled(step: Step) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def trajectory(
-    row: Row,
-    engine: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    steps: int,
-    chunk: int | None = None,
-    tf32: bool = False,
+    row: Row, engine: str, dtype: torch.dtype, device: torch.device, chunk: int | None = None, tf32: bool = False
 ) -> Call:
     """A call that samples with an engine or KERNELS, `chunk` images at a time [all]. tf32: of convolutions."""
-    table, model, how = make_table(SCHEDULE, "ddpm", steps), network(device, row.side), {}
+    table, model, how = make_table(SCHEDULE, "ddpm", row.steps), network(device, row.side), {}
     if engine == KERNELS:
         engine, how = "graph", {"form": partial(make_form, layout=KERNELS_LAYOUT)}
-    run = sampling_call(model, table, row.batch, row.guidance, engine, chunk, dtype=dtype, **how)
-    return full_precision(convolutions=not tf32)(run)
+    run = sampling_call(model, table, row.batch, row.guidance, engine, dtype=dtype, **how)
+    return full_precision(convolutions=not tf32)(partial(run, batch_size=chunk or row.batch))
 
 
 def autotuned(row: Row, dtype: torch.dtype, device: torch.device) -> Call:
@@ -137,7 +131,7 @@ def autotuned(row: Row, dtype: torch.dtype, device: torch.device) -> Call:
 
 def _build(row: Row, kind: str, device: torch.device) -> Bench:
     """kind: "engines" or a key of TYPES."""
-    eager = trajectory(row, "eager", torch.float32, device, row.steps)
+    eager = trajectory(row, "eager", torch.float32, device)
     expected = cache(eager)
     if kind == "engines":
         chunked = ("graph", KERNELS) if row.batch > CHUNK else ()
@@ -149,8 +143,7 @@ def _build(row: Row, kind: str, device: torch.device) -> Bench:
     for name in names:
         engine, label, *chunk = name.split()
         dtype = TYPES.get(label, torch.float32)
-        how = {"chunk": CHUNK if chunk else None, "tf32": name == TF32}
-        make = partial(trajectory, row, engine, dtype, device, row.steps, **how)
+        make = partial(trajectory, row, engine, dtype, device, CHUNK if chunk else None, tf32=name == TF32)
         if engine == AUTOTUNE:
             make = partial(autotuned, row, dtype, device)
         elif unavailable_reason("graph" if engine == KERNELS else engine, device) is not None:

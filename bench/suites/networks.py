@@ -53,22 +53,16 @@ def initial(model: nn.Module, batch: int, device: torch.device) -> Tensor:
 
 
 def sampling_call(
-    model: nn.Module,
-    table: StepTable,
-    batch: int,
-    guidance: float = 1.0,
-    engine: str = "eager",
-    chunk: int | None = None,
-    **how: Any,
+    model: nn.Module, table: StepTable, batch: int, guidance: float = 1.0, engine: str = "eager", **how: Any
 ) -> Call:
     """A function without arguments that runs the table on a shared network; all that can be prepared is.
 
-    chunk: images at a time, default all. how: dtype and form of `Trajectory`.
+    how: dtype and form of `Trajectory`.
     """
     device = next(model.parameters()).device
     prepared = Trajectory(model, SCHEDULE, table, engine=engine, guided=guidance != 1.0, **how)
     x = initial(model, batch, device)
-    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=chunk or batch, x_T=x)
+    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=batch, x_T=x)
 
 
 def judged(

@@ -145,7 +145,7 @@ def test_only_one_candidate_convolves_in_tf32(monkeypatch):
 
 
 def test_chunks_change_no_picture():
-    whole, split = (cuda.trajectory(TINY, "fused", torch.float32, CPU, 3, chunk)() for chunk in (None, 1))
+    whole, split = (cuda.trajectory(TINY, "fused", torch.float32, CPU, chunk)() for chunk in (None, 1))
     torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)
 
 

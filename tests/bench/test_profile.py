@@ -14,10 +14,9 @@ from bench.kernels import operator_file
 from bench.measure import Convolution, convolution_ceiling
 from bench.profile import by_operator, comparison, floor
 from bench.profiling import measure, trace
-from bench.profiling.charts import Number
 from bench.profiling.measure import RangedNoise
 from bench.profiling.operators import work_of
-from bench.profiling.page import render
+from bench.profiling.page import Number, render
 from ddpm import Trajectory, load_run
 from ddpm.networks import ContextUnet, PointMLP
 from ddpm.runs import make_config, start_run
