@@ -41,27 +41,27 @@ def operator_file(name: str) -> ModuleType:
     return import_module(f"kernels.{name}")
 
 
+def times(each: Cost, elements: int) -> Cost:
+    """Of so many elements."""
+    return Cost(each.bytes * elements, each.flops * elements)
+
+
 @dataclass(frozen=True)
 class Workload:
     """One row of the kernel benchmark.
 
-    elements: of one call; per_element: its cost for each. make(k): the k-th arguments of fused and eager.
+    elements, cost: of one call. make(k): the k-th arguments of fused and eager.
     exact: (rows, *arguments) -> what the operator's first outputs are in these rows, in float64.
     """
 
     name: str
     dtype: torch.dtype
     elements: int
-    per_element: Cost
+    cost: Cost
     make: Callable[[int], tuple]
     fused: Callable[..., Any]
     eager: Callable[..., Any]
     exact: Callable[..., Any]
-
-    @property
-    def cost(self) -> Cost:
-        """Of one call."""
-        return Cost(self.per_element.bytes * self.elements, self.per_element.flops * self.elements)
 
     def error(self, arguments: tuple) -> float:
         """The parity error, in chunks of rows, which depend on nothing but themselves; a scalar is compared whole."""
@@ -132,9 +132,9 @@ CONVOLUTIONS = {
 
 
 def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> list[Workload]:
-    """Operators inside the U-Net with n_feat 64 on 16x16 images, channels_last: the out head, the bottleneck and,
-    where their kernels run, the convolution most frequent there and those of CONVOLUTIONS; at most so many elements in
-    or out.
+    """Operators inside the U-Net with n_feat 64 on 16x16 images, channels_last; at most so many elements in or out.
+
+    Convolutions (and winograd) only where their kernels run.
     """
     randn = partial(seeded, dtype, device)
 
@@ -151,7 +151,7 @@ def network_workloads(elements: int, dtype: torch.dtype, device: torch.device) -
             given = (*(value if value is None else value[rows] for value in images), *others)
             return eager(*(value if value is None else value.double() for value in given))
 
-        return Workload(name, dtype, count, cost, make, fused, eager, exact)
+        return Workload(name, dtype, count, times(cost, count), make, fused, eager, exact)
 
     def eager_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.relu(F.group_norm(x, 8, weight, bias))
@@ -266,7 +266,7 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
 
     def row(name: str, cost: tuple, *functions: Callable) -> Workload:
         of = operator_file(name.removesuffix("_backward")).cost
-        return Workload(name, dtype, n * 768, of(*cost), *functions)
+        return Workload(name, dtype, n * 768, times(of(*cost), n * 768), *functions)
 
     # The arguments of the operator's cost, what makes arguments, the operator, the eager sequence, what is exact.
     return [

@@ -136,7 +136,6 @@ def floor(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _heading(content: Mapping[str, Any]) -> str:
-    """What was profiled, in a line."""
     recipe = content["recipe"]
     guidance = f", guidance {recipe['guidance']:g}" if recipe["rows"] > recipe["batch"] else ""
     how = f"{recipe['engine']}, {recipe['batch']} images, {recipe['solver']}, {recipe['steps']} steps{guidance}"
@@ -181,7 +180,6 @@ def by_operator(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """A stored profile. Raises BadInput if it is none."""
     content = read_json(path)
     if content.get("format_version") != FORMAT_VERSION or "parts" not in content:
         raise BadInput(f"{path}: needs a {PROFILE} that `ddpm-bench profile` wrote")

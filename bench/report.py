@@ -127,10 +127,7 @@ def run_block(path: Path) -> str:
 
 
 def proof_table() -> str:
-    """The stored proof of `compare`: per kind of comparison how many raised an alarm, and on which rows.
-
-    The changes are the smallest and largest of the planted operator's row, of all rows where nothing is planted.
-    """
+    """The proof of `compare`: alarms by kind of comparison; changes are of the planted operator's row, or of all."""
     record = read_json(PROOF)
     rows = []
     lines = sorted(record["comparisons"], key=lambda line: (line["kind"], line["operator"] or ""))

@@ -1,7 +1,6 @@
 """`pytest bench`: the quick workloads of the registry under pytest-benchmark, one test per competitor.
 
-pytest-benchmark's own options apply (--benchmark-json, --benchmark-histogram, --benchmark-compare-fail). A candidate
-without parity fails and is not timed.
+pytest-benchmark's own options apply. A candidate without parity fails and is not timed.
 """
 
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import kernels as operators
-from bench.gpu.tools import Record
+from bench.gpu.command import Record
 from bench.measure import matrix_ceiling, measure
 from bench.registry import Workload
 from bench.static import BASELINE
@@ -98,8 +98,7 @@ def kernels(record: Record, device: torch.device, until: float, sizes: Sequence[
 def predictor(device: str, elements: Mapping[str, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What to add to an operator's line on this device ("NVIDIA H200"): predicted_us, predicted / measured.
 
-    elements: of a workload by name. Nothing for a card that `bench.static.cards` has not, or a launch that is not in
-    the static report.
+    elements: of a workload by name. Nothing where `bench.static` knows no such card or launch.
     """
     card = next((card for name, card in CARDS.items() if re.search(rf"\b{name}\b", device)), None)
     records = read_json(BASELINE)["records"] if card else []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import operator_file
+from bench.kernels import operator_file, times
 from kernels.backend import Cost
 
 TYPES = {"float": torch.float32, "double": torch.float64, "c10::Half": torch.float16, "c10::BFloat16": torch.bfloat16}
@@ -72,8 +72,7 @@ def _own(name: str, arguments: Sequence[Any]) -> Cost | None:
         elements = elements // x.shape[1] * len(other)
     else:
         return None
-    each = operator_file(name).cost(*given)
-    return Cost(each.bytes * elements, each.flops * elements)
+    return times(operator_file(name).cost(*given), elements)
 
 
 def _run_without_data(name: str, arguments: Sequence[Any]) -> tuple[list[Tensor], bool]:
@@ -84,11 +83,10 @@ def _run_without_data(name: str, arguments: Sequence[Any]) -> tuple[list[Tensor]
         schema = getattr(packet, overload)._schema
         if len(schema.arguments) != len(arguments):
             continue
-        given = {}
-        for one, value in zip(schema.arguments, arguments, strict=True):
-            if value is not None or not one.has_default_value():
-                # Text is not recorded; where some must be given, it names what mkldnn does afterwards.
-                given[one.name] = "none" if value is None and str(one.type) == "str" else value
+        pairs = zip(schema.arguments, arguments, strict=True)
+        asked = [(one, value) for one, value in pairs if value is not None or not one.has_default_value()]
+        # Text is not recorded; where some must be given, it names what mkldnn does afterwards.
+        given = {one.name: "none" if value is None and str(one.type) == "str" else value for one, value in asked}
         with suppress(Exception), torch.no_grad():  # whatever it raises for arguments of another overload
             alias = schema.returns[0].alias_info if schema.returns else None
             views = alias is not None and not alias.is_write

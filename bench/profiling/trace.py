@@ -198,7 +198,10 @@ def breakdown(trace: Mapping[str, Any], ahead: Sequence[tuple[int, float]] = ())
         calls.append(Call("noise, drawn ahead", (), "noise", drawn, number=count * len(ahead) / rows))
         _add(root, drawn, "noise", "", "range", "noise")
     root["ms"] += drawn - reading.ahead
-    _scale(root, 1e-3 / count)
+    nodes = [root]
+    for node in nodes:
+        node["ms"] *= 1e-3 / count
+        nodes += node["children"]
     times = _sums((call.part, call.time) for call in calls)
     # Kernels of several streams may overlap: the parts share the time in which the device was busy.
     busy = union([(event["ts"], event["ts"] + event["dur"]) for event in ran]) if ran else times.total()
@@ -229,12 +232,6 @@ def _sums(pairs: Iterable[tuple[Any, float]]) -> Counter[Any]:
     return sums
 
 
-def _scale(node: dict[str, Any], factor: float) -> None:
-    node["ms"] *= factor
-    for child in node["children"]:
-        _scale(child, factor)
-
-
 def _row(group: Sequence[Call], count: int, step_ms: float) -> dict[str, Any]:
     """The figures per step, of `count` steps, of calls of one name and shapes."""
     times, works = _sums((call.part, call.time) for call in group), [call.work for call in group]
@@ -255,10 +252,7 @@ def _row(group: Sequence[Call], count: int, step_ms: float) -> dict[str, Any]:
 
 
 def _memory(trace: Mapping[str, Any], step: Span, cuda: bool) -> dict[str, Any]:
-    """step: (milliseconds since the step's start, bytes held above what it started with), by allocator event.
-
-    step_peak_in: the innermost module, by its path, that runs when most is held.
-    """
+    """step: (milliseconds since its start, bytes held above it); step_peak_in: path of the innermost module at most."""
     events = sorted(
         (event["ts"], event["args"]["Total Allocated"], event["args"]["Bytes"])
         for event in trace["traceEvents"]

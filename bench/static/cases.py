@@ -52,9 +52,7 @@ class Case:
         return prod(launch.constants[name] for name in ("BLOCK", "REPEAT", "RUN")) / threads
 
 
-def _images(
-    dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: torch.memory_format = torch.contiguous_format
-) -> Tensor:
+def _images(dtype: torch.dtype, shape: tuple[int, ...] = IMAGE, layout: Any = torch.contiguous_format) -> Tensor:
     return torch.zeros(shape, dtype=dtype).to(memory_format=layout)
 
 

@@ -66,12 +66,6 @@ def access_bits(instruction: str) -> int:
     return next((ACCESS_BITS[part] for part in instruction.split(".")[1:] if part in ACCESS_BITS), 32)
 
 
-def count(listing: str) -> list[str]:
-    """The instructions of a listing that are executed: without padding and the endless branch at its end."""
-    instructions = [name for name in INSTRUCTION.findall(listing) if name.split(".")[0] != "NOP"]
-    return instructions[:-1] if instructions and instructions[-1].startswith("BRA") else instructions
-
-
 def measure(shared: int, listing: str) -> dict[str, Any]:
     """The facts of a binary that uses `shared` bytes, from its `listing_of`.
 
@@ -80,7 +74,9 @@ def measure(shared: int, listing: str) -> dict[str, Any]:
     count. spill_*: bytes moved by local-memory instructions. global_*: accesses to global memory; *_bits: the widest of
     them (scalars such as the seed included), 0 if there is none; *_widths: how many of each width in bits.
     """
-    instructions = count(listing)
+    instructions = [name for name in INSTRUCTION.findall(listing) if name.split(".")[0] != "NOP"]
+    if instructions and instructions[-1].startswith("BRA"):
+        instructions.pop()
     if "EXIT" not in instructions:
         raise RuntimeError("cuobjdump gave a listing without an EXIT")
     usage = RESOURCES.search(listing)

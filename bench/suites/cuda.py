@@ -39,8 +39,7 @@ ENGINES = ("graph bf16", "kernels bf16", "graph fp32", "graph fp16", "kernels fp
 class Row:
     """What is sampled: images at a time, their side, w of guidance, rows of the table.
 
-    What a call does once (the conditions of all steps, copies into a graph: 0.4 ms by estimate) is spread over the
-    rows: 500 in use, and 500 of them take eager seconds.
+    What a call does once (the conditions of all steps, copies into a graph: 0.4 ms by estimate) is spread over them.
     """
 
     name: str
@@ -62,10 +61,7 @@ CHUNK = 256  # images at a time of `ddpm.sample` at 16x16
 
 
 class Step(nn.Module):
-    """One step, whole, in plain torch operators: (x float32 [n, C, h, w], index int64 [1]) -> the next x.
-
-    Its buffers are where CUDA graphs of torch.compile need no copies.
-    """
+    """One step, whole: (x float32 [n, C, h, w], index int64 [1]) -> the next x; torch.compile copies no buffers."""
 
     def __init__(self, row: Row, table: StepTable, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -155,10 +151,7 @@ def _build(row: Row, kind: str, device: torch.device) -> Bench:
 
 
 def workloads(quick: bool, device: torch.device | None = None, rows: Sequence[Row] = ROWS) -> list[Workload]:
-    """Engines of all rows, then max-autotune in bf16, then in fp32. Raises Unavailable where there is no GPU.
-
-    quick: without max-autotune. device: where, if the caller knows.
-    """
+    """Engines of all rows, then (not quick) max-autotune. Raises Unavailable without a GPU, unless told the device."""
     if device is None and not torch.cuda.is_available():
         raise Unavailable("suite cuda: needs a CUDA device, this PyTorch sees none")
     kinds = {"engines": "engines"} | ({} if quick else {"bf16": "autotune-bf16", "fp32": "autotune-fp32"})

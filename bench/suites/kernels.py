@@ -11,8 +11,7 @@ import torch
 
 from bench import kernels
 from bench.registry import Bench, Candidate, Workload
-
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from bench.suites.networks import TYPES
 
 
 def bench_of(found: kernels.Workload, device: torch.device) -> Bench:

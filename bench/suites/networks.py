@@ -23,6 +23,7 @@ from kernels.philox import Stream
 SEED = 7
 AUTOTUNE = "max-autotune"  # mode of torch.compile, and candidate of the suites on CUDA
 CHANNELS, SIDE, N_FEAT, CLASSES = 3, 16, 64, 5
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAME = ContextUnet.__name__  # for captions
 TIMESTEPS = 500
 SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)
@@ -55,10 +56,7 @@ def initial(model: nn.Module, batch: int, device: torch.device) -> Tensor:
 def sampling_call(
     model: nn.Module, table: StepTable, batch: int, guidance: float = 1.0, engine: str = "eager", **how: Any
 ) -> Call:
-    """A function without arguments that runs the table on a shared network; all that can be prepared is.
-
-    how: dtype and form of `Trajectory`.
-    """
+    """A function that runs the table on a shared network, prepared as far as can be. how: as `Trajectory` takes it."""
     device = next(model.parameters()).device
     prepared = Trajectory(model, SCHEDULE, table, engine=engine, guided=guidance != 1.0, **how)
     x = initial(model, batch, device)

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from bench.registry import Bench, Workload
-from bench.suites.networks import SCHEDULE, judged, network, sampling_call, sampling_cost
+from bench.suites.networks import SCHEDULE, TYPES, judged, network, sampling_call, sampling_cost
 from bench.suites.networks import SEED as SEED  # noted beside the records
 from ddpm import make_table
 from ddpm.engines import competitors
@@ -17,7 +17,6 @@ from ddpm.precision import computed_in
 
 STEPS = 10
 GUIDANCE = {"plain": 1.0, "guided": 2.0}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:

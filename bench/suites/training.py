@@ -28,11 +28,7 @@ STEPS_AHEAD = 10  # on CUDA
 
 
 class Step:
-    """A call: one step of a training run of its own.
-
-    engine: or AUTOTUNE, the eager loop with its network through torch.compile at its strongest: what a user of PyTorch
-    would write.
-    """
+    """A call: one step of a training run of its own. engine: or AUTOTUNE, the eager loop with a compiled network."""
 
     def __init__(self, batch: int, precision: str, engine: str, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(SEED)

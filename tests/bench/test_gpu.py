@@ -8,9 +8,9 @@ import torch
 
 import kernels
 from bench.cli import main
-from bench.gpu import command, measured, tools
+from bench.gpu import command, measured
+from bench.gpu.command import FAILED, PASSED, SKIPPED, Record, verdict
 from bench.gpu.measured import predictor
-from bench.gpu.tools import FAILED, PASSED, SKIPPED, Record, verdict
 from bench.kernels import TOLERANCE, workloads
 from bench.measure import measure
 from bench.registry import Workload
@@ -163,7 +163,7 @@ def test_only_what_reached_its_end_has_passed(tmp_path):
 
 def test_a_command_is_stopped_with_all_that_it_started(tmp_path):
     mark = tmp_path / "still there"
-    done = tools.run(["bash", "-c", f"echo begun; (sleep 2; touch '{mark}') & wait"], 0.5)
+    done = command.run(["bash", "-c", f"echo begun; (sleep 2; touch '{mark}') & wait"], 0.5)
     assert done.code is None
     assert done.lines == ["begun"]
     assert done.ending().startswith("stopped after")
@@ -172,7 +172,7 @@ def test_a_command_is_stopped_with_all_that_it_started(tmp_path):
 
 
 def test_a_command_that_ends_says_how():
-    done = tools.run(["bash", "-c", "echo out; echo $WORD >&2; exit 3"], 10, {"WORD": "err"})
+    done = command.run(["bash", "-c", "echo out; echo $WORD >&2; exit 3"], 10, {"WORD": "err"})
     assert (done.code, done.lines) == (3, ["out", "err"])
     assert done.ending() == "exit code 3: err"
 
@@ -252,7 +252,7 @@ def test_every_measuring_part_is_a_function_of_the_process():
 
 
 def test_a_process_that_dies_is_a_failure_of_its_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(tools, "run", lambda line, seconds: tools.Finished(-11, 3.0, ["Segmentation"]))
+    monkeypatch.setattr(command, "run", lambda line, seconds: command.Finished(-11, 3.0, ["Segmentation"]))
     command.in_child(Record(tmp_path, "step").start(CPU), 1)
     assert verdict(stored(tmp_path, "step")) == (FAILED, "its process: exit code -11: Segmentation")
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from bench.gpu import measured
-from bench.gpu.command import show
+from bench.gpu.command import FAILED, PASSED, Record, show, verdict
 from bench.gpu.measured import OUT_OF_TIME
-from bench.gpu.tools import FAILED, PASSED, Record, verdict
 from bench.kernels import full_precision
 from bench.registry import Unavailable
 from bench.suites import cuda, networks, training

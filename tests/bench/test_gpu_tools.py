@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from bench.gpu import measured, tools
-from bench.gpu.tools import FAILED, PASSED, Record, verdict
+from bench.gpu import command, measured
+from bench.gpu.command import FAILED, PASSED, Record, verdict
 from bench.machine import ROOT
 from bench.suites import cuda
 
@@ -37,12 +37,12 @@ def test_three(): pass
 
 @pytest.fixture
 def one_worker(monkeypatch):
-    monkeypatch.setattr(tools, "WORKERS", 0)  # of xdist: none beside the process itself
+    monkeypatch.setattr(command, "WORKERS", 0)  # of xdist: none beside the process itself
 
 
 def pytest_on(*which, seconds=120):
     record = Record(which[0].parent, "tests").start(CPU)
-    tools.tests(record, seconds, list(map(str, which)))
+    command.tests(record, seconds, list(map(str, which)))
     return record.content
 
 
@@ -72,12 +72,12 @@ def test_no_test_and_no_time_are_failures(one_worker, out):
 @pytest.mark.long
 def test_what_is_asked_for_is_there():
     """A test that was renamed would be an error only where there is a GPU."""
-    line = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tools.PATHS]
-    line += [f"--ignore={path}" for path in tools.ELSEWHERE]
+    line = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *command.PATHS]
+    line += [f"--ignore={path}" for path in command.ELSEWHERE]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:]
-    assert all((ROOT / path).exists() for path in (*tools.ELSEWHERE, tools.ONNX))
-    for path in tools.PATHS:
+    assert all((ROOT / path).exists() for path in (*command.ELSEWHERE, command.ONNX))
+    for path in command.PATHS:
         assert path in done.stdout, path
     assert "test_static.py" not in done.stdout
 
