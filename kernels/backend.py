@@ -67,12 +67,12 @@ def register(
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
     mutates: tuple[str, ...] = (),
-    signature: Callable[..., Any] | None = None,
+    signature: Callable[..., Any] | str | None = None,
 ) -> torch.library.CustomOpDef:
     """The operator fused_ddpm::NAME: `launch` where Triton runs, `on_cpu` elsewhere.
 
     fake: makes the outputs of traced calls. check: raises for what tracing leaves out, see `reads_values`.
-    signature: the annotated function that has the operator's arguments, default launch.
+    signature: an annotated function that has the operator's arguments, default launch, or their schema.
     """
 
     def run(*arguments: Any) -> Any:
@@ -80,7 +80,9 @@ def register(
             check(*arguments)
         return (launch if runs_triton(arguments[0]) else on_cpu)(*arguments)
 
-    schema = torch.library.infer_schema(signature or launch, mutates_args=mutates)
+    schema = signature
+    if not isinstance(schema, str):
+        schema = torch.library.infer_schema(signature or launch, mutates_args=mutates)
     operator = torch.library.custom_op(f"fused_ddpm::{name}", run, mutates_args=mutates, schema=schema)
     operator.register_fake(fake)
     return operator

@@ -244,7 +244,6 @@ def bottleneck(
     groups are too wide for one launch (see WIDEST) the product is rounded to x's type as well.
 
     Returns: [n, C, s, s] like x; of k copies [k * n, C, s, s], all images of copy 0 first. Not differentiable.
-    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     check_images(x, groups, eps)
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}

@@ -302,7 +302,6 @@ def convolution(
 
     Returns: [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type; channels_last if x is, and by the kernel
     always. Not differentiable.
-    Raises: ValueError naming the argument, what it was and what it must be.
     """
     if x.ndim != 4 or x.dtype not in FLOATS:
         raise ValueError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, h, w]")

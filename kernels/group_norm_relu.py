@@ -118,15 +118,7 @@ def group_norm_relu_kernel(
         tl.store(out + start + offsets, y.to(out.dtype.element_ty), mask=mask)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
+def launch(x, weight, bias, groups, eps, scale=None, shift=None) -> Tensor:
     """One pass over x, two where a group exceeds a tile; scale and shift as in the reference, for `bottleneck`."""
     out = torch.empty_like(x)
     n, channels, height, width = x.shape
@@ -196,7 +188,7 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, ep
 
     Moments and arithmetic are float32 (float64 for float64, on the CPU only), rounded once.
 
-    Returns: [n, C, H, W] like x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
+    Returns: [n, C, H, W] like x.
     """
     check_images(x, groups, eps)
     check_vectors(x.shape[1], weight=weight, bias=bias)

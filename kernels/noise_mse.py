@@ -136,7 +136,6 @@ def noise_mse(pred: Tensor, seed: int | Tensor, samples: Tensor, weight: Tensor 
 
     Returns: the loss, a float32 scalar (float64 for float64 pred), differentiable in pred; the same call gives the
     same bits.
-    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     fits = pred.ndim > 1 and pred.shape[0] > 0
     backend.check_floats("pred", pred, fits, "a floating tensor [n, ...] with n >= 1")

@@ -116,24 +116,15 @@ def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream:
     def scalar(value: int | Tensor) -> Tensor:
         return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1)
 
-    seed, low = scalar(seed), samples[:, None] & MASK
-    counter = [
-        torch.arange(blocks, device=device)[None, :].expand(n, blocks),
-        scalar(step),
-        low,
-        (samples[:, None] >> 32) << 8 | stream,
-    ]
+    seed, block = scalar(seed), torch.arange(blocks, device=device)[None, :].expand(n, blocks)
+    counter = [block, scalar(step), samples[:, None] & MASK, (samples[:, None] >> 32) << 8 | stream]
     key = [seed & MASK, seed >> 32]
     for _ in range(ROUNDS):
         # int64 products wrap, which leaves the low 64 bits right: the mask after the arithmetic shift
         # therefore yields the same high word as unsigned arithmetic.
         product0, product1 = counter[0] * MULTIPLIERS[0], counter[2] * MULTIPLIERS[1]
-        counter = [
-            (product1 >> 32 & MASK) ^ counter[1] ^ key[0],
-            product1 & MASK,
-            (product0 >> 32 & MASK) ^ counter[3] ^ key[1],
-            product0 & MASK,
-        ]
+        high0, high1 = product0 >> 32 & MASK, product1 >> 32 & MASK
+        counter = [high1 ^ counter[1] ^ key[0], product1 & MASK, high0 ^ counter[3] ^ key[1], product0 & MASK]
         key = [word + weyl & MASK for word, weyl in zip(key, WEYL, strict=True)]
     stacked = torch.stack([word.expand(n, blocks) for word in counter], dim=-1)
     return stacked.reshape(n, 4 * blocks)[:, :numel]
@@ -289,12 +280,6 @@ def tl_vector(z, RUN):
 
 
 @jit
-def tl_normals(seed, step, sample, stream, run, RUN):
-    """The normals of `tl_draw` as one tensor [B, RUN]."""
-    return tl_vector(tl_draw(seed, step, sample, stream, run, RUN), RUN)
-
-
-@jit
 def tl_item_normals(seed, step, sample, stream, spot, j, HW, LANES, REPEAT, RUN, LAYOUT):
     """Normals [B, RUN] of the j-th vectors of the items at `spot` (see items.Items), in the order of their memory."""
     if LAYOUT == "interleaved":
@@ -307,5 +292,5 @@ def tl_item_normals(seed, step, sample, stream, spot, j, HW, LANES, REPEAT, RUN,
             woven = woven + (drawn[(j * RUN + k) % REPEAT * RUN + (j * RUN + k) // REPEAT],)
         z = tl_vector(woven, RUN)
     else:
-        z = tl_normals(seed, step, sample, stream, spot[2] + j * LANES, RUN)
+        z = tl_vector(tl_draw(seed, step, sample, stream, spot[2] + j * LANES, RUN), RUN)
     return z

@@ -157,12 +157,7 @@ def check_diffusion(x0: Tensor, alpha_bars: Tensor, dtype: torch.dtype) -> None:
 
 
 def q_sample(
-    x0: Tensor,
-    t: Tensor,
-    alpha_bars: Tensor,
-    seed: int | Tensor,
-    samples: Tensor,
-    dtype: torch.dtype | None = None,
+    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: int | Tensor, samples: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Diffuse x0 to time t.
 
@@ -175,7 +170,6 @@ def q_sample(
         dtype: of the outputs, default float32.
 
     Returns: (x_t, noise), both [n, ...] of `dtype`. Differentiable in x0.
-    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     dtype = torch.float32 if dtype is None else dtype
     types = (*FLOATS, torch.uint8)

@@ -35,16 +35,7 @@ def reference(
     return x_t.to(dtype), t, noise.to(dtype)
 
 
-def launch(
-    data: Tensor,
-    rows: Tensor,
-    alpha_bars: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    flip: bool,
-    keep_noise: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch(data, rows, alpha_bars, seed, samples, flip, keep_noise, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: each row read once, x_t and t (and noise) written once, in the memory layout of the data."""
     data = backend.packed(data)
     x_t, t, noise = _empty(data, rows, flip, keep_noise, dtype)
@@ -74,7 +65,9 @@ def _check_values(data: Tensor, rows: Tensor, *others: object) -> None:
     backend.check_range("rows", rows, 0, data.shape[0] - 1)
 
 
-operator = backend.register("q_sample_rows", launch, _on_cpu, _empty, _check_values)
+SCHEMA = "(Tensor data, Tensor rows, Tensor alpha_bars, Tensor seed, Tensor samples, bool flip, bool keep_noise, "
+SCHEMA += "ScalarType dtype) -> (Tensor, Tensor, Tensor)"
+operator = backend.register("q_sample_rows", launch, _on_cpu, _empty, _check_values, signature=SCHEMA)
 
 
 def q_sample_rows(
@@ -98,7 +91,6 @@ def q_sample_rows(
         flip: mirror half of the samples in the last axis. keep_noise: also return the noise. dtype: of x_t and noise.
 
     Returns: (x_t [n, ...], t int64 [n], noise [n, ...] or None); `noise_mse` needs no noise.
-    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     backend.check_floats("data", data, data.ndim > 1, "uint8 or floating [N, ...]", (*FLOATS, torch.uint8))
     backend.check_layout("data", data)

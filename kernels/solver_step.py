@@ -27,12 +27,7 @@ def guide(m: Tensor, m_uncond: Tensor | None, guidance: float | Tensor) -> Tenso
 
 
 def reference(
-    x: Tensor,
-    m: Tensor,
-    c: Sequence[float | Tensor],
-    z: Tensor | None,
-    x0_previous: Tensor | None,
-    clip: float | None,
+    x: Tensor, m: Tensor, c: Sequence[float | Tensor], z: Tensor | None, x0_previous: Tensor | None, clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """The equation above, out of place: (x_new, x0). c: the row's seven coefficients; z or x0_previous None = 0."""
     x0 = c[0] * x + c[1] * m
@@ -121,18 +116,7 @@ def solver_step_kernel(
             tl.store(x + offsets, states[j].to(x.dtype.element_ty), mask=mask)
 
 
-def launch(
-    x: Tensor,
-    m: Tensor,
-    table: Tensor,
-    index: Tensor,
-    seed: Tensor,
-    samples: Tensor,
-    m_uncond: Tensor | None,
-    guidance: Tensor | None,
-    x0_prev: Tensor | None,
-    clip: float | None,
-) -> None:
+def launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip) -> None:
     """One pass over x and what goes with it, in x's memory layout (others are brought to it)."""
     m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
     tensors = (x, m, m_uncond, x0_prev, table, index, seed, backend.vector(samples), guidance)
@@ -171,7 +155,11 @@ def _check_values(x: Tensor, m: Tensor, table: Tensor, index: Tensor, *others: o
 
 
 # index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S].
-operator = backend.register("solver_step", launch, _on_cpu, lambda *_: None, _check_values, mutates=("x", "x0_prev"))
+SCHEMA = "(Tensor(a!) x, Tensor m, Tensor table, Tensor index, Tensor seed, Tensor samples, Tensor? m_uncond, "
+SCHEMA += "Tensor? guidance, Tensor(b!)? x0_prev, float? clip) -> ()"
+operator = backend.register(
+    "solver_step", launch, _on_cpu, lambda *_: None, _check_values, mutates=("x", "x0_prev"), signature=SCHEMA
+)
 
 
 def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
@@ -214,7 +202,7 @@ def solver_step(
             without memory.
         clip: bound of x0, or None.
 
-    Returns: x. Raises: TypeError or ValueError naming the argument, what it was and what it must be.
+    Returns: x.
     """
     backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
     for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):

@@ -18,10 +18,12 @@ beside it, NaN.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,28 +42,17 @@ KEPT = 1 << 18
 # Four convolutions there: 1.5 times as long with 4 tiles and 256 channels, 1.2 with 4 and 128, as long with 8.
 FEW = 8
 
-B_T = [
-    [1, -1.5, -2, 1.5, 1, 0],
-    [0, -1, 0.5, 2.5, 1, 0],
-    [0, 1, -2.5, 0.5, 1, 0],
-    [0, -2, -1, 2, 1, 0],
-    [0, 0.5, -1, -0.5, 1, 0],
-    [0, 1, -1.5, -2, 1.5, 1],
-]
+# Each row of B^T is a polynomial with roots at the other points, of G and A^T the powers of its (column's) point, in G
+# over the product of distances; the last is infinity's.
+POINTS = (0, 1, -1, 1 / 2, -2)
+OTHERS = [[other for other in POINTS if other != point] for point in POINTS]
+B_T = [[*np.poly(others)[::-1].tolist(), 0.0] for others in OTHERS] + [np.poly(POINTS)[::-1].tolist()]
 G = [
-    [1, 0, 0],
-    [1 / 3, 1 / 3, 1 / 3],
-    [-1 / 3, 1 / 3, -1 / 3],
-    [-16 / 15, -8 / 15, -4 / 15],
-    [1 / 15, -2 / 15, 4 / 15],
-    [0, 0, 1],
+    [p**i / math.prod(p - other for other in others) for i in range(3)]
+    for p, others in zip(POINTS, OTHERS, strict=True)
 ]
-A_T = [
-    [1, 1, 1, 1, 1, 0],
-    [0, 1, -1, 0.5, -2, 0],
-    [0, 1, 1, 0.25, 4, 0],
-    [0, 1, -1, 0.125, -8, 1],
-]
+G += [[0, 0, 1]]
+A_T = [[*(point**i for point in POINTS), i // 3] for i in range(4)]
 
 
 def fits(weight: Tensor) -> bool:
@@ -161,8 +152,6 @@ _library = torch.library.Library("fused_ddpm", "FRAGMENT")
 _library.define("winograd(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? plus, bool gelu) -> Tensor")
 _library.impl("winograd", _on_cpu, "CPU")
 _library.impl("winograd", _elsewhere, "CompositeExplicitAutograd")
-
-
 torch.library.register_fake("fused_ddpm::winograd", _fake, lib=_library)
 operator = torch.ops.fused_ddpm.winograd.default
 
@@ -194,7 +183,6 @@ def winograd(
     On a CPU with AVX2 or AVX-512 and a C++ compiler by the kernel (see `missing`), elsewhere by the reference.
 
     Returns: float32 [n, C, h, w], channels_last. Not differentiable.
-    Raises: TypeError or ValueError naming the argument, what it was and what it must be.
     """
     if isinstance(weights, Tensor) or isinstance(biases, Tensor):
         raise TypeError("weights, biases: got a tensor, needs a list of them, one for each convolution")
