@@ -4,7 +4,7 @@ The features are pixels averaged to 8x8 (points as they are), not of a pretraine
 between runs on the same data alone. Each is printed beside what real data gets.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ class Evaluation:
     frechet_real: float
     accuracy: float | None
     accuracy_real: float | None
-
-    def asdict(self) -> dict[str, float | int | None]:
-        return asdict(self)
 
 
 def features(values: Tensor) -> np.ndarray:

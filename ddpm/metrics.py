@@ -15,7 +15,6 @@ Values = Tensor | np.ndarray
 ENGINE_TOLERANCE, SPLIT_TOLERANCE, CALL_TOLERANCE = 1e-4, 1e-5, 1e-5
 PIXEL_RANGE = 2.0  # of images in [-1, 1]
 
-
 Measure = Callable[[Tensor, Tensor], Tensor | float]
 
 

@@ -2,18 +2,15 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddpm.files import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
 CELL_PIXELS, GIF_CELL_PIXELS = 64, 48
@@ -74,27 +71,23 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return shown + end
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _plotted(width: float, height: float, plot: Callable[[Any], object]) -> Image.Image:
+    """What `plot` draws into matplotlib's axes."""
     from matplotlib.figure import Figure  # imported only where it is used
 
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _image_of(figure: "Figure") -> Image.Image:
-    buffer = io.BytesIO()
+    figure, buffer = Figure(figsize=(width, height), dpi=120, layout="constrained"), io.BytesIO()
+    plot(figure.add_subplot())
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
 
 
 def _scatter(points: Tensor, caption: str) -> Image.Image:
-    figure = _figure(4, 4)
-    axes = figure.add_subplot()
-    x, y = points[:, 0].cpu().numpy(), points[:, 1].cpu().numpy()
-    axes.scatter(x, y, s=6, alpha=0.6, linewidths=0, color="#2060a0")
-    axes.set(xlim=(-POINTS_LIMIT, POINTS_LIMIT), ylim=(-POINTS_LIMIT, POINTS_LIMIT), aspect="equal")
-    if caption:
+    def plot(axes: Any) -> None:
+        axes.scatter(*points.T.cpu().numpy(), s=6, alpha=0.6, linewidths=0, color="#2060a0")
+        axes.set(xlim=(-POINTS_LIMIT, POINTS_LIMIT), ylim=(-POINTS_LIMIT, POINTS_LIMIT), aspect="equal")
         axes.set_xlabel(caption, fontsize=8)
-    return _image_of(figure)
+
+    return _plotted(4, 4, plot)
 
 
 def trajectory(estimates: Sequence[Tensor], alpha_bars: Sequence[float], initial: Tensor) -> list[Tensor]:
@@ -123,9 +116,10 @@ def save_png(path: Path, picture: Image.Image) -> None:
 
 def save_loss_plot(path: Path, epochs: Sequence[float], losses: Sequence[float]) -> None:
     """Mean training loss of each epoch, logarithmic."""
-    figure = _figure(6, 3.2)
-    axes = figure.add_subplot()
-    axes.plot(epochs, losses, marker=".", color="#2060a0")
-    axes.set(xlabel="epoch", ylabel="mean training loss", yscale="log")
-    axes.grid(True, which="both", alpha=0.3)
-    save_png(path, _image_of(figure))
+
+    def plot(axes: Any) -> None:
+        axes.plot(epochs, losses, marker=".", color="#2060a0")
+        axes.set(xlabel="epoch", ylabel="mean training loss", yscale="log")
+        axes.grid(True, which="both", alpha=0.3)
+
+    save_png(path, _plotted(6, 3.2, plot))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import BadInput
 from ddpm.files import digest_of, json_text, read_json, read_tensors, replacing_all, tensor_bytes
-from ddpm.networks import build_network, condition_shape, fit_state_dict, name_of, one_hot_conditions
+from ddpm.networks.protocol import build_network, condition_shape, fit_state_dict, name_of, one_hot_conditions
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import SOLVERS, carried_over, given, make_table, options_of
 

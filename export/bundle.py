@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ def check_network(opened: Run) -> None:
     shape = sample_shape(opened.model)
     if len(shape) != 3:
         name = opened.config["network"]
-        raise BadInput(
-            f"{opened.folder}: its network ({name}) has samples {list(shape)}, export needs images [C, H, W]"
-        )
+        raise BadInput(f"{opened.folder}: its network ({name}) has samples {list(shape)}, needs images [C, H, W]")
 
 
 def write(
@@ -91,7 +90,7 @@ def write(
                 "noise": noise,
                 "table": with_rows,
                 "verified": verify,
-                "parity": [result.asdict() for result in parity],
+                "parity": [asdict(result) | {"good": result.good} for result in parity],
                 "quality": measured,
                 "files": {name: _describe_file(paths[name]) for name in NAMES if name != MANIFEST},
                 "versions": versions(),
@@ -152,8 +151,6 @@ def verify(
         raise run.ModelError(f"{path}: says {metadata['precision']}, its weights are {found}; export it again")
     by_data = found != "fp32" and kind == "sampler"
     if (data or labels) and not by_data:
-        raise BadInput(
-            "--data, --labels: got them for a file that is not judged by data, needs an fp16 or int8 sampler"
-        )
+        raise BadInput("--data, --labels: got them for a file not judged by data, needs an fp16 or int8 sampler")
     dataset = dataset_of(opened, data, labels) if by_data else (None, None)
     return _judged({kind: path}, opened, found, evaluate, *dataset)

@@ -11,8 +11,7 @@ import onnx
 import torch
 from torch import nn
 
-from ddpm.networks import condition_shape, network_times, null_condition, sample_shape
-from ddpm.networks.protocol import in_type
+from ddpm.networks.protocol import condition_shape, in_type, network_times, null_condition, sample_shape
 from ddpm.table import StepTable
 from export.graph import FLOAT, INT64, Builder, model_of
 from export.philox_graph import counters, normals, step_word

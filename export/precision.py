@@ -16,7 +16,7 @@ import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
-from ddpm.networks import condition_shape, one_hot_conditions
+from ddpm.networks.protocol import condition_shape, one_hot_conditions
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from export.graph import FLOAT, FLOAT16
@@ -90,26 +90,18 @@ def to_int8(network: onnx.ModelProto, names: Sequence[str], run: Run) -> onnx.Mo
                 values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()))
             yield {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.feeds = feeds()
+    calls = feeds()
 
+    class Reader(CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.feeds, None)
+            return next(calls, None)
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         source, target = Path(folder) / "network.onnx", Path(folder) / "int8.onnx"
         onnx.save(network, source)
-        quantize_static(
-            source,
-            target,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=QUANTISED,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+        how = {"op_types_to_quantize": QUANTISED, "per_channel": True, "quant_format": QuantFormat.QDQ}
+        kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+        quantize_static(source, target, Reader(), **how, **kinds)
         return onnx.load(target)
 
 

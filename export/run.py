@@ -45,7 +45,7 @@ FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its war
 
 
 class Failure(Exception):
-    """An error that is one line on stderr."""
+    """An error that is one line on stderr: the run failed, or as below."""
 
     exit_code = 1
 
@@ -60,10 +60,6 @@ class ModelError(Failure):
 
 class ProviderError(Failure):
     exit_code = 4  # what was asked to compute is not there
-
-
-class RunError(Failure):
-    exit_code = 1  # the model failed while running
 
 
 # What stands before the reason in onnxruntime's messages: a code, the path, the C++ function.
@@ -351,7 +347,7 @@ def draw(
     """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n].
 
     table [steps, 8] replaces the model's, together with clip (None = none). Raises UsageError for values that
-    onnxruntime would take silently, RunError if the model fails.
+    onnxruntime would take silently, Failure if the model fails.
     """
     samples = np.asarray(samples)
     check_draw(metadata, samples, context, seed, guidance)
@@ -377,9 +373,9 @@ def draw(
     try:
         (images,) = session.run(["images"], feeds)
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise RunError(f"the model failed ({_reason(error)})") from error
+        raise Failure(f"the model failed ({_reason(error)})") from error
     if not np.isfinite(images).all():
-        raise RunError("the samples have NaN or infinite values: try less guidance or another solver")
+        raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
     return images
 
 
@@ -539,7 +535,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except (OSError, MemoryError) as error:  # of standard output
         few = "the samples do not fit into memory, needs a smaller --n or --batch-size"
         print(f"error: {few if isinstance(error, MemoryError) else error.strerror or error}", file=sys.stderr)
-        return RunError.exit_code
+        return Failure.exit_code
     except Failure as error:
         if "--debug" in arguments:
             raise

@@ -19,8 +19,7 @@ from torch.export import Dim
 
 from ddpm.errors import WorkFailed
 from ddpm.inference import EXPORTED, Form, make_form
-from ddpm.networks import condition_shape, network_times, sample_shape
-from ddpm.networks.protocol import in_type
+from ddpm.networks.protocol import condition_shape, in_type, network_times, sample_shape
 from export.graph import OPSET
 
 EXAMPLE_ROWS = 3  # any but 0 and 1, which tracing would take for fixed
@@ -104,30 +103,26 @@ def trace(model: nn.Module) -> Traced:
     Raises WorkFailed for a network that the exporter cannot follow, with its reason.
     """
     try:
-        return _trace(model)
+        form, shape, n = exported_form(model), condition_shape(model), EXAMPLE_ROWS
+        batch, copies = Dim("batch"), Dim("copies")
+        times = example_times(model, n)
+        conditions = None if shape is None else torch.zeros(n, *shape)
+        with torch.no_grad():
+            table_row = form.tables(times[:1])
+            rows = () if conditions is None else form.rows(conditions, n, True)
+        table_names = tuple(f"table{k}" for k, _ in enumerate(table_row, start=1))
+        row_names = tuple(f"rows{k}" for k, _ in enumerate(rows, start=1))
+        of_times = _Part(form, lambda form, times: tuple(table.clone() for table in form.tables(times)))
+        tables = _graph(of_times, (times,), ("times",), table_names, {0: Dim("steps")})
+        rows_graph = None
+        if conditions is not None:
+            of_rows = _Part(form, lambda form, c: tuple(row.clone() for row in form.rows(c, c.shape[0], False)))
+            rows_graph = _graph(of_rows, (conditions,), ("conditions",), row_names, {0: batch})
+        cut, names = len(table_row), ("x", *table_names, *row_names)
+        of_x = _Part(form, lambda form, x, *more: form(x, more[:cut], more[cut:] or None))
+        dynamic = ({0: batch}, *({} for _ in table_row), *({0: copies, 1: batch} for _ in rows))
+        x = torch.zeros(n, *sample_shape(model))
+        return Traced(tables, rows_graph, _graph(of_x, (x, *table_row, *rows), names, ("m",), *dynamic), names)
     except Exception as error:  # the exporter raises nearly anything on code that it cannot follow
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise WorkFailed(f"{type(model).__name__}: PyTorch's exporter cannot follow its forward: {reason}") from error
-
-
-def _trace(model: nn.Module) -> Traced:
-    form, shape, n = exported_form(model), condition_shape(model), EXAMPLE_ROWS
-    batch, copies = Dim("batch"), Dim("copies")
-    times = example_times(model, n)
-    conditions = None if shape is None else torch.zeros(n, *shape)
-    with torch.no_grad():
-        table_row = form.tables(times[:1])
-        rows = () if conditions is None else form.rows(conditions, n, True)
-    table_names = tuple(f"table{k}" for k, _ in enumerate(table_row, start=1))
-    row_names = tuple(f"rows{k}" for k, _ in enumerate(rows, start=1))
-    of_times = _Part(form, lambda form, times: tuple(table.clone() for table in form.tables(times)))
-    tables = _graph(of_times, (times,), ("times",), table_names, {0: Dim("steps")})
-    rows_graph = None
-    if conditions is not None:
-        of_rows = _Part(form, lambda form, c: tuple(row.clone() for row in form.rows(c, c.shape[0], False)))
-        rows_graph = _graph(of_rows, (conditions,), ("conditions",), row_names, {0: batch})
-    cut, names = len(table_row), ("x", *table_names, *row_names)
-    of_x = _Part(form, lambda form, x, *more: form(x, more[:cut], more[cut:] or None))
-    dynamic = ({0: batch}, *({} for _ in table_row), *({0: copies, 1: batch} for _ in rows))
-    x = torch.zeros(n, *sample_shape(model))
-    return Traced(tables, rows_graph, _graph(of_x, (x, *table_row, *rows), names, ("m",), *dynamic), names)

@@ -7,7 +7,7 @@ each file's own table, and many, for the statistics, by that table's solver in f
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,7 @@ from ddpm import evaluation, training
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import CALL_TOLERANCE, ENGINE_TOLERANCE, distance, psnr, relative_l2, worst
-from ddpm.networks import condition_shape, network_times, one_hot_conditions, sample_shape
-from ddpm.networks.protocol import in_type
+from ddpm.networks.protocol import condition_shape, in_type, network_times, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.runs import Run
 from ddpm.sampling import sample
@@ -75,9 +74,6 @@ class Parity:
     @property
     def good(self) -> bool:
         return self.error <= self.tolerance  # False for NaN
-
-    def asdict(self) -> dict[str, object]:
-        return asdict(self) | {"good": self.good}
 
 
 def require(results: list[Parity]) -> None:

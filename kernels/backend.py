@@ -143,9 +143,8 @@ def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.d
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     if value.device != device or value.numel() != 1:
-        raise ValueError(
-            f"{name}: got {value.numel()} elements on {value.device}, needs one on {device} like the first argument"
-        )
+        needs = f"one on {device} like the first argument"
+        raise ValueError(f"{name}: got {value.numel()} elements on {value.device}, needs {needs}")
     return value.reshape(()).to(dtype)
 
 

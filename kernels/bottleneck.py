@@ -250,9 +250,7 @@ def bottleneck(
     check_vectors(x.shape[1], **vectors)
     shape = (x.shape[1], *x.shape[1:])
     if up_weight.shape != shape or up_weight.dtype != x.dtype:
-        raise ValueError(
-            f"up_weight: got {up_weight.dtype} {list(up_weight.shape)}, needs {x.dtype} {list(shape)} to go with x"
-        )
+        raise ValueError(f"up_weight: got {up_weight.dtype} {list(up_weight.shape)}, needs {x.dtype} {list(shape)}")
     backend.check_layout("up_weight", up_weight)
     films = {"film_scale": film_scale, "film_shift": film_shift}
     for name, film in films.items():

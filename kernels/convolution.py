@@ -242,10 +242,8 @@ def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, side
         raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, needs {dtype} [n, C, {sides[0]}, {sides[1]}]")
     channels, size = x.shape[1], weight.shape[-1]
     if weight.dtype != dtype or weight.shape != (weight.shape[0], channels, size, size) or size not in (1, 3):
-        raise ValueError(
-            f"{name}'s weight: got {weight.dtype} {list(weight.shape)}, needs {dtype} [C', {channels}, k, k] with"
-            " k 1 or 3"
-        )
+        needs = f"{dtype} [C', {channels}, k, k] with k 1 or 3"
+        raise ValueError(f"{name}'s weight: got {weight.dtype} {list(weight.shape)}, needs {needs}")
 
 
 def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
@@ -254,10 +252,8 @@ def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
     n, _, height, width = x.shape
     columns = weight.shape[0]
     if skip is not None and (skip_weight.shape[::2] != weight.shape[::2] or not skip.shape[0] or n % skip.shape[0]):
-        raise ValueError(
-            f"skip: got {skip.shape[0]} images and weight {list(skip_weight.shape)}, needs a divisor of x's"
-            f" {n} images and {columns} outputs, kernel {weight.shape[-1]}"
-        )
+        needs = f"a divisor of x's {n} images and {columns} outputs, kernel {weight.shape[-1]}"
+        raise ValueError(f"skip: got {skip.shape[0]} images and weight {list(skip_weight.shape)}, needs {needs}")
     for name, vector in {"bias": bias, "film_scale": film_scale, "film_shift": film_shift}.items():
         if vector is None:
             continue

@@ -85,9 +85,7 @@ class Items:
         total = n * per_row * lanes
         repeat = channels if interleaved else step
         if total >= ITEMS_LIMIT:
-            raise ValueError(
-                f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {run * repeat} elements"
-            )
+            raise ValueError(f"got {n} samples of {numel} elements, needs fewer than 2^31 items of {run * repeat}")
         return cls(run, lanes, repeat, per_row, total, layout, *division(per_row), (numel, area, channels))
 
     @property

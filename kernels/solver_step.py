@@ -168,10 +168,8 @@ def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
         return backend.scalar("guidance", guidance, torch.float32, table.device)
     rows = table.shape[0]
     if guidance.shape != (rows,) or not guidance.is_floating_point():
-        raise ValueError(
-            f"guidance: got {guidance.dtype} {list(guidance.shape)}, needs a number or a floating [{rows}], one weight"
-            " for each row of the table"
-        )
+        found = f"{guidance.dtype} {list(guidance.shape)}"
+        raise ValueError(f"guidance: got {found}, needs a number or a floating [{rows}], one weight for each row")
     backend.same_device(table, guidance=guidance)
     return guidance.to(torch.float32).contiguous()
 
@@ -207,16 +205,14 @@ def solver_step(
     backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
     for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
         if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
-            raise ValueError(
-                f"{name}: got {other.dtype} {list(other.shape)}, needs a floating tensor of x's shape {list(x.shape)}"
-            )
+            needs = f"a floating tensor of x's shape {list(x.shape)}"
+            raise ValueError(f"{name}: got {other.dtype} {list(other.shape)}, needs {needs}")
     backend.check_layout("x", x)
     if x0_prev is not None and x0_prev.stride() != x.stride():
         raise ValueError(f"x0_prev: has strides {x0_prev.stride()}, needs those of x {x.stride()}")
     if table.ndim != 2 or table.shape[1] != COLUMNS or table.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"table: got {table.dtype} {list(table.shape)}, needs float32 [S, {COLUMNS}]: seven coefficients and t"
-        )
+        needs = f"float32 [S, {COLUMNS}]: seven coefficients and t"
+        raise ValueError(f"table: got {table.dtype} {list(table.shape)}, needs {needs}")
     if table.is_cuda and table.dtype != torch.float32:
         raise TypeError(f"table: got {table.dtype} on CUDA, needs float32 there")
     if not table.is_contiguous():

@@ -39,7 +39,7 @@ class Step:
         how["engine"] = "eager" if engine == AUTOTUNE else engine
         options = TrainOptions(data="random", n_feat=N_FEAT, epochs=EPOCHS, **how)
         network = options.make_network(dataset)
-        self.trainer = make_trainer(network, dataset, options.make_schedule(), options, device, World())
+        self.trainer = make_trainer(network, dataset, options, device, World())
         if engine == AUTOTUNE:
             objective = self.trainer.objective
             objective.network = torch.compile(objective.network, mode=AUTOTUNE, dynamic=False)

@@ -1,5 +1,6 @@
 """`ddpm evaluate`: how good the samples of a run are, beside what real data gets."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -52,5 +53,5 @@ def evaluate(
     Console().print(shown)
     if json is not None:
         settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}
-        write_json(json, settings | {"precision": precision} | result.asdict())
+        write_json(json, settings | {"precision": precision} | asdict(result))
         print(f"wrote {json}")

@@ -12,7 +12,7 @@ from ddpm.data import ALL
 from ddpm.distributed import World
 from ddpm.engines import ENGINES
 from ddpm.errors import BadInput, check_choice, check_integer
-from ddpm.networks import condition_shape, one_hot_conditions, sample_shape
+from ddpm.networks.protocol import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.sampling import sample
 from ddpm.solvers import SOLVERS, SPACINGS, given, make_table

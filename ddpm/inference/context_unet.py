@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ddpm.inference.convolutions import Chain, Convolution, Merging, Upsampling, store
-from ddpm.inference.form import Form, Layout, Rows, form_of
+from ddpm.inference.form import FORMS, Form, Layout, Rows
 from ddpm.networks.blocks import ResidualConvBlock
 from ddpm.networks.context_unet import GROUPS, ContextUnet
 from kernels import bottleneck, group_norm_relu
@@ -66,7 +66,6 @@ class Bottleneck(Normalisation):
         return bottleneck(x, self.weight, self.bias, self.gain, self.offset, scale, shift, GROUPS, self.eps)
 
 
-@form_of(ContextUnet)
 class ContextUnetForm(Form):
     """forward(x, table_row, rows) -> m [k * n, C, H, W] for x [n, C, H, W], computed in dtype."""
 
@@ -158,3 +157,6 @@ class ContextUnetForm(Form):
             up = blocks(upsampling(up, skips.pop()), gate=gate if level == 0 else None)
         shared = self.head.share(skips.pop())  # the widest features go here, where memory is at its peak
         return self.last(self.normalisation(self.head(up, shared)))
+
+
+FORMS[ContextUnet] = ContextUnetForm

@@ -11,7 +11,6 @@ the one text, the export traces it, the profile names its modules.
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,17 +106,7 @@ class PlainForm(Form):
         return checked(self.model(x, table_row[0].expand(x.shape[0]), condition), x)
 
 
-FORMS: dict[type[nn.Module], type[Form]] = {}
-
-
-def form_of(network: type[nn.Module]) -> Callable[[type[Form]], type[Form]]:
-    """Register the form of a network's class, in place of another that it may have."""
-
-    def decorate(kind: type[Form]) -> type[Form]:
-        FORMS[network] = kind
-        return kind
-
-    return decorate
+FORMS: dict[type[nn.Module], type[Form]] = {}  # by the network's class
 
 
 def at(tables: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:

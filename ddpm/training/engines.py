@@ -30,7 +30,6 @@ from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines.graph import warm_up
 from ddpm.errors import BadInput
-from ddpm.schedule import NoiseSchedule
 from ddpm.training.objective import Objective
 from ddpm.training.options import TrainOptions
 from kernels import philox
@@ -80,13 +79,7 @@ class Trainer:
     warm = True  # nothing is compiled in the first step
 
     def __init__(
-        self,
-        network: nn.Module,
-        dataset: Dataset,
-        schedule: NoiseSchedule,
-        options: TrainOptions,
-        device: torch.device,
-        world: World,
+        self, network: nn.Module, dataset: Dataset, options: TrainOptions, device: torch.device, world: World
     ) -> None:
         if options.engine != self.engine:
             raise ValueError(f"engine: got {options.engine!r}, {type(self).__name__} needs {self.engine!r}")
@@ -96,7 +89,7 @@ class Trainer:
         if options.batch_size // world.size == 1 and normalised:
             needs = "at least 2 images per rank (BatchNorm)"
             raise BadInput(f"--batch-size: got {options.batch_size} on {world.size} ranks, needs {needs}")
-        self.options, self.dataset, self.schedule = options, dataset, schedule
+        self.options, self.dataset, self.schedule = options, dataset, options.make_schedule()
         self.device, self.world, self.index = device, world, 0
         self.network = network.to(device, memory_format=self.layout).train()
         self.optimizer = self._adam()
@@ -106,7 +99,7 @@ class Trainer:
         self.data, self.resident = self._placed_data()
         count, where = len(dataset), self.data[0].device
         self.order = lru_cache(maxsize=2)(lambda epoch: philox.epoch_order(options.seed, epoch, count).to(where))
-        self.objective = Objective(self.network, schedule, options, device, plain=not self.moves_data)
+        self.objective = Objective(self.network, self.schedule, options, device, plain=not self.moves_data)
         self.parallel = world.wrap(self.objective, device)
 
     def _adam(self) -> torch.optim.Adam:
@@ -309,12 +302,7 @@ TRAINERS: dict[str, type[Trainer]] = {kind.engine: kind for kind in (Trainer, Co
 
 
 def make_trainer(
-    network: nn.Module,
-    dataset: Dataset,
-    schedule: NoiseSchedule,
-    options: TrainOptions,
-    device: torch.device,
-    world: World,
+    network: nn.Module, dataset: Dataset, options: TrainOptions, device: torch.device, world: World
 ) -> Trainer:
     """The trainer of `options.engine`. Raises BadInput for one that this machine or number of ranks cannot run."""
     lack = engines.unavailable_reason(options.engine, device)
@@ -324,4 +312,4 @@ def make_trainer(
         raise BadInput(f"--engine: {options.engine!r} needs {lack}")
     if options.precision == "bf16" and world.is_main:
         engines.log_if_emulated(device)
-    return TRAINERS[options.engine](network, dataset, schedule, options, device, world)
+    return TRAINERS[options.engine](network, dataset, options, device, world)

@@ -177,7 +177,7 @@ def train(
     """
     dataset = options.load_data() if dataset is None else dataset
     network = options.make_network(dataset) if network is None else network
-    trainer = make_trainer(network, dataset, options.make_schedule(), options, device, world)
+    trainer = make_trainer(network, dataset, options, device, world)
     with ExitStack() as held:
         continued = False
         if world.is_main:

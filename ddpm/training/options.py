@@ -10,7 +10,7 @@ from typer import Option
 
 from ddpm.data import Dataset, load_data
 from ddpm.errors import BadInput
-from ddpm.networks import NETWORKS, network_for
+from ddpm.networks.protocol import NETWORKS, network_for
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import PREDICTIONS
 from kernels import philox

@@ -158,6 +158,6 @@ def make_trainer(tiny_data) -> Callable[..., Trainer]:
         assert set(options) <= {field.name for field in fields(TrainOptions)}
         chosen = TrainOptions(**(defaults | options))
         network = chosen.make_network(dataset) if network is None else network
-        return Trainer(network, dataset, chosen.make_schedule(), chosen, torch.device("cpu"), world or World())
+        return Trainer(network, dataset, chosen, torch.device("cpu"), world or World())
 
     return make

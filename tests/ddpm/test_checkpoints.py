@@ -432,10 +432,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_130(tmp_path, spawn, ddpm, op
     assert f"step {stopped}" in out
     long = TrainOptions(**{**vars(options), "epochs": 1000})
     data = long.load_data()
-    whole, resumed = (
-        Trainer(long.make_network(data), data, long.make_schedule(), long, torch.device("cpu"), World())
-        for _ in range(2)
-    )
+    whole, resumed = (Trainer(long.make_network(data), data, long, torch.device("cpu"), World()) for _ in range(2))
     training.resume_from(folder, resumed)
     for trainer in (whole, resumed):
         while trainer.index < stopped + 2:

@@ -240,7 +240,7 @@ def trainer_of(model, dataset, name, **options):
     chosen = TrainOptions(
         timesteps=T, schedule="cosine", batch_size=8, epochs=4, context_dropout=0.5, seed=5, engine=name, **options
     )
-    return make_trainer(model, dataset, chosen.make_schedule(), chosen, CPU, World())
+    return make_trainer(model, dataset, chosen, CPU, World())
 
 
 def test_in_training_it_receives_the_same(tokens, plain_words):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ddpm import ContextUnet, NoiseSchedule, PointMLP, load_context_unet_weights, sample
 from ddpm.metrics import distance
-from ddpm.networks import build_network, name_of, network, network_for, network_times, one_hot_conditions
+from ddpm.networks.protocol import build_network, name_of, network, network_for, network_times, one_hot_conditions
 
 
 def inputs(network, n=2):

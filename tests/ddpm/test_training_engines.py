@@ -37,7 +37,7 @@ def make(monkeypatch):
 
     def call(dataset: Dataset, engine: str, device: torch.device = CPU, **options: object) -> Trainer:
         chosen = TrainOptions(**DEFAULTS | options, engine=engine)
-        return make_trainer(chosen.make_network(dataset), dataset, chosen.make_schedule(), chosen, device, World())
+        return make_trainer(chosen.make_network(dataset), dataset, chosen, device, World())
 
     return call
 
@@ -289,13 +289,13 @@ def test_graph_under_torchrun_is_refused(tiny_data, monkeypatch):
     monkeypatch.setattr(engines, "unavailable_reason", lambda name, device: None)
     options = TrainOptions(**DEFAULTS, engine="graph")
     with pytest.raises(BadInput, match=r"--engine: 'graph' needs a single process, there are 2 ranks"):
-        make_trainer(options.make_network(tiny_data), tiny_data, options.make_schedule(), options, CPU, World(0, 2))
+        make_trainer(options.make_network(tiny_data), tiny_data, options, CPU, World(0, 2))
 
 
 def test_a_trainer_of_another_engine_is_refused(tiny_data):
     options = TrainOptions(**DEFAULTS, engine="compile")
     with pytest.raises(ValueError, match="engine: got 'compile', Trainer needs 'eager'"):
-        Trainer(options.make_network(tiny_data), tiny_data, options.make_schedule(), options, CPU, World())
+        Trainer(options.make_network(tiny_data), tiny_data, options, CPU, World())
 
 
 @pytest.mark.parametrize("hardware", [False, True])
