@@ -15,7 +15,7 @@ from ddpm.files import json_text, locked, replacing_all
 from ddpm.networks import sample_shape
 from ddpm.runs import Run, make_folder
 from export import models, run
-from export.metadata import RNG, describe, describe_table, sha256, versions
+from export.models import RNG, describe, sha256, versions
 from export.precision import PRECISIONS, in_precision
 from export.traced import trace
 from export.verification import Parity, Quality, dataset_of, parities, quality, require, require_quality
@@ -61,7 +61,9 @@ def write(
     if precision == "fp32" and (data or labels):
         raise BadInput("--data, --labels: got them with --precision fp32, needs fp16 or int8, which are judged by data")
     dataset = dataset_of(opened, data, labels) if verify and precision != "fp32" else (None, None)
-    described = describe_table(table, options, is_table_file(asked.get("solver")))
+    # A table by the options of `make_table` that make it, or whole.
+    described = {"options": options, "steps": len(table), "clip": table.clip}
+    described |= {"stored": table.asdict()} if is_table_file(asked.get("solver")) else {}
     with_rows = described | {"rows": table.rows().tolist()}
 
     def note(kind: str, **more: Any) -> str:

@@ -1,10 +1,15 @@
-"""The three ONNX models of a run: denoiser, sampler (the whole trajectory as one Scan) and step.
+"""The three ONNX models of a run: denoiser, sampler (the whole trajectory as one Scan) and step; their metadata.
 
 All are wrapped around the graphs of `export.traced`; a precision is a change of the network's graph alone. Everything
 around it is float32 (the noise float64 inside).
 """
 
+import hashlib
 import math
+from contextlib import suppress
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,12 +17,16 @@ import torch
 from torch import nn
 
 from ddpm.networks.protocol import condition_shape, in_type, network_times, null_condition, sample_shape
+from ddpm.runs import MODEL, Run, taken_options
+from ddpm.solvers import make_table
 from ddpm.table import StepTable
 from export.graph import FLOAT, INT64, Builder, model_of
 from export.philox_graph import counters, normals, step_word
-from export.run import COLUMNS
+from export.run import COLUMNS, FORMAT_VERSION
 from export.traced import Traced, example_times
 from kernels.philox import Stream
+
+RNG = "Philox4x32-10 by the noise contract of fused-ddpm"
 
 
 def null_of(model: nn.Module, shape: tuple[int, ...]) -> np.ndarray:
@@ -219,3 +228,47 @@ def step(model: nn.Module, traced: Traced, table: StepTable, count: int, metadat
     b.output(x0, "x0", FLOAT, images)
     b.output(b.op("Add", index, b.integers(1)), "index_next", INT64, [1])
     return model_of(b, "step", metadata)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what made the file; ONNX Runtime is whichever of its distributions is installed."""
+    found = {}
+    for name in ("fused-ddpm", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime"):
+        with suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found
+
+
+def described_table(described: dict[str, Any], run: Run, **changed: Any) -> StepTable:
+    """The table of a file's metadata; changed: options of `make_table` instead of those that made it."""
+    if "stored" in described:
+        return StepTable.of(described["stored"])
+    return make_table(run.schedule, **(taken_options(described["options"]) | changed))
+
+
+def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]:
+    """The metadata of a file of this kind (denoiser, sampler, step); `more` is added."""
+    condition = condition_shape(run.model)
+    if condition is not None and (null := null_of(run.model, condition)).any():
+        more["null_condition"] = null.tolist()
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        **dict(zip(("channels", "height", "width"), sample_shape(run.model), strict=True)),
+        "value_range": [-1, 1],
+        "clamped": False,
+        "condition_shape": None if condition is None else list(condition),
+        "classes": list(run.classes),
+        "network": run.config["network"],
+        "model": run.model.config(),
+        "schedule": run.schedule.config(),
+        "prediction": run.config["prediction"],
+        "precision": precision,
+        "weights_sha256": sha256(run.folder / MODEL),
+        "versions": versions(),
+        **more,
+    }

@@ -12,7 +12,7 @@ from ddpm.errors import WorkFailed
 from ddpm.files import replacing
 from ddpm.networks import condition_shape, sample_shape
 from ddpm.runs import Run
-from export.metadata import describe
+from export.models import describe
 from export.traced import Denoiser, example_times, quiet
 from export.verification import Parity, denoiser_parity, require
 

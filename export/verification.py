@@ -25,7 +25,7 @@ from ddpm.progress import Bar
 from ddpm.runs import Run
 from ddpm.sampling import sample
 from export.cuda import StepLoop
-from export.metadata import described_table
+from export.models import described_table
 from export.precision import trajectory_calls
 from export.run import draw, metadata_of, open_session
 

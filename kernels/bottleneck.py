@@ -50,32 +50,11 @@ def product(x: Tensor, up_weight: Tensor, up_bias: Tensor) -> Tensor:
     return backend.like(up.reshape(x.shape), x)
 
 
-def reference(
-    x: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    film_scale: Tensor | None,
-    film_shift: Tensor,
-    groups: int,
-    eps: float,
-) -> Tensor:
-    """The equations above; for film_scale [k, n, C] the k results one behind the other."""
+def reference(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps) -> Tensor:
+    """The equations above, of `bottleneck`'s arguments; for film_scale [k, n, C] the k results one behind the other."""
     up = product(x, up_weight, up_bias)
     y = group_norm_reference(up, norm_weight, norm_bias, groups, eps, film_scale, film_shift)
     return y.flatten(0, 1) if y.ndim == 5 else y
-
-
-@jit
-def columns_of(first, AREA, GROUP, BLOCK_N, BY_PIXEL):
-    """A group's outputs in the order of their memory: (channel, pixel), both [BLOCK_N]."""
-    j = tl.arange(0, BLOCK_N)
-    if BY_PIXEL:
-        channel, pixel = first + j % GROUP, j // GROUP
-    else:
-        channel, pixel = first + j // AREA, j % AREA
-    return channel, pixel
 
 
 @jit
@@ -105,10 +84,14 @@ def bottleneck_kernel(
     first = tl.program_id(1) * GROUP
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    channel, pixel = columns_of(first, AREA, GROUP, BLOCK_N, CHANNELS_LAST)
+    j = tl.arange(0, BLOCK_N)  # a group's outputs, in the order of their memory
+    if CHANNELS_LAST:
+        channel, pixel = first + j % GROUP, j // GROUP
+    else:
+        channel, pixel = first + j // AREA, j % AREA
     columns = pixel * C + channel if CHANNELS_LAST else channel * AREA + pixel
     weights = pixel * C + channel if WEIGHT_CHANNELS_LAST else channel * AREA + pixel
-    exists = tl.arange(0, BLOCK_N) < GROUP * AREA
+    exists = j < GROUP * AREA
     image = row[:, None] * (C * AREA)
 
     up = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -214,7 +197,9 @@ def _check_rows(x: Tensor, *others: Any) -> None:
             raise ValueError(f"{name}: got {film.dtype} {list(film.shape)}, needs a floating {needs}")
 
 
-operator = backend.register("bottleneck", launch, _on_cpu, _fake, _check_rows, signature=reference)
+SCHEMA = "(Tensor x, Tensor up_weight, Tensor up_bias, Tensor norm_weight, Tensor norm_bias, Tensor? film_scale, "
+SCHEMA += "Tensor film_shift, SymInt groups, float eps) -> Tensor"
+operator = backend.register("bottleneck", launch, _on_cpu, _fake, _check_rows, signature=SCHEMA)
 
 
 def bottleneck(

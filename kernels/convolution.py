@@ -32,19 +32,8 @@ MOST_CHANNELS = 64  # per step of the product
 WARP_ELEMENTS = 1024  # of the product per warp, 4 to 8 warps: with 2048 two sources spill on sm_80
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    skip: Tensor | None,
-    skip_weight: Tensor | None,
-    film_scale: Tensor | None,
-    film_shift: Tensor | None,
-    onto: Tensor | None,
-    gelu: bool,
-    then: str,
-) -> Tensor:
-    """The equations above."""
+def reference(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then) -> Tensor:
+    """The equations above, of the arguments of `convolution`."""
     y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
     if skip is not None:
         shared = F.conv2d(skip, skip_weight, padding=skip_weight.shape[-1] // 2)
@@ -265,7 +254,9 @@ def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
         raise ValueError(f"onto: got {onto.dtype} {list(onto.shape)}, needs {x.dtype} {[n, columns, height, width]}")
 
 
-operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes, signature=reference)
+SCHEMA = "(Tensor x, Tensor weight, Tensor? bias, Tensor? skip, Tensor? skip_weight, Tensor? film_scale, "
+SCHEMA += "Tensor? film_shift, Tensor? onto, bool gelu, str then) -> Tensor"
+operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes, signature=SCHEMA)
 
 
 def convolution(

@@ -23,8 +23,6 @@ COUNTS = ("total", "per_row", "magic", "shift")
 NUM_WARPS = 4  # untuned
 # Elements of one row per thread. Instructions per element of q_sample (bf16) and solver_step (fp32, with noise) for
 # 3x16x16 on sm_90, triton 3.7.1, counted by `ddpm-bench static`; the bare kernels have 31.6 and 31.5:
-#   45.7 and 45.7   before: a row looked up for every 8 or 4 elements, an exchange through shared memory in bf16,
-#                   solver_step not multiplied out, Philox unrolled by Triton
 #   39.2 and 39.8   16 elements (32 and 40 registers)
 #   37.2 and 37.8   24 elements (48 registers: fewer warps per SM, and longer to compile)
 # q_sample fp32 on 3x16x16 channels_last: 76.4 with elements C apart, 41.8 interleaved; on 1x5x7: 85.8 with one run per

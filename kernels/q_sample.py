@@ -110,9 +110,7 @@ def launch(
     return backend.like(x_t, x0), backend.like(noise, x0)
 
 
-def _on_cpu(
-    x0: Tensor, t: Tensor, alpha_bars: Tensor, seed: Tensor, samples: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _on_cpu(x0, t, alpha_bars, seed, samples, dtype) -> tuple[Tensor, Tensor]:
     compute = torch.float64 if torch.float64 in (x0.dtype, dtype) else torch.float32
     noise = philox.normal_like(x0, seed, samples, Stream.TRAINING_NOISE, compute)
     x_t = reference(x0, t, alpha_bars, noise)

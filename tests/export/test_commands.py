@@ -15,7 +15,7 @@ from ddpm.engines.compile import compiler_missing
 from ddpm.networks import PointMLP
 from ddpm.runs import load_run
 from export import run, verification
-from export.metadata import sha256
+from export.models import sha256
 
 
 def line(answer, code):

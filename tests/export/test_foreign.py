@@ -15,7 +15,7 @@ from ddpm.networks import NETWORKS, network
 from ddpm.table import StepTable
 from export import bundle, models, packages, run
 from export.cuda import StepLoop
-from export.metadata import describe
+from export.models import describe
 from export.traced import trace
 from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE
 

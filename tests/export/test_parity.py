@@ -14,7 +14,7 @@ from ddpm import make_table, sample
 from ddpm.metrics import distance
 from export import models, run, traced
 from export.cuda import StepLoop
-from export.metadata import describe
+from export.models import describe
 from export.traced import Denoiser
 from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE, Parity, denoiser_cases, denoiser_parity
 
