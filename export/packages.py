@@ -16,8 +16,6 @@ from export.models import describe
 from export.traced import Denoiser, example_times, quiet
 from export.verification import Parity, denoiser_parity, require
 
-METADATA = "fused_ddpm.json"
-
 
 def program_of(run: Run) -> ExportedProgram:
     """The denoiser (x [batch, C, H, W], t [batch][, context [batch, ...]]) -> m with a dynamic batch."""
@@ -54,7 +52,7 @@ def write_torch(run: Run, path: Path, verify: bool = True) -> Parity | None:
 
     def save(partial: Path) -> None:
         with partial.open("wb") as file:  # given a name, PyTorch would write it into the archive
-            torch.export.save(program, file, extra_files={METADATA: json.dumps(metadata)})
+            torch.export.save(program, file, extra_files={"fused_ddpm.json": json.dumps(metadata)})
 
     return _written(run, path, save, lambda name: torch.export.load(name).module(), verify)
 

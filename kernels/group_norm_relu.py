@@ -30,9 +30,7 @@ def _without_means(x: Tensor, groups: int) -> Tensor:
     return x - means.repeat_interleave(x.shape[1] // groups, 1)[:, :, None, None]
 
 
-def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale: Tensor | None, shift: Tensor | None
-) -> Tensor:
+def reference(x, weight, bias, groups, eps, scale, shift) -> Tensor:
     """The equation above on x [n, C, H, W]; then scale * y + shift ([n, C] or [1, C], None = 1 and 0).
 
     A scale [k, n, C] gives [k, n, C, H, W].
