@@ -71,16 +71,13 @@ def profile(
     build_ms = (time.perf_counter() - began) * 1e3
     figures, trace = measured(Sampler(trajectory, batch, contexts, guidance, seed), trajectories)
     figures["latency"]["build_ms"] = build_ms
+    network = {"kind": opened.config["network"], **opened.config["model"]}
     content = {
         "format_version": FORMAT_VERSION,
         "command": store.command(),
         "seed": seed,
         "machine": machine.describe(target),
-        "run": {
-            "name": run.resolve().name,
-            "model": {"kind": opened.config["network"], **opened.config["model"]},
-            "schedule": opened.config["schedule"],
-        },
+        "run": {"name": run.resolve().name, "model": network, "schedule": opened.config["schedule"]},
         "recipe": {"engine": chosen, "batch": batch, "rows": batch * (2 if guides else 1), "steps": len(table)}
         | {"trajectories": trajectories, "solver": options["solver"], "guidance": guidance, "context": context}
         | {"dtype": "float32"},

@@ -159,10 +159,7 @@ def tests(record: Record, seconds: float, which: Sequence[str] | None = None) ->
 
 
 def in_child(record: Record, seconds: float) -> None:
-    """`bench.gpu.measured` for a part; a process that died is a failure in its record.
-
-    Under --debug its output is shown, with the tracebacks of what failed in it.
-    """
+    """`bench.gpu.measured` for a part; a process that died is a failure in its record. --debug shows its output."""
     command = (sys.executable, "-m", "bench.gpu.measured", record.part, str(record.out), str(time.time() + seconds))
     done = run(command, seconds + GRACE_SECONDS)
     if command_line.debugging():

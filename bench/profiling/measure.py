@@ -263,9 +263,6 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
     working = sum(part["ms"] for part in figures["parts"] if part["name"] != GAPS)
     overhead, gaps = figures["profiler"]["step_ms"] / median, max(0.0, median - working)
     figures["profiler"] |= {"overhead": overhead, "gaps_without_ms": gaps}
-    figures["memory"] |= {
-        "held_bytes": timed.pop("held_bytes"),
-        "peak_bytes": peak,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in sampler.trajectory.model.parameters()),
-    }
+    weights = sum(p.numel() * p.element_size() for p in sampler.trajectory.model.parameters())
+    figures["memory"] |= {"held_bytes": timed.pop("held_bytes"), "peak_bytes": peak, "weights_bytes": weights}
     return {"latency": timed, **figures}, trace

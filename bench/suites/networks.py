@@ -24,7 +24,6 @@ SEED = 7
 AUTOTUNE = "max-autotune"  # mode of torch.compile, and candidate of the suites on CUDA
 CHANNELS, SIDE, N_FEAT, CLASSES = 3, 16, 64, 5
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NAME = ContextUnet.__name__  # for captions
 TIMESTEPS = 500
 SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)
 # What `metrics.engine_error` may be. On 50 rows of ddpm at batch 1 (these weights, CPU): 4e-7, 1.7e-3 in bfloat16,

@@ -35,9 +35,8 @@ class Step:
         images = torch.randint(0, 256, (IMAGES, CHANNELS, SIDE, SIDE), generator=generator, dtype=torch.uint8)
         labels = torch.eye(CLASSES)[torch.arange(IMAGES) % CLASSES]
         dataset = Dataset("random", images, labels, tuple("abcde"))
-        how = {"batch_size": batch, "precision": precision, "seed": SEED}
-        how["engine"] = "eager" if engine == AUTOTUNE else engine
-        options = TrainOptions(data="random", n_feat=N_FEAT, epochs=EPOCHS, **how)
+        how = {"engine": "eager" if engine == AUTOTUNE else engine, "batch_size": batch, "precision": precision}
+        options = TrainOptions(data="random", n_feat=N_FEAT, epochs=EPOCHS, seed=SEED, **how)
         network = options.make_network(dataset)
         self.trainer = make_trainer(network, dataset, options, device, World())
         if engine == AUTOTUNE:
