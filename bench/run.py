@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,42 +67,46 @@ def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: b
     return measured(workloads, device, rounds or ROUNDS, seconds, skipped, quiet, **asked)
 
 
-def environment(root: Path, threads: int = 1, ours: Path | None = None) -> dict[str, str]:
-    """This environment with the packages of `root` and `root/src` before all others, and so many threads.
+def environment(paths: Sequence[Path], threads: int = 1, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This environment with these folders before all others in the import path, so many threads, and `extra`.
 
-    ours: the folder of `packages.runner`, before even these, where `root` is another project's.
-
-    One, because processor time of several threads counts those that spin while they wait for one that lost its
+    One thread, because processor time of several counts those that spin while they wait for one that lost its
     processor; wall times, as the figures of `step` and the ladder are, may take more. With one, memory stays with the
     process, for which the page faults of operators with large temporaries do not vary: the gating ratio of q_sample
     spread by 6% over six processes instead of 38%, that of solver_step by 5% instead of 28%.
     """
     count = str(threads)
     kept = KEPT if threads == 1 else {}
-    paths = os.pathsep.join(str(path) for path in (ours, root, root / "src") if path is not None)
     # As users run it: a benchmark of Triton's interpreter is of no use to anybody.
-    fixed = {"PYTHONPATH": paths, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0"}
-    return os.environ | kept | fixed
+    fixed = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0"}
+    return os.environ | kept | fixed | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | (extra or {})
 
 
 def run_child(
-    root: Path,
+    folder: Path,
     process: int,
     arguments: list[str],
+    *,
+    paths: Sequence[Path],
+    extra: Mapping[str, str] | None = None,
     command: str = "run",
     threads: int = 1,
-    ours: Path | None = None,
+    timeout: float | None = None,
+    on_row: Callable[[str], None] | None = None,
+    side: str = "",
 ) -> store.Content:
-    """`ddpm-bench run` (or another command with --quiet and --out) of the checkout `root` in a process of its own.
+    """`ddpm-bench run` (or another command with --quiet and --out) in a process of its own, in this folder.
 
-    ours: see `environment`. Its records are numbered `process`; what it writes to stderr is shown under --debug. Raises
-    BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never silent.
+    paths, extra: see `environment`. timeout: seconds. on_row: is told each row as the process begins it. side: "base"
+    or "head", which its errors begin with. Its records are numbered `process`; what it writes to stderr is shown under
+    --debug. Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never
+    silent.
     """
-    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as folder:
-        out = Path(folder) / "run.json"
+    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as temporary:
+        out = Path(temporary) / "run.json"
         line = [*PYTHON, "-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
         done = subprocess.run(  # noqa: S603
-            line, cwd=root, env=environment(root, threads, ours), capture_output=True, text=True, check=False
+            line, cwd=folder, env=environment(paths, threads, extra), capture_output=True, text=True, check=False
         )
         if debugging():
             sys.stderr.write(done.stderr)
@@ -164,7 +168,8 @@ def run(
             Bar("bench", processes, "processes/s", quiet=quiet) as bar,
         ):
             for process in range(processes):
-                contents.append(run_child(root, process, arguments, threads=threads or 1, ours=ours))
+                paths = [path for path in (ours, root, root / "src") if path is not None]
+                contents.append(run_child(root, process, arguments, paths=paths, threads=threads or 1))
                 bar.update(process + 1)
         content = merged(contents)
     write_json(out, content)

@@ -76,11 +76,15 @@ for workload in selected(sys.argv[1], bool(sys.argv[2]), sys.argv[3])[0]:
 """
 
 
+def _paths(root: Path, ours: Path | None) -> list[Path]:
+    return [path for path in (ours, root, root / "src") if path is not None]
+
+
 def _names(root: Path, suite: str, quick: bool, pattern: str, ours: Path | None = None) -> list[str]:
     """The workloads that a side's benchmarks select. Raises WorkFailed with the reason if they cannot be listed."""
     command = [*PYTHON, "-c", LIST, suite, "1" if quick else "", pattern]
     done = subprocess.run(  # noqa: S603
-        command, cwd=root, env=environment(root, ours=ours), capture_output=True, text=True, check=False
+        command, cwd=root, env=environment(_paths(root, ours)), capture_output=True, text=True, check=False
     )
     if debugging():
         sys.stderr.write(done.stderr)
@@ -163,7 +167,9 @@ def measure_sides(
         for process in range(processes):
             for side in order.sample(list(roots), len(roots)):
                 try:
-                    contents[side].append(run_child(roots[side], process, arguments, ours=found.ours))
+                    contents[side].append(
+                        run_child(roots[side], process, arguments, paths=_paths(roots[side], found.ours))
+                    )
                 except (BadInput, WorkFailed) as error:
                     raise WorkFailed(f"{side}: a process ended without a result ({error})") from error
                 bar.update(sum(map(len, contents.values())), side)

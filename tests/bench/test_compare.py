@@ -255,8 +255,8 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     """The whole command with made-up processes: interleaved, then twice as many more for what looked slower."""
     calls = []
 
-    def run_child(root, process, arguments, ours):
-        assert ours is None
+    def run_child(root, process, arguments, paths):
+        assert paths == [root, root / "src"]
         calls.append((root.name, process, tuple(arguments)))
         slow = root.name == "head"
         made = content(slowed(1.3) if slow else ROWS, 1, 0.01, seed=len(calls)) | {
@@ -288,7 +288,7 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
 
 @pytest.mark.parametrize("error", [WorkFailed("exit code -11"), KeyError("exit code -11")])
 def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, capsys, error):
-    def run_child(root, process, arguments, ours):
+    def run_child(root, process, arguments, paths):
         raise error
 
     monkeypatch.setattr(sides, "run_child", run_child)

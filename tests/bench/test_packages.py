@@ -74,7 +74,8 @@ def test_each_side_measures_its_own_code_with_our_packages(foreign):
     with sides.checkouts("one", "two", suite, True, "") as found:
         assert found.gone == ["speed/one"]  # base knows it, and head does not any more
         for side, name in (("base", "one"), ("head", "two")):
-            content = run_child(found.roots[side], 0, ["--suite", suite, "--quick", "--rounds", "1"], ours=found.ours)
+            line, paths = ["--suite", suite, "--quick", "--rounds", "1"], [found.ours, found.roots[side]]
+            content = run_child(found.roots[side], 0, line, paths=paths)
             assert {record["workload"] for record in content["records"]} == {f"speed/{name}"}
             assert content["failed"] == 0
             assert content["seed"] == 11
@@ -138,5 +139,6 @@ def test_whose_checkout_it_is(tmp_path):
 
 
 def test_ours_are_first_in_the_path_of_a_process():
-    paths = environment(Path("/theirs"), ours=Path("/ours"))["PYTHONPATH"].split(os.pathsep)
-    assert paths == ["/ours", "/theirs", "/theirs/src"]
+    own = environment([Path("/ours"), Path("/theirs")], extra={"WHOSE": "theirs"})
+    assert own["PYTHONPATH"].split(os.pathsep) == ["/ours", "/theirs"]
+    assert own["WHOSE"] == "theirs"

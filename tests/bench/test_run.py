@@ -150,9 +150,9 @@ def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
     for word, shown in (("", ""), ("1", said)):
         monkeypatch.setenv("FUSED_DDPM_DEBUG", word)
         with pytest.raises(BadInput, match="--suite: got 'nonsense'"):
-            run_child(ROOT, 0, ["--suite", "nonsense"])
+            run_child(ROOT, 0, ["--suite", "nonsense"], paths=[ROOT])
         assert capsys.readouterr().err == shown
-    assert environment(ROOT)["FUSED_DDPM_DEBUG"] == "1"  # which makes the child say it
+    assert environment([ROOT])["FUSED_DDPM_DEBUG"] == "1"  # which makes the child say it
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_threads_are_those_asked_for(small_registry, tmp_path, capsys):
     finally:
         torch.set_num_threads(before)
     assert store.load(tmp_path / "r.json")["machine"]["threads"] == 1
-    assert environment(ROOT, 3)["OMP_NUM_THREADS"] == "3"
-    assert environment(ROOT)["OMP_NUM_THREADS"] == "1"
+    assert environment([ROOT], 3)["OMP_NUM_THREADS"] == "3"
+    assert environment([ROOT])["OMP_NUM_THREADS"] == "1"
 
 
 def test_an_unwritable_out_is_said_before_anything_is_measured(small_registry, tmp_path, capsys):
