@@ -1,31 +1,100 @@
 """`ddpm-bench compare BASE HEAD`: is head slower than base? Two stored files, or two git refs measured here and now."""
 
+import random
 import re
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from bench import machine, packages, sides, store, verdicts
+from bench import config, machine, packages, sides, store, verdicts
+from bench.children import TIMEOUT, Running, run_child
+from bench.config import TABLE, TooNoisy
 from bench.measure import one_line
-from bench.registry import is_file, located, selected
+from bench.registry import check_suites, expression_of
+from bench.run import merged, suite_arguments
 from bench.show import compare_markdown, compare_table
-from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
+from bench.suite_files import is_file, located
+from bench.verdicts import CLEAN, LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import json_text, write_text
+from ddpm.progress import Bar
 
 KIND = "fused-ddpm comparison"
 PROCESSES = 8
+TOO_NOISY = 4  # the exit code of rows that cannot be told, where that was asked for
 FIRST_ROUND, SECOND_ROUND = 0, 1
 # Processes of the second round, which decides, as a multiple of the first's: as many again missed two of ten planted
 # 10% on a busy machine. There is one only where something is suspected, and it runs the suspects alone.
 AGAIN = 2
+OURS = "kernels"  # what is measured of this project unless something is asked for
+
+Contents = dict[str, list[store.Content]]
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith(".json") or Path(name).is_file()
+@dataclass(frozen=True)
+class Job:
+    """What is measured of two refs. build: a command for each checkout, None for what its project says, "" for none."""
+
+    suites: list[str]
+    quick: bool
+    pattern: str
+    processes: int
+    timeout: float
+    build: str | None
+
+    def arguments(self, workloads: Sequence[str] = ()) -> list[str]:
+        """Of `run`: for the whole job, or for some of its workloads."""
+        pattern = f"^({'|'.join(map(re.escape, workloads))})$" if workloads else self.pattern
+        return [*suite_arguments(self.suites), "--filter", pattern, *(["--quick"] if self.quick else [])]
+
+
+class CertainFailure(Exception):
+    """Rows that broke while others were still to be measured: whatever these show, something did not run."""
+
+    def __init__(self, found: list[Verdict], contents: Contents) -> None:
+        super().__init__(f"{found[0].row}: {found[0].status} {found[0].detail}")
+        self.found, self.contents = found, contents
+
+
+def _certain(contents: Contents) -> list[Verdict]:
+    """The rows that are broken for good. One that never ran in base is not: there is nothing to compare it with."""
+    found = []
+    for side, several in contents.items():
+        rows = store.rows([record for content in several for record in content["records"]])
+        for row, records in rows.items():
+            broken = verdicts.trouble(row, side, records, len(several))
+            if broken is not None and (side == "head" or any(map(store.is_good, records))):
+                found.append(broken)
+    return found
+
+
+def measure_sides(
+    found: sides.Checkouts, processes: int, arguments: list[str], label: str, seed: int, timeout: float
+) -> dict[str, store.Content]:
+    """`run` with these arguments in so many fresh processes a side, in pairs of random order: ABBA-like.
+
+    Raises WorkFailed if one ended without a result, and CertainFailure as soon as a row is broken.
+    """
+    contents: Contents = {side: [] for side in found.roots}
+    order = random.Random(seed)  # noqa: S311 (no secret)
+    with Bar(label, processes * len(contents), "processes/s") as bar:
+        running = Running(bar)
+        for process in range(processes):
+            for side in order.sample(list(contents), len(contents)):
+                how = {"paths": found.paths(side), "timeout": timeout, "on_row": running.of(side), "side": side}
+                try:
+                    contents[side].append(run_child(found.roots[side], process, arguments, **how))
+                except BadInput as error:
+                    raise WorkFailed(str(error)) from error
+                running.ended(side)
+                broken = _certain(contents)
+                if broken:
+                    raise CertainFailure(broken, contents)
+    return {side: merged(several) for side, several in contents.items()}
 
 
 def compare_files(base: Path, head: Path, thresholds: Thresholds) -> tuple[dict, dict, list[Verdict]]:
@@ -36,76 +105,157 @@ def compare_files(base: Path, head: Path, thresholds: Thresholds) -> tuple[dict,
     return *contents, verdicts.judge(*contents, thresholds)
 
 
-def compare_refs(
-    base: str, head: str, suite: str, quick: bool, pattern: str, processes: int, thresholds: Thresholds
-) -> tuple[dict, dict, list[Verdict]]:
-    """Verdicts on two git refs; rows beyond their threshold are measured once more, in more processes."""
-    suite = located(suite)  # one file for both sides
-    if not is_file(suite) and not packages.is_ours(machine.repository()):
-        raise BadInput(
-            f"--suite: {suite} measures fused-ddpm, which {machine.repository()} is no checkout of, needs FILE.py"
-        )
+def _measured(
+    found: sides.Checkouts, job: Job, thresholds: Thresholds
+) -> tuple[dict[str, store.Content], list[Verdict]]:
+    """Both rounds: rows beyond their threshold are measured once more, in more processes."""
+    contents = measure_sides(found, job.processes, job.arguments(), "compare", FIRST_ROUND, job.timeout)
+    rows = verdicts.judge(*contents.values(), thresholds)
+    suspects = verdicts.suspects(rows)
+    if suspects:
+        arguments = job.arguments(sorted({row.partition(" ")[0] for row in suspects}))
+        again = measure_sides(found, AGAIN * job.processes, arguments, "confirm", SECOND_ROUND, job.timeout)
+        rows = verdicts.confirmed(rows, verdicts.judge(*again.values(), thresholds))
+    return contents, rows
+
+
+def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tuple[dict, dict, list[Verdict]]:
+    """Verdicts on two git refs. What is certainly broken ends it, and is then all that is told."""
+    check_suites(job.suites)
+    expression_of(job.pattern)
     commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
     sides.refuse_dirty()
-    selected(suite, quick, pattern)
-    options = ["--quick"] if quick else []
-    with sides.checkouts(*commits.values(), suite, quick, pattern) as found_there:
-        arguments = ["--suite", suite, "--filter", pattern, *options]
-        contents = sides.measure_sides(found_there, processes, arguments, "compare", FIRST_ROUND)
-        found = verdicts.judge(*contents.values(), thresholds)
-        suspects = verdicts.suspects(found)
-        if suspects:
-            names = sorted({re.escape(row.partition(" ")[0]) for row in suspects})
-            arguments = ["--suite", suite, "--filter", f"^({'|'.join(names)})$", *options]
-            again = sides.measure_sides(found_there, AGAIN * processes, arguments, "confirm", SECOND_ROUND)
-            found = verdicts.confirmed(found, verdicts.judge(*again.values(), thresholds))
-    found += [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found_there.gone]
-    for side, content in contents.items():
-        content["machine"] |= {"commit": commits[side], "dirty": False}
-    return contents["base"], contents["head"], found
+    with sides.checkouts(*commits.values(), job.suites, job.quick, job.pattern) as found:
+        rows = [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found.gone]
+        contents: Mapping[str, store.Content] = {}
+        try:
+            if not rows:
+                contents, rows = _measured(found, job, thresholds)
+        except CertainFailure as failure:
+            rows = failure.found
+            contents = {side: merged(several) for side, several in failure.contents.items() if several}
+    if any(row.status in verdicts.BROKEN for row in rows):
+        print("note: stopped at the first certain failure, other rows were not measured to the end", file=sys.stderr)
+    for side, commit in commits.items():
+        content = contents.setdefault(side, store.content_of([], {}, {}, processes=0))
+        content["machine"] |= {"commit": commit, "dirty": False}
+    return contents["base"], contents["head"], rows
+
+
+def _suites(asked: Sequence[str] | None, configured: config.Config) -> list[str]:
+    """What is measured of two refs. Raises BadInput where another project says nothing."""
+    found = list(asked or configured.suites)
+    top = machine.repository()
+    if packages.is_ours(top):
+        return [located(suite) for suite in found or [OURS]]
+    if not found:
+        raise BadInput(
+            f'--suite: got none for {top}, needs --suite FILE.py, or suites = ["FILE.py"] under {TABLE} in its '
+            "pyproject.toml (docs/ci.md of fused-ddpm shows one)"
+        )
+    for suite in found:
+        if not is_file(suite):
+            raise BadInput(f"--suite: {suite} measures fused-ddpm, which {top} is no checkout of, needs FILE.py")
+    return [located(suite) for suite in found]
+
+
+def _processes(asked: int | None, configured: config.Config) -> int:
+    if asked is None and configured.processes is not None and configured.processes < LEAST_PROCESSES:
+        raise BadInput(f"{configured.file}: {TABLE} processes: got {configured.processes}, needs >= {LEAST_PROCESSES}")
+    return asked or configured.processes or PROCESSES
+
+
+def _refuse_unwritable(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if not path.parent.is_dir():
+            raise BadInput(f"{path}: its folder does not exist, needs one that does")
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".json") or Path(name).is_file()
+
+
+def _told_nothing(error: Exception, markdown: Path | None, json_file: Path | None) -> int:
+    """Whatever it was, it must not look like a verdict: 1 says "slower"."""
+    reason = one_line(error).removeprefix("WorkFailed: ")
+    sys.stderr.write(f"error: {reason}\n")
+    if markdown is not None:
+        write_text(markdown, f"**Nothing was compared**: {reason}\n")
+    if json_file is not None:
+        head = {"format_version": store.FORMAT_VERSION, "kind": KIND, "exit": NOT_RUN}
+        write_text(json_file, json_text(head | {"error": reason, "rows": []}))
+    return NOT_RUN
+
+
+def _side(content: store.Content) -> dict[str, Any]:
+    return {key: content[key] for key in ("machine", "processes", "date")}
 
 
 def compare(
     base: Annotated[str, typer.Argument(metavar="BASE", help="a file of `run --processes`, or a git ref")],
     head: Annotated[str, typer.Argument(metavar="HEAD", help="the same kind")],
-    suite: Annotated[str, typer.Option(help="refs: as in `run`, or a suite of your own, FILE.py")] = "kernels",
+    suite: Annotated[
+        list[str] | None, typer.Option(help=f"refs: as in `run`, or FILE.py, repeatable [{OURS}; elsewhere none]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick/--full", help="refs: as in `run`")] = True,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="refs: workloads whose name matches")] = "",
-    processes: Annotated[int, typer.Option(min=LEAST_PROCESSES, help="refs: fresh processes a side")] = PROCESSES,
-    threshold: Annotated[float, typer.Option(help="what ratio is too much, 0.05 = 5%")] = THRESHOLD,
+    processes: Annotated[
+        int | None, typer.Option(min=LEAST_PROCESSES, help=f"refs: fresh processes a side [{PROCESSES}]")
+    ] = None,
+    build: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help='refs: run in each checkout, "" for nothing [its project\'s extensions]'),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=1e-3, help=f"refs: seconds a process may take [{TIMEOUT:g}]")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help=f"what ratio is too much, 0.05 = 5% [{THRESHOLD:g}]")] = None,
     threshold_for: Annotated[list[str] | None, typer.Option(metavar="RE=X", help="its own for rows by name")] = None,
+    too_noisy: Annotated[
+        TooNoisy | None, typer.Option(help=f"whether rows that cannot be told end with exit code {TOO_NOISY} [pass]")
+    ] = None,
+    across_machines: Annotated[
+        bool, typer.Option("--across-machines", help="files: compare those of different machines or versions")
+    ] = False,
     markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="write a table for a pull request")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="F.json", help="write the verdicts")] = None,
 ) -> int:
-    """Is HEAD slower than BASE? Exit 0: no; 1: yes, a confirmed regression; 3: something did not run; 2: bad input."""
-    thresholds = Thresholds(threshold, threshold_for or [])
+    """Is HEAD slower than BASE? Exit 0: no; 1: yes, a confirmed regression; 3: something did not run; 2: bad input.
+
+    What options do not say, [tool.ddpm-bench] in pyproject.toml may.
+    """
     outputs = [path for path in (markdown, json_file) if path is not None]
-    for path in outputs:
-        if not path.parent.is_dir():
-            raise BadInput(f"{path}: its folder does not exist, needs one that does")
+    _refuse_unwritable(outputs)
     if _is_file(base) != _is_file(head):
         raise BadInput(f"got {base} and {head}, needs two stored files or two git refs")
+    configured = config.read(machine.repository())
+    limit = threshold if threshold is not None else configured.threshold or THRESHOLD
+    thresholds = Thresholds(limit, [*configured.rules, *(threshold_for or [])])
     try:
         if _is_file(base):
             before, after, found = compare_files(Path(base), Path(head), thresholds)
         else:
-            before, after, found = compare_refs(base, head, suite, quick, pattern, processes, thresholds)
+            job = Job(
+                _suites(suite, configured),
+                quick,
+                pattern,
+                _processes(processes, configured),
+                timeout or configured.timeout or TIMEOUT,
+                configured.build if build is None else build,
+            )
+            before, after, found = compare_refs(base, head, job, thresholds)
     except BadInput:
         raise
-    except Exception as error:  # whatever it was, it must not look like a verdict: 1 says "slower"
-        reason = one_line(error)
-        if isinstance(error, WorkFailed):
-            reason = reason.removeprefix("WorkFailed: ")
-        sys.stderr.write(f"error: {reason}\n")
-        if markdown is not None:
-            write_text(markdown, f"**Nothing was compared**: {reason}\n")
-        return NOT_RUN
+    except Exception as error:
+        return _told_nothing(error, markdown, json_file)
     code = verdicts.exit_code(found)
+    if code == CLEAN and (too_noisy or configured.too_noisy) == "fail" and any(v.status == "too noisy" for v in found):
+        code = TOO_NOISY
     result = {
         "format_version": store.FORMAT_VERSION,
         "kind": KIND,
-        "base": {key: before[key] for key in ("machine", "processes", "date")},
-        "head": {key: after[key] for key in ("machine", "processes", "date")},
+        "base": _side(before),
+        "head": _side(after),
         "exit": code,
         "rows": [asdict(verdict) for verdict in found],
     }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from bench import status
 from bench.registry import Bench, Candidate, Workload
 from bench.store import is_good
 from bench.timing import Call, Timer, interleaved, synchronize, timer
@@ -194,14 +195,17 @@ def measure(
     A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
     """
     head = {"workload": workload.name, "suite": workload.suite}
+    row = partial(status.row, workload.name, file=workload.file)
     calls: dict[str, Call] = {}
     found: dict[str, dict[str, Any]] = {}
+    status.say(row(EAGER))
     try:
         bench = workload.build(device)
         calls[EAGER], found[EAGER] = _prepared(lambda: bench.reference, bench.sets[0], device)
     except Exception as error:
         return [head | {"candidate": EAGER, "failed": one_line(error)}]
     for name, candidate in bench.candidates.items():
+        status.say(row(name))
         try:
             calls[name], found[name] = _prepared(candidate.make, bench.sets[0], device)
             found[name] |= _judged(candidate, calls[name])
@@ -209,7 +213,7 @@ def measure(
             found[name] = {"failed": one_line(error)}
     calls = {name: call for name, call in calls.items() if is_good(found[name])}
     try:
-        for name, figures in _timed(bench, calls, device, rounds, seconds, ceiling).items():
+        for name, figures in _timed(bench, calls, device, rounds, seconds, ceiling, row).items():
             found[name] |= figures
     except Exception as error:
         reason = one_line(error)
@@ -219,12 +223,21 @@ def measure(
 
 
 def _timed(
-    bench: Bench, calls: Mapping[str, Call], device: torch.device, rounds: int, seconds: float, ceiling: float
+    bench: Bench,
+    calls: Mapping[str, Call],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    ceiling: float,
+    row: Callable[[str], str],
 ) -> dict[str, dict[str, Any]]:
-    """What a record says of time and memory, by candidate."""
+    """What a record says of time and memory, by candidate. row: what a candidate's row is called (`status.row`)."""
     half = int(min(max(bench.cost.bytes, 2), COPY_MOST) // 2)
     buffers = [tuple(torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)) for _ in bench.sets]
-    timers = {name: _sampler(call, bench.sets, device, bench.capturable) for name, call in calls.items()}
+    timers = {
+        name: status.told(row(name), _sampler(call, bench.sets, device, bench.capturable))
+        for name, call in calls.items()
+    }
     timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
     timers[YARDSTICK] = _sampler(yardstick(device), [()], device)
     memory = {name: peak_memory(partial(call, *bench.sets[0]), device) for name, call in calls.items()}

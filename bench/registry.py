@@ -6,18 +6,16 @@ It may have SEED, what it draws with, and `unavailable() -> {candidate: reason}`
 """
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from bench.packages import OURS, refuse_clashes
+from bench.packages import OURS
+from bench.suite_files import Unavailable, explained, is_file, module_in, refuse_absent, shown
 from bench.timing import Call
 from ddpm.errors import BadInput
 from kernels.backend import Cost
@@ -69,46 +67,33 @@ class Bench:
 
 @dataclass(frozen=True)
 class Workload:
-    """name: unique, begins with the suite ("step/fp32/batch32/guided"). build: makes it on a device, untimed."""
+    """name: unique, begins with the suite ("step/fp32/batch32/guided"). build: makes it on a device, untimed.
+
+    file: the suite's, for messages; filled in when a suite is loaded.
+    """
 
     name: str
     suite: str
     build: Callable[[torch.device], Bench]
-
-
-class Unavailable(Exception):
-    """A suite that this installation cannot run: says what is missing."""
-
-
-def is_file(suite: str) -> bool:
-    """Whether it is a suite of another project."""
-    return suite.endswith(".py")
-
-
-def located(suite: str) -> str:
-    """The suite as processes in other folders find it: a file by its whole path, a name as it is."""
-    return str(Path(suite).resolve()) if is_file(suite) else suite
-
-
-@cache
-def _module_in(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise BadInput(f"--suite: {path}: no such file")
-    for folder in (Path.cwd() / "src", Path.cwd()):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    refuse_clashes(Path.cwd(), path)
-    spec = spec_from_file_location(f"suite_{path.stem}", path)
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "workloads"):
-        raise BadInput(f"--suite: {path}: has no workloads(quick) -> list[Workload]")
-    return module
+    file: str = ""
 
 
 def _module(suite: str) -> ModuleType:
     """A name of SUITES, or the path of a Python file, which imports what lies in the working directory or its src/."""
-    return _module_in(Path(suite).resolve()) if is_file(suite) else import_module(SUITES[suite])
+    return module_in(Path(suite).resolve()) if is_file(suite) else import_module(SUITES[suite])
+
+
+def _listed(suite: str, quick: bool) -> list[Workload]:
+    """What a suite's workloads(quick) returns, with its file."""
+    module = _module(suite)
+    if not is_file(suite):
+        return module.workloads(quick)
+    path = Path(suite).resolve()
+    with explained(path):
+        found = module.workloads(quick)
+    if not isinstance(found, list | tuple) or not all(isinstance(workload, Workload) for workload in found):
+        raise BadInput(f"--suite: {suite}: workloads(quick) returned {found!r:.200}, needs a list of Workload")
+    return [replace(workload, file=shown(path)) for workload in found]
 
 
 def load(suite: str, quick: bool) -> list[Workload]:
@@ -117,9 +102,9 @@ def load(suite: str, quick: bool) -> list[Workload]:
     An import that fails inside our own packages is an error like any other: nothing is skipped because it is broken.
     """
     try:
-        return _module(suite).workloads(quick)
+        return _listed(suite, quick)
     except ModuleNotFoundError as error:
-        if is_file(suite) or error.name is None:
+        if error.name is None:
             raise
         if error.name == SUITES[suite]:
             raise Unavailable(f"suite {suite}: not built yet") from None
@@ -128,12 +113,19 @@ def load(suite: str, quick: bool) -> list[Workload]:
         raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
 
 
-def seed_of(suite: str, workloads: Sequence[Workload]) -> int | None:
-    """What these workloads of a suite (or `all`) draw with: SEED of its module.
+def _names(suites: str | Sequence[str]) -> list[str]:
+    """Each suite once, those of `all` in its place."""
+    asked = [suites] if isinstance(suites, str) else suites
+    return list(dict.fromkeys(name for suite in asked for name in (SUITES if suite == "all" else (suite,))))
+
+
+def seed_of(suites: str | Sequence[str], workloads: Sequence[Workload]) -> int | None:
+    """What these workloads of some suites (or `all`) draw with: SEED of their modules.
 
     None for a file that says none, and where there are several.
     """
-    names = {workload.suite for workload in workloads} if suite == "all" else {suite}
+    drawing = {workload.suite for workload in workloads}
+    names = [name for name in _names(suites) if "all" not in suites or is_file(name) or name in drawing]
     modules = (import_module(SEEDS[name]) if name in SEEDS else _module(name) for name in names)
     seeds = {getattr(module, "SEED", None) for module in modules}
     return seeds.pop() if len(seeds) == 1 else None
@@ -156,25 +148,47 @@ def matching(workloads: Sequence[Workload], expression: re.Pattern[str]) -> list
     return found
 
 
-def selected(suite: str, quick: bool, pattern: str) -> tuple[list[Workload], dict[str, str]]:
-    """The workloads of a suite (or `all`) whose name matches, and what is left out: {suite or candidate: reason}.
+def check_suites(suites: Sequence[str]) -> None:
+    """Raise BadInput for a suite that is neither one of ours nor a file. Imports none: that is for the processes."""
+    for suite in suites:
+        if is_file(suite):
+            refuse_absent(suite)
+        elif suite != "all" and suite not in SUITES:
+            raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
 
-    Raises BadInput for an unknown suite, one that was asked for by name and is unavailable, a pattern that is no
-    regular expression or matches nothing.
+
+def _refuse_twins(workloads: Sequence[Workload]) -> None:
+    """Raise BadInput if two have one name: their times would be taken for one row's."""
+    first: dict[str, Workload] = {}
+    for workload in workloads:
+        twin = first.setdefault(workload.name, workload)
+        if twin is not workload:
+            files = " and ".join(dict.fromkeys(one.file or one.suite for one in (twin, workload)))
+            raise BadInput(f"--suite: {files}: two workloads are called {workload.name}, needs a name for each")
+
+
+def selected(suites: str | Sequence[str], quick: bool, pattern: str) -> tuple[list[Workload], dict[str, str]]:
+    """The workloads of suites (or `all`) whose name matches, and what is left out: {suite or candidate: reason}.
+
+    Raises BadInput for an unknown suite, one that was asked for by name and is unavailable or has no workloads, a
+    pattern that is no regular expression or matches nothing.
     """
-    if suite != "all" and suite not in SUITES and not is_file(suite):
-        raise BadInput(f"--suite: got {suite!r}, needs one of {', '.join(SUITES)}, all, or a file ending in .py")
+    asked = _names(suites)
+    check_suites(asked)
     expression = expression_of(pattern)
     found, skipped = [], {}
-    for name in SUITES if suite == "all" else [suite]:
+    for name in asked:
         try:
             loaded = load(name, quick)
         except Unavailable as error:
-            if suite != "all":
+            if "all" not in suites:
                 raise BadInput(f"--suite: {error}") from error
             skipped[name] = str(error)
             continue
         found += loaded
         if any(expression.search(workload.name) for workload in loaded):
             skipped |= getattr(_module(name), "unavailable", dict)()
+    if not found and "all" not in suites:
+        raise BadInput(f"--suite: {', '.join(asked)}: workloads({quick}) returned none, needs at least one")
+    _refuse_twins(found)
     return matching(found, expression), skipped

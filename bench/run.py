@@ -1,11 +1,8 @@
 """`ddpm-bench run`: measure the registry and store what was measured."""
 
 import math
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,23 +10,20 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import packages, store
+from bench import config, machine, packages, store
+from bench.children import TIMEOUT, Running, environment, run_child  # noqa: F401 (environment: imported from here)
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
-from bench.registry import SUITES, Workload, is_file, located, seed_of, selected
-from bench.show import run_table
-from ddpm.command_line import FAILED, debugging
-from ddpm.errors import BadInput, WorkFailed
+from bench.registry import SUITES, Workload, check_suites, expression_of, seed_of, selected
+from bench.suite_files import import_folders, is_file, located
+from ddpm.command_line import FAILED
+from ddpm.errors import BadInput
 from ddpm.files import write_json
 from ddpm.progress import Bar
 
-# Without the working directory before PYTHONPATH: it may have a folder bench/ of its own.
-PYTHON = (sys.executable, "-P")
 ROUNDS = 60
 # Per workload, whichever ends first; the largest CPU workloads then do three rounds.
 SECONDS, QUICK_SECONDS = 30.0, 2.0
-# glibc's allocator: give nothing back to the system. Other allocators ignore it.
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
 def measured(
@@ -58,66 +52,40 @@ def measured(
     return store.content_of(records, describe(device), skipped, **asked, processes=1, product_flops_per_s=ceiling)
 
 
-def run_here(suite: str, quick: bool, pattern: str, rounds: int | None, quiet: bool = False) -> store.Content:
+def run_here(
+    suites: str | Sequence[str], quick: bool, pattern: str, rounds: int | None, quiet: bool = False
+) -> store.Content:
     """Measure the selected workloads in this process, on CUDA where there is one."""
-    workloads, skipped = selected(suite, quick, pattern)
+    workloads, skipped = selected(suites, quick, pattern)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = math.inf if rounds else (QUICK_SECONDS if quick else SECONDS)
-    asked = {"seed": seed_of(suite, workloads), "suite": suite, "quick": quick, "filter": pattern}
+    suite = suites if isinstance(suites, str) else ", ".join(suites)
+    asked = {"seed": seed_of(suites, workloads), "suite": suite, "quick": quick, "filter": pattern}
     return measured(workloads, device, rounds or ROUNDS, seconds, skipped, quiet, **asked)
 
 
-def environment(paths: Sequence[Path], threads: int = 1, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This environment with these folders before all others in the import path, so many threads, and `extra`.
-
-    One thread, because processor time of several counts those that spin while they wait for one that lost its
-    processor; wall times, as the figures of `step` and the ladder are, may take more. With one, memory stays with the
-    process, for which the page faults of operators with large temporaries do not vary: the gating ratio of q_sample
-    spread by 6% over six processes instead of 38%, that of solver_step by 5% instead of 28%.
-    """
-    count = str(threads)
-    kept = KEPT if threads == 1 else {}
-    # As users run it: a benchmark of Triton's interpreter is of no use to anybody.
-    fixed = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0"}
-    return os.environ | kept | fixed | {"PYTHONPATH": os.pathsep.join(map(str, paths))} | (extra or {})
+def suite_arguments(suites: Sequence[str]) -> list[str]:
+    """The options that name these suites."""
+    return [word for suite in suites for word in ("--suite", suite)]
 
 
-def run_child(
-    folder: Path,
-    process: int,
-    arguments: list[str],
-    *,
-    paths: Sequence[Path],
-    extra: Mapping[str, str] | None = None,
-    command: str = "run",
-    threads: int = 1,
-    timeout: float | None = None,
-    on_row: Callable[[str], None] | None = None,
-    side: str = "",
+def _run_apart(
+    suites: list[str], arguments: list[str], processes: int, threads: int, timeout: float, quiet: bool
 ) -> store.Content:
-    """`ddpm-bench run` (or another command with --quiet and --out) in a process of its own, in this folder.
-
-    paths, extra: see `environment`. timeout: seconds. on_row: is told each row as the process begins it. side: "base"
-    or "head", which its errors begin with. Its records are numbered `process`; what it writes to stderr is shown under
-    --debug. Raises BadInput for its exit code 2 and WorkFailed if it ended without a file: a crashed process is never
-    silent.
-    """
-    with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as temporary:
-        out = Path(temporary) / "run.json"
-        line = [*PYTHON, "-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
-        done = subprocess.run(  # noqa: S603
-            line, cwd=folder, env=environment(paths, threads, extra), capture_output=True, text=True, check=False
-        )
-        if debugging():
-            sys.stderr.write(done.stderr)
-        if done.returncode not in (0, FAILED) or not out.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            reason = lines[-1].removeprefix("error: ") if lines else f"exit code {done.returncode}"
-            raise (BadInput if done.returncode == 2 else WorkFailed)(reason)
-        content = store.load(out)
-    for record in content["records"]:
-        record["process"] = process
-    return content
+    """`run` with these arguments in so many fresh processes, which import what this one would."""
+    theirs = [Path(suite) for suite in suites if is_file(suite)]
+    folders = [folder for suite in theirs for folder in import_folders(suite)] or [ROOT]
+    contents = []
+    with (
+        packages.runner() if theirs else nullcontext() as ours,
+        Bar("bench", processes, "processes/s", quiet=quiet) as bar,
+    ):
+        how = {"paths": [ours, *folders] if theirs else folders, "threads": threads, "timeout": timeout}
+        running = Running(bar)
+        for process in range(processes):
+            contents.append(run_child(Path.cwd() if theirs else ROOT, process, arguments, on_row=running.of(), **how))
+            running.ended()
+    return merged(contents)
 
 
 def merged(contents: list[store.Content]) -> store.Content:
@@ -142,40 +110,42 @@ def exit_code(content: store.Content) -> int:
 
 def run(
     out: Annotated[Path, typer.Option(metavar="F.json", help="where the records go")],
-    suite: Annotated[str, typer.Option(help=f"{', '.join(SUITES)}, all or FILE.py")] = "all",
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(SUITES)}, all or FILE.py; repeatable [pyproject.toml's suites, or all]"),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="fewer workloads and rounds")] = False,
     pattern: Annotated[str, typer.Option("--filter", metavar="RE", help="workloads whose name matches")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="rounds per workload, however long they take")] = None,
     processes: Annotated[int, typer.Option(min=1, help="repeat in so many fresh processes (for `compare`: 6)")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="of each process [PyTorch's; 1 with --processes]")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=1e-3, help=f"seconds a process may take, with --processes [{TIMEOUT:g}]")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
 ) -> int:
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
     refuse_unwritable(out=out)
-    suite = located(suite)
+    if timeout is not None and processes == 1:
+        raise BadInput("--timeout: ends processes of --processes, needs that option")
+    configured = config.read(machine.repository()) if processes > 1 or suite is None else config.Config()
+    suites = [located(name) for name in suite or configured.suites or ["all"]]
+    check_suites(suites)
+    expression_of(pattern)
     if processes == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
-        content = run_here(suite, quick, pattern, rounds, quiet)
+        content = run_here(suites, quick, pattern, rounds, quiet)
     else:
-        selected(suite, quick, pattern)
-        arguments = ["--suite", suite, "--filter", pattern, *(["--quick"] if quick else [])]
+        arguments = [*suite_arguments(suites), "--filter", pattern, *(["--quick"] if quick else [])]
         arguments += [] if rounds is None else ["--rounds", str(rounds)]
-        contents = []
-        theirs = is_file(suite)  # which imports what lies here
-        root = Path.cwd() if theirs else ROOT
-        with (
-            packages.runner() if theirs else nullcontext() as ours,
-            Bar("bench", processes, "processes/s", quiet=quiet) as bar,
-        ):
-            for process in range(processes):
-                paths = [path for path in (ours, root, root / "src") if path is not None]
-                contents.append(run_child(root, process, arguments, paths=paths, threads=threads or 1))
-                bar.update(process + 1)
-        content = merged(contents)
+        limit = timeout or configured.timeout or TIMEOUT
+        content = _run_apart(suites, arguments, processes, threads or 1, limit, quiet)
     write_json(out, content)
     for reason in content["skipped"].values():
         print(f"note: {reason}", file=sys.stderr)
     if not quiet:
+        from bench.show import run_table  # not for the processes of others, which are quiet
+
         table, wrong = run_table(content)
         table.show(wrong, "red bold")
         print(f"wrote {out}")

@@ -8,25 +8,23 @@ Of another project nothing is replaced: our four packages come first, whatever t
 its own packages from each side.
 """
 
-import random
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-from bench import machine, packages, store
+from bench import children, machine, packages
+from bench.children import TIMEOUT, environment
 from bench.machine import RESULTS
 from bench.packages import OURS
-from bench.run import PYTHON, environment, merged, run_child
-from ddpm.command_line import debugging
+from bench.registry import expression_of
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.progress import Bar
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[bytes]:
@@ -67,11 +65,12 @@ def _unpack(commit: str, folder: Path) -> None:
         archive.extractall(folder, filter="data")
 
 
-# With all that `run` imports: what a side lacks of it must show before anything is measured.
+# With all that `run` imports: what a side lacks of it must show before anything is measured. One suite a process, and
+# no filter: benchmarks of base's own know no more.
 LIST = """import sys
-import bench.cli
+import bench.run
 from bench.registry import selected
-for workload in selected(sys.argv[1], bool(sys.argv[2]), sys.argv[3])[0]:
+for workload in selected(sys.argv[1], bool(sys.argv[2]), "")[0]:
     print(workload.name)
 """
 
@@ -80,17 +79,21 @@ def _paths(root: Path, ours: Path | None) -> list[Path]:
     return [path for path in (ours, root, root / "src") if path is not None]
 
 
-def _names(root: Path, suite: str, quick: bool, pattern: str, ours: Path | None = None) -> list[str]:
-    """The workloads that a side's benchmarks select. Raises WorkFailed with the reason if they cannot be listed."""
-    command = [*PYTHON, "-c", LIST, suite, "1" if quick else "", pattern]
-    done = subprocess.run(  # noqa: S603
-        command, cwd=root, env=environment(_paths(root, ours)), capture_output=True, text=True, check=False
-    )
-    if debugging():
-        sys.stderr.write(done.stderr)
-    if done.returncode:
-        raise WorkFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    return done.stdout.splitlines()
+def _names(
+    root: Path, suites: Sequence[str], quick: bool, pattern: str, ours: Path | None = None, side: str = ""
+) -> list[str]:
+    """The workloads that a side's benchmarks select. Raises WorkFailed or BadInput if they cannot be listed."""
+    expression, names = expression_of(pattern), []
+    for suite in suites:
+        arguments = ["-c", LIST, suite, "1" if quick else ""]
+        done = children.python(arguments, root, environment(_paths(root, ours)), timeout=TIMEOUT, side=side)
+        if done.code:
+            raise done.error(side)
+        names += done.output.splitlines()
+    found = [name for name in names if expression.search(name)]
+    if not found:
+        raise BadInput(f"--filter: {pattern!r} matches none of: {'; '.join(names)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,13 @@ class Checkouts:
     gone: list[str]
     ours: Path | None = None
 
+    def paths(self, side: str) -> list[Path]:
+        """What comes first in a side's PYTHONPATH."""
+        return _paths(self.roots[side], self.ours)
+
 
 @contextmanager
-def checkouts(base: str, head: str, suite: str, quick: bool, pattern: str) -> Iterator[Checkouts]:
+def checkouts(base: str, head: str, suites: Sequence[str], quick: bool, pattern: str) -> Iterator[Checkouts]:
     """Two commits under this runner; the folders are removed afterwards."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ddpm-bench-"))).resolve()
@@ -114,30 +121,27 @@ def checkouts(base: str, head: str, suite: str, quick: bool, pattern: str) -> It
         for root, commit in zip(roots.values(), (base, head), strict=True):
             _unpack(commit, root)
         if packages.is_ours(machine.repository()):
-            yield Checkouts(roots, _replace_benchmarks(roots, suite, quick, pattern))
+            yield Checkouts(roots, _replace_benchmarks(roots, suites, quick, pattern))
             return
         ours = stack.enter_context(packages.runner())
         names = {}
         for side, root in roots.items():
-            try:
-                names[side] = _names(root, suite, quick, pattern, ours)
-            except WorkFailed as error:
-                raise WorkFailed(f"{side} cannot be measured: {error}") from error
+            names[side] = _names(root, suites, quick, pattern, ours, side)
         yield Checkouts(roots, [name for name in names["base"] if name not in names["head"]], ours)
 
 
-def _replace_benchmarks(roots: dict[str, Path], suite: str, quick: bool, pattern: str) -> list[str]:
+def _replace_benchmarks(roots: dict[str, Path], suites: Sequence[str], quick: bool, pattern: str) -> list[str]:
     """Put this bench/ over each side's. Returns the workloads that base's own knows and head's does not."""
     known, names = [], {}
     for side, root in roots.items():
         own = root / "bench"
         if side == "base":
-            known = _own_names(root, suite, quick, pattern)
+            known = _own_names(root, suites, quick, pattern)
         if own.exists():
             own.rename(root / "bench.own")
         shutil.copytree(packages.ROOT / "bench", own, ignore=shutil.ignore_patterns("results", "__pycache__"))
         try:
-            names[side] = _names(root, suite, quick, pattern)
+            names[side] = _names(root, suites, quick, pattern)
         except WorkFailed as error:
             if side == "head" or not known:
                 raise WorkFailed(f"{side} cannot be measured: {error}") from error
@@ -147,30 +151,10 @@ def _replace_benchmarks(roots: dict[str, Path], suite: str, quick: bool, pattern
     return [name for name in known if name not in names["head"]]
 
 
-def _own_names(root: Path, suite: str, quick: bool, pattern: str) -> list[str]:
+def _own_names(root: Path, suites: Sequence[str], quick: bool, pattern: str) -> list[str]:
     """What base's own benchmarks would run: what is not in head's any more has disappeared."""
     try:
-        return _names(root, suite, quick, pattern)
+        return _names(root, suites, quick, pattern)
     except WorkFailed as error:
         print(f"note: base has no such benchmarks of its own ({error})", file=sys.stderr)
         return []
-
-
-def measure_sides(
-    found: Checkouts, processes: int, arguments: list[str], label: str, seed: int
-) -> dict[str, store.Content]:
-    """`run` with these arguments in so many fresh processes a side, in pairs of random order: ABBA-like."""
-    roots = found.roots
-    contents: dict[str, list[store.Content]] = {side: [] for side in roots}
-    order = random.Random(seed)  # noqa: S311 (no secret)
-    with Bar(label, processes * len(roots), "processes/s") as bar:
-        for process in range(processes):
-            for side in order.sample(list(roots), len(roots)):
-                try:
-                    contents[side].append(
-                        run_child(roots[side], process, arguments, paths=_paths(roots[side], found.ours))
-                    )
-                except (BadInput, WorkFailed) as error:
-                    raise WorkFailed(f"{side}: a process ended without a result ({error})") from error
-                bar.update(sum(map(len, contents.values())), side)
-    return {side: merged(several) for side, several in contents.items()}

@@ -63,7 +63,7 @@ class Thresholds:
         return matching[-1] if matching else self.default
 
 
-def _trouble(row: str, side: str, records: Sequence[Mapping[str, Any]], processes: int) -> Verdict | None:
+def trouble(row: str, side: str, records: Sequence[Mapping[str, Any]], processes: int) -> Verdict | None:
     """The verdict on a side that did not run everywhere; None if it did."""
     for record in records:
         if "failed" in record:
@@ -84,12 +84,12 @@ def _judge(
 ) -> Verdict:
     if not head:
         return Verdict(row, "missing", detail="in base, not in head")
-    broken = _trouble(row, "head", head, processes[1])
+    broken = trouble(row, "head", head, processes[1])
     if broken is not None:
         return broken
     if not base:
         return Verdict(row, "new", detail="not in base")
-    broken = _trouble(row, "base", base, processes[0])
+    broken = trouble(row, "base", base, processes[0])
     if broken is not None:  # if it never ran in base, head has mended it and there is nothing to compare with
         return broken if any(store.is_good(record) for record in base) else replace(broken, status="new")
     against = {record["against"] for record in (*base, *head)}

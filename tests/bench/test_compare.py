@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import compare, machine, packages, sides
+from bench import children, compare, machine, packages, sides
 from bench.cli import main
 from bench.verdicts import Thresholds, confirmed, exit_code, judge, suspects
 from ddpm.errors import BadInput, WorkFailed
@@ -197,7 +197,7 @@ def repository(tmp_path, monkeypatch):
 def test_refs_are_unpacked_under_one_runner_and_removed(repository, monkeypatch):
     listed = {"one": ["a", "b"], "two": ["a"]}
     monkeypatch.setattr(sides, "_names", lambda root, *_: listed[(root / "bench" / "runner.py").read_text()])
-    with sides.checkouts("one", "two", "kernels", True, "") as found:
+    with sides.checkouts("one", "two", ["kernels"], True, "") as found:
         markers = {side: (root / "kernels" / "marker.py").read_text() for side, root in found.roots.items()}
         runners = {(root / "bench" / "runner.py").read_text() for root in found.roots.values()}
         assert found.gone == ["b"]
@@ -214,25 +214,26 @@ def test_base_falls_back_to_its_own_benchmarks(repository, monkeypatch, capsys):
         return ["a"]
 
     monkeypatch.setattr(sides, "_names", names)
-    with sides.checkouts("one", "two", "kernels", True, "") as found:
+    with sides.checkouts("one", "two", ["kernels"], True, "") as found:
         assert (found.roots["base"] / "bench" / "runner.py").read_text() == "one"
         assert (found.roots["head"] / "bench" / "runner.py").read_text() == "two"
     assert "base runs its own benchmarks" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("cli", "reason"), [("", None), ("from ddpm import gone", "No module named 'ddpm'")])
-def test_what_a_run_needs_and_a_side_lacks_shows_when_it_is_listed(tmp_path, monkeypatch, cli, reason):
-    """Not only what the benchmarks need: the command line imports more."""
-    files = {"__init__": "", "cli": cli, "registry": "class W: name = 'a'\ndef selected(*_): return [W], {}\n"}
+@pytest.mark.parametrize(("run", "reason"), [("", None), ("from ddpm import gone", "No module named 'ddpm'")])
+def test_what_a_run_needs_and_a_side_lacks_shows_when_it_is_listed(tmp_path, monkeypatch, run, reason):
+    """Not only what the benchmarks need: the command imports more."""
+    files = {"__init__": "", "run": run, "registry": "class W: name = 'a'\ndef selected(*_): return [W], {}\n"}
     (tmp_path / "bench").mkdir()
     for name, text in files.items():
         (tmp_path / "bench" / f"{name}.py").write_text(text)
-    monkeypatch.setattr(sides, "PYTHON", (sys.executable, "-P", "-S"))  # no packages but these
+    monkeypatch.setattr(children, "PYTHON", (sys.executable, "-P", "-S"))  # no packages but these
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     if reason is None:
-        assert sides._names(tmp_path, "kernels", True, "") == ["a"]
+        assert sides._names(tmp_path, ["kernels"], True, "") == ["a"]
     else:
         with pytest.raises(WorkFailed, match=reason):
-            sides._names(tmp_path, "kernels", True, "")
+            sides._names(tmp_path, ["kernels"], True, "")
 
 
 def test_bad_refs_are_one_line_each(repository, capsys):
@@ -255,8 +256,10 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     """The whole command with made-up processes: interleaved, then twice as many more for what looked slower."""
     calls = []
 
-    def run_child(root, process, arguments, paths):
+    def run_child(root, process, arguments, *, paths, side, timeout, on_row):
         assert paths == [root, root / "src"]
+        assert side == root.name
+        assert timeout == 77
         calls.append((root.name, process, tuple(arguments)))
         slow = root.name == "head"
         made = content(slowed(1.3) if slow else ROWS, 1, 0.01, seed=len(calls)) | {
@@ -272,10 +275,9 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
         made["records"] = [record for record in made["records"] if pattern.search(record["workload"])]
         return made
 
-    monkeypatch.setattr(sides, "run_child", run_child)
+    monkeypatch.setattr(compare, "run_child", run_child)
     monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
-    monkeypatch.setattr(compare, "selected", lambda *_: None)
-    assert main(["compare", "one", "two", "--processes", "6"]) == 1
+    assert main(["compare", "one", "two", "--processes", "6", "--timeout", "77"]) == 1
     first, second = calls[:12], calls[12:]
     for part, processes in ((first, 6), (second, 2 * 6)):
         assert sorted((side, process) for side, process, _ in part) == sorted(
@@ -288,12 +290,11 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
 
 @pytest.mark.parametrize("error", [WorkFailed("exit code -11"), KeyError("exit code -11")])
 def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, capsys, error):
-    def run_child(root, process, arguments, paths):
+    def run_child(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(sides, "run_child", run_child)
+    monkeypatch.setattr(compare, "run_child", run_child)
     monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
-    monkeypatch.setattr(compare, "selected", lambda *_: None)
     assert main(["compare", "one", "two", "--markdown", str(tmp_path / "c.md")]) == 3
     assert "Nothing was compared" in (tmp_path / "c.md").read_text()
     assert "exit code -11" in (tmp_path / "c.md").read_text()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bench import kernels, store
+from bench import children, kernels, store
 from bench.cli import main
 from bench.machine import ROOT, describe
 from bench.measure import Convolution, measure, peak_memory
@@ -146,7 +146,8 @@ def test_debug_shows_the_tracebacks_of_what_a_record_keeps_in_one_line(small_reg
 
 def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
     said = "Traceback (most recent call last)\nerror: --suite: got 'nonsense'\n"
-    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 2, "", said))
+    talk = f"import sys; sys.stderr.write({said!r}); sys.exit(2)"
+    monkeypatch.setattr(children, "PYTHON", (sys.executable, "-c", talk))
     for word, shown in (("", ""), ("1", said)):
         monkeypatch.setenv("FUSED_DDPM_DEBUG", word)
         with pytest.raises(BadInput, match="--suite: got 'nonsense'"):
