@@ -105,8 +105,8 @@ def test_a_name_that_both_have_is_refused_with_both_folders(foreign, capsys, lin
     name = line.split()[1]
     assert main(["compare", "one", "three", "--suite", "speed.py"]) == 2
     assert re.fullmatch(
-        rf"error: base: speed\.py: imports {name}, which is \S+/base/{name} and, of fused-ddpm, {packages.ROOT / name}: "
-        "the former needs another name\n",
+        rf"error: base: speed\.py: imports {name}, which is \S+/base/{name} and, of fused-ddpm, {packages.ROOT / name}"
+        r": the former needs another name\n",
         capsys.readouterr().err,
     )
 
