@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy
 import torch
 
 from bench.packages import OURS, ROOT, is_ours
-from kernels import backend
 
 RESULTS = "bench/results"
 # Suffixes of what Python runs, and of what it compiles.
@@ -53,6 +53,14 @@ def changed() -> list[str] | None:
     return [line[3:] for line in status.split("\0") if line.endswith(SOURCES)]
 
 
+def _version(distribution: str) -> str | None:
+    """Of what is installed, without importing it; None if it is not."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -72,7 +80,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "dirty": None if sources is None else bool(sources),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": None if backend.triton is None else backend.triton.__version__,
+        "triton": _version("triton"),
         "numpy": numpy.__version__,
         "processor": _processor(),
         "threads": torch.get_num_threads(),

@@ -1,9 +1,50 @@
 """fused-ddpm: train a pixel diffusion network, then sample it as fast as the hardware allows."""
 
-from ddpm.networks import ContextUnet, PointMLP, load_context_unet_weights
-from ddpm.runs import Run, load_run
-from ddpm.sampling import sample
-from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import make_table
-from ddpm.table import StepTable
-from ddpm.trajectory import Trajectory
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddpm.networks import ContextUnet, PointMLP, load_context_unet_weights
+    from ddpm.runs import Run, load_run
+    from ddpm.sampling import sample
+    from ddpm.schedule import NoiseSchedule
+    from ddpm.solvers import make_table
+    from ddpm.table import StepTable
+    from ddpm.trajectory import Trajectory
+
+# Imported when asked for: whoever needs one part, as the benchmarks of another project do, does not wait for all.
+_HOMES = {
+    "ContextUnet": "ddpm.networks",
+    "NoiseSchedule": "ddpm.schedule",
+    "PointMLP": "ddpm.networks",
+    "Run": "ddpm.runs",
+    "StepTable": "ddpm.table",
+    "Trajectory": "ddpm.trajectory",
+    "load_context_unet_weights": "ddpm.networks",
+    "load_run": "ddpm.runs",
+    "make_table": "ddpm.solvers",
+    "sample": "ddpm.sampling",
+}
+
+__all__ = [
+    "ContextUnet",
+    "NoiseSchedule",
+    "PointMLP",
+    "Run",
+    "StepTable",
+    "Trajectory",
+    "load_context_unet_weights",
+    "load_run",
+    "make_table",
+    "sample",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from kernels.philox import is_integer
-
 Item = TypeVar("Item")
 
 
@@ -24,6 +22,8 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
 
 def check_integer(name: str, value: object, low: int = 1) -> None:
     """Raise ValueError unless the value is an integer proper, and not below `low`."""
+    from kernels.philox import is_integer  # not above: the errors alone need no operator
+
     if not is_integer(value) or value < low:
         raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
 
