@@ -6,6 +6,7 @@ It may have SEED, what it draws with, and `unavailable() -> {candidate: reason}`
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -18,13 +19,23 @@ from bench.packages import OURS
 from bench.suite_files import Unavailable, explained, is_file, module_in, refuse_absent, shown
 from bench.timing import Call
 from ddpm.errors import BadInput
-from kernels.backend import Cost
 
 SUITES = {
     name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers", "ladder")
 }
 # Where SEED is, if not in the suite's own module.
 SEEDS = {"kernels": "bench.kernels"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call moves and computes: bytes of memory traffic, floating-point operations.
+
+    Not `kernels.backend.Cost`, which is per element, and which brings all operators and Triton with it.
+    """
+
+    bytes: float
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,9 @@ def _listed(suite: str, quick: bool) -> list[Workload]:
     with explained(path):
         found = module.workloads(quick)
     if not isinstance(found, list | tuple) or not all(isinstance(workload, Workload) for workload in found):
-        raise BadInput(f"--suite: {suite}: workloads(quick) returned {found!r:.200}, needs a list of Workload")
+        raise BadInput(
+            f"--suite: {shown(path)}: workloads(quick) returned {reprlib.repr(found)}, needs a list of Workload"
+        )
     return [replace(workload, file=shown(path)) for workload in found]
 
 
@@ -189,6 +202,7 @@ def selected(suites: str | Sequence[str], quick: bool, pattern: str) -> tuple[li
         if any(expression.search(workload.name) for workload in loaded):
             skipped |= getattr(_module(name), "unavailable", dict)()
     if not found and "all" not in suites:
-        raise BadInput(f"--suite: {', '.join(asked)}: workloads({quick}) returned none, needs at least one")
+        names = ", ".join(shown(Path(name)) if is_file(name) else name for name in asked)
+        raise BadInput(f"--suite: {names}: workloads({quick}) returned none, needs at least one")
     _refuse_twins(found)
     return matching(found, expression), skipped

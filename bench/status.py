@@ -1,10 +1,10 @@
 """What a process is measuring, told to the one that started it: a crash or a hang is then reported with its row."""
 
 import os
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-
-from bench.timing import Time, Timer
+from typing import Any
 
 # The file that a process tells it to; whoever starts one may name none.
 VARIABLE = "FUSED_DDPM_STATUS"
@@ -36,11 +36,10 @@ def row(workload: str, candidate: str, file: str = "") -> str:
     return f"in row {workload} {candidate}" + (f" of {file}" if file else "")
 
 
-def told(status: str, once: Timer) -> Timer:
+def told(status: str, once: Callable[[], Any]) -> Callable[[], Any]:
     """The timer, which says so before each sample."""
 
-    @wraps(once)
-    def sample() -> Time:
+    def sample() -> Any:
         say(status)
         return once()
 

@@ -103,5 +103,5 @@ def module_in(path: Path) -> ModuleType:
     with explained(path):
         spec.loader.exec_module(module)
     if not hasattr(module, "workloads"):
-        raise BadInput(f"--suite: {path}: has no workloads(quick) -> list[Workload]")
+        raise BadInput(f"--suite: {shown(path)}: has no workloads(quick) -> list[Workload]")
     return module
