@@ -3,11 +3,12 @@
 import random
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from bench import config, machine, packages, sides, store, verdicts
@@ -127,7 +128,7 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
     sides.refuse_dirty()
     with sides.checkouts(*commits.values(), job.suites, job.quick, job.pattern) as found:
         rows = [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found.gone]
-        contents: Mapping[str, store.Content] = {}
+        contents: dict[str, store.Content] = {}
         try:
             if not rows:
                 contents, rows = _measured(found, job, thresholds)
@@ -137,7 +138,10 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
     if any(row.status in verdicts.BROKEN for row in rows):
         print("note: stopped at the first certain failure, other rows were not measured to the end", file=sys.stderr)
     for side, commit in commits.items():
-        content = contents.setdefault(side, store.content_of([], {}, {}, processes=0))
+        if side not in contents:  # nothing was measured there
+            here = machine.describe(torch.device("cpu"))
+            contents[side] = store.content_of([], here, {}, processes=0)
+        content = contents[side]
         content["machine"] |= {"commit": commit, "dirty": False}
     return contents["base"], contents["head"], rows
 

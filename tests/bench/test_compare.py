@@ -307,3 +307,56 @@ def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, cap
     last = said.splitlines()[-1]
     assert last.startswith("error: ")
     assert "exit code -11" in last
+
+
+@pytest.fixture
+def planted(repository, monkeypatch, content):
+    """planted({side: {process: facts}}) -> the processes that `compare one two` ran, where SLOW has these facts."""
+
+    def plant(facts):
+        calls = []
+
+        def run_child(root, process, arguments, *, side, **options):
+            calls.append((side, process))
+            made = content(ROWS, 1, 0.01, seed=len(calls))
+            for record in made["records"]:
+                record["process"] = process
+            return broken(made, **facts.get(side, {}).get(process, {}))
+
+        monkeypatch.setattr(compare, "run_child", run_child)
+        monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
+        return calls
+
+    return plant
+
+
+@pytest.mark.parametrize("facts", [{"failed": "RuntimeError: x"}, {"parity": False, "error": 1, "tolerance": 0}])
+@pytest.mark.parametrize("process", [0, 3])
+def test_the_first_certain_failure_ends_it_and_is_all_that_is_told(planted, facts, process, tmp_path, capsys):
+    calls = planted({"head": {process: facts}})
+    assert main(["compare", "one", "two", "--json", str(tmp_path / "c.json")]) == 3
+    assert calls[-1] == ("head", process)
+    assert len(calls) <= 2 * (process + 1)
+    assert "note: stopped at the first certain failure" in capsys.readouterr().err
+    stored = json.loads((tmp_path / "c.json").read_text())
+    assert stored["exit"] == 3
+    assert [row["row"] for row in stored["rows"]] == [f"{SLOW} operator"]
+    assert stored["head"]["processes"] == process + 1
+
+
+def test_what_never_ran_in_base_is_no_failure_and_what_ran_once_is(planted, capsys):
+    calls = planted({"base": {process: {"failed": "RuntimeError: x"} for process in range(8)}})
+    assert main(["compare", "one", "two"]) == 0
+    assert len(calls) >= 16
+    calls = planted({"base": {2: {"failed": "RuntimeError: x"}}})
+    assert main(["compare", "one", "two"]) == 3
+    assert calls[-1] == ("base", 2)
+
+
+def test_a_benchmark_that_vanished_is_told_before_anything_is_measured(repository, monkeypatch, tmp_path):
+    listed = {"one": ["a", "b"], "two": ["a"]}
+    monkeypatch.setattr(sides, "_names", lambda root, *_: listed[(root / "bench" / "runner.py").read_text()])
+    monkeypatch.setattr(compare, "run_child", lambda *_, **__: pytest.fail("measured"))
+    assert main(["compare", "one", "two", "--json", str(tmp_path / "c.json")]) == 3
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [(row["row"], row["status"]) for row in rows] == [("b", "missing")]
