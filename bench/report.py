@@ -23,7 +23,7 @@ from ddpm.files import read_json, write_text
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
 # The machine whose records the documents show; others have a folder of their own beside it.
 MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
-RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.json" for name in ("run", "peers", "step", "export"))
+RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers", "step", "export"))
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 PROOF = MACHINE / "compare_proof.json"
