@@ -6,10 +6,8 @@ torch. `time / yardstick` of two versions can be compared on one machine whateve
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache, partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -18,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import status
+from bench.counts import compiled, counts
+from bench.processor import queued_seconds
 from bench.registry import Bench, Candidate, Workload
 from bench.store import is_good
 from bench.timing import Call, Timer, interleaved, synchronize, timer
@@ -115,41 +115,6 @@ def convolution_ceiling(device: torch.device, rounds: int = 5) -> Convolution:
     return Convolution(flops / (min(once().kernel for _ in range(rounds)) * 1e-6), name)
 
 
-@contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """PyTorch's profiler prints two lines at every start and stop, from C++."""
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes that one call holds above what was there, by PyTorch's allocators; None if it used none of them.
-
-    On the CPU the profiler replays allocations; memory of other runtimes (ONNX Runtime) is not seen.
-    """
-    if device.type == "cuda":
-        synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with _quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak if events else None
-
-
 def one_line(error: BaseException) -> str:
     """What went wrong, for a record; the traceback goes to stderr under --debug."""
     show_trace(error)
@@ -199,21 +164,25 @@ def measure(
     calls: dict[str, Call] = {}
     found: dict[str, dict[str, Any]] = {}
     status.say(row(EAGER))
+    before = compiled()
     try:
         bench = workload.build(device)
         calls[EAGER], found[EAGER] = _prepared(lambda: bench.reference, bench.sets[0], device)
+        found[EAGER] |= {"frozen": bench.frozen, "counts": compiled().since(before)}
     except Exception as error:
         return [head | {"candidate": EAGER, "failed": one_line(error)}]
     for name, candidate in bench.candidates.items():
         status.say(row(name))
+        before = compiled()
         try:
             calls[name], found[name] = _prepared(candidate.make, bench.sets[0], device)
-            found[name] |= _judged(candidate, calls[name])
+            found[name] |= _judged(candidate, calls[name]) | {"counts": compiled().since(before)}
         except Exception as error:
             found[name] = {"failed": one_line(error)}
     calls = {name: call for name, call in calls.items() if is_good(found[name])}
     try:
         for name, figures in _timed(bench, calls, device, rounds, seconds, ceiling, row).items():
+            figures["counts"] = _sum(found[name]["counts"], figures["counts"])
             found[name] |= figures
     except Exception as error:
         reason = one_line(error)
@@ -234,25 +203,33 @@ def _timed(
     """What a record says of time and memory, by candidate. row: what a candidate's row is called (`status.row`)."""
     half = int(min(max(bench.cost.bytes, 2), COPY_MOST) // 2)
     buffers = [tuple(torch.empty(half, dtype=torch.uint8, device=device) for _ in range(2)) for _ in bench.sets]
-    timers = {
-        name: status.told(row(name), _sampler(call, bench.sets, device, bench.capturable))
-        for name, call in calls.items()
-    }
+    timers, warmed = {}, {}
+    for name, call in calls.items():
+        before = compiled()
+        timers[name] = status.told(row(name), _sampler(call, bench.sets, device, bench.capturable))
+        warmed[name] = compiled().since(before)
     timers["copy"] = _sampler(lambda to, source: to.copy_(source), buffers, device, bench.capturable)
     timers[YARDSTICK] = _sampler(yardstick(device), [()], device)
-    memory = {name: peak_memory(partial(call, *bench.sets[0]), device) for name, call in calls.items()}
     clock = time.process_time if device.type == "cpu" else time.monotonic
     began = clock()
     samples = interleaved(
         timers, rounds, SEED, lambda done: done >= LEAST_ROUNDS and clock() - began > seconds, bench.rest_s
     )
     copy_rate = 2 * half / (median(samples["copy"]["kernel"]) * 1e-6)
-    return {
+    found = {
         name: _figures(bench, samples, name, copy_rate, ceiling)
         | _gate(samples, name, YARDSTICK if name == EAGER or not bench.frozen else EAGER, device)
-        | {"peak_memory_bytes": memory[name]}
         for name in calls
     }
+    for name, call in calls.items():  # counted last, which disturbs no time
+        status.say(row(name))
+        counted = counts(partial(call, *bench.sets[0]), device)
+        found[name] |= counted | {"counts": counted["counts"] | warmed[name]}
+    return found
+
+
+def _sum(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {name: first.get(name, 0) + count for name, count in second.items()}
 
 
 Samples = Mapping[str, Mapping[str, list[float]]]
@@ -261,6 +238,11 @@ Samples = Mapping[str, Mapping[str, list[float]]]
 def _paired(first: list[float], second: list[float]) -> float:
     """The median over rounds of first / second."""
     return median(a / b for a, b in zip(first, second, strict=True))
+
+
+def _unqueued(samples: Mapping[str, list[float]]) -> list[float]:
+    """At least a nanosecond: a preemption just outside the timed window is in the queue and not in the wall time."""
+    return [max(wall - queued, 1e-3) for wall, queued in zip(samples["wall"], samples["queued"], strict=True)]
 
 
 def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceiling: float) -> dict[str, Any]:
@@ -280,14 +262,21 @@ def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceilin
 
 
 def _gate(samples: Samples, name: str, against: str, device: torch.device) -> dict[str, Any]:
-    """What `compare` takes of a process: the median over rounds of time / time of `against`, and the raw samples.
+    """What `compare` takes of a process: medians over rounds of time / time of `against`, and the raw samples.
 
-    On the CPU it is processor time. On a busy machine wall times of one row spread by 30-60% between processes,
+    gate: on the CPU processor time. On a busy machine wall times of one row spread by 30-60% between processes,
     whatever the statistic, because others take the processor away; processor time counts only while we have it.
+    wall_gate: wall time less what the thread queued for a processor, which spreads like processor time and sees
+    waiting; where the system does not say, the smallest wall time over rounds over the smallest of `against`.
     """
     kind = "kernel" if device.type == "cuda" else "processor"
+    if queued_seconds() is None:
+        wall = min(samples[name]["wall"]) / min(samples[against]["wall"])
+    else:
+        wall = _paired(_unqueued(samples[name]), _unqueued(samples[against]))
     return {
         "gate": _paired(samples[name][kind], samples[against][kind]),
+        "wall_gate": wall,
         "against": against,
         "samples_us": {
             name: {kind: [round(sample, 3) for sample in values] for kind, values in samples[name].items()}

@@ -18,7 +18,6 @@ from bench.registry import SUITES, Workload, check_suites, expression_of, seed_o
 from bench.suite_files import import_folders, is_file, located
 from ddpm.command_line import FAILED
 from ddpm.errors import BadInput
-from ddpm.files import write_json
 from ddpm.progress import Bar
 
 ROUNDS = 60
@@ -39,7 +38,7 @@ def measured(
 
     Each record of a good row has its share of the convolution rate, the best seen just before and after its workload.
     """
-    ceiling, records = matrix_ceiling(device), []
+    load, ceiling, records = machine.Load(), matrix_ceiling(device), []
     with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
         for done, workload in enumerate(workloads, start=1):
             before = convolution_ceiling(device)
@@ -49,7 +48,8 @@ def measured(
                 record |= {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
             records += [{"process": 0} | record for record in found]
             bar.update(done, workload.name)
-    return store.content_of(records, describe(device), skipped, **asked, processes=1, product_flops_per_s=ceiling)
+    where = describe(device) | {"load": load.record()}
+    return store.content_of(records, where, skipped, **asked, processes=1, product_flops_per_s=ceiling)
 
 
 def run_here(
@@ -93,7 +93,8 @@ def merged(contents: list[store.Content]) -> store.Content:
     first = contents[0]
     records = [record for content in contents for record in content["records"]]
     asked = {key: first.get(key) for key in ("seed", "suite", "quick", "filter", "product_flops_per_s")}
-    return store.content_of(records, first["machine"], first["skipped"], **asked, processes=len(contents))
+    where = first["machine"] | {"load": machine.overall([content["machine"].get("load") for content in contents])}
+    return store.content_of(records, where, first["skipped"], **asked, processes=len(contents))
 
 
 def refuse_unwritable(**outputs: Path | None) -> None:
@@ -109,7 +110,9 @@ def exit_code(content: store.Content) -> int:
 
 
 def run(
-    out: Annotated[Path, typer.Option(metavar="F.json", help="where the records go")],
+    out: Annotated[
+        Path, typer.Option(metavar="F.jsonl", help="where the records go: JSON Lines, or an object in F.json")
+    ],
     suite: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(SUITES)}, all or FILE.py; repeatable [pyproject.toml's suites, or all]"),
@@ -140,7 +143,9 @@ def run(
         arguments += [] if rounds is None else ["--rounds", str(rounds)]
         limit = timeout or configured.timeout or TIMEOUT
         content = _run_apart(suites, arguments, processes, threads or 1, limit, quiet)
-    write_json(out, content)
+    store.write(out, content)
+    if not quiet:
+        machine.warn(machine.warning_of((content["machine"]["load"] or {}).get("others")))
     for reason in content["skipped"].values():
         print(f"note: {reason}", file=sys.stderr)
     if not quiet:

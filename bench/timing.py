@@ -11,19 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.processor import children_seconds, queued_seconds
+
 Call = Callable[..., Any]
 WARM_UP = 3
 
 
 class Time(NamedTuple):
-    """Microseconds of one call: on the device alone, as a user's loop sees them, and of this process's processor time.
+    """Microseconds of one call.
 
-    On the CPU the device time is the wall time.
+    kernel: on the device alone; on the CPU the wall time. wall: as a user's loop sees them. processor: processor time
+    of this process and of its children. queued: of the wall time, what this thread was ready for and had no processor,
+    because others had it; 0 where the system does not say.
     """
 
     kernel: float
     wall: float
     processor: float
+    queued: float = 0.0
 
 
 Timer = Callable[[], Time]
@@ -80,14 +85,16 @@ def timer(call: Call, sets: Sequence[tuple], device: torch.device, capturable: b
 
     def once() -> Time:
         kernel = _between_events(work) if cuda else None
-        processor = time.process_time()
         synchronize(device)
-        began = time.perf_counter()
+        children, queued = children_seconds(), queued_seconds() or 0.0
+        processor, began = time.process_time(), time.perf_counter()
         loop()
         synchronize(device)
-        wall = (time.perf_counter() - began) * 1e6
-        processor = (time.process_time() - processor) * 1e6
-        return Time(*(us / len(sets) for us in (wall if kernel is None else kernel, wall, processor)))
+        wall, processor = time.perf_counter() - began, time.process_time() - processor
+        queued = min((queued_seconds() or 0.0) - queued, wall)
+        processor += max(children_seconds() - children, 0.0)
+        device_us = wall * 1e6 if kernel is None else kernel
+        return Time(*(us / len(sets) for us in (device_us, wall * 1e6, processor * 1e6, queued * 1e6)))
 
     return once
 
