@@ -4,32 +4,30 @@ import random
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
 from bench import config, machine, packages, sides, store, verdicts
 from bench.children import TIMEOUT, Running, run_child
+from bench.comparison import KIND, compare_markdown, compare_table, result_of
 from bench.config import TABLE, TooNoisy
 from bench.measure import one_line
 from bench.registry import check_suites, expression_of
 from bench.run import merged, suite_arguments
-from bench.show import compare_markdown, compare_table
 from bench.suite_files import is_file, located
-from bench.verdicts import CLEAN, LEAST_PROCESSES, NOT_RUN, THRESHOLD, Thresholds, Verdict
+from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, TOO_NOISY, Pair, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import json_text, write_text
 from ddpm.progress import Bar
 
-KIND = "fused-ddpm comparison"
 PROCESSES = 8
-TOO_NOISY = 4  # the exit code of rows that cannot be told, where that was asked for
 FIRST_ROUND, SECOND_ROUND = 0, 1
-# Processes of the second round, which decides, as a multiple of the first's: as many again missed two of ten planted
-# 10% on a busy machine. There is one only where something is suspected, and it runs the suspects alone.
+# Processes of the second round as a multiple of the first's. There is one only where something is suspected, and it
+# runs the suspects alone; both rounds together decide (`verdicts.pooled`).
 AGAIN = 2
 OURS = "kernels"  # what is measured of this project unless something is asked for
 
@@ -98,29 +96,36 @@ def measure_sides(
     return {side: merged(several) for side, several in contents.items()}
 
 
-def compare_files(base: Path, head: Path, thresholds: Thresholds) -> tuple[dict, dict, list[Verdict]]:
+def compare_files(
+    base: Path, head: Path, thresholds: Thresholds, across_machines: bool
+) -> tuple[list[Pair], list[Verdict]]:
     """Verdicts on two stored files, which were not interleaved: drift between them looks like a change."""
     contents = store.load(base), store.load(head)
-    verdicts.comparable(*contents)
+    for difference in verdicts.comparable(*contents, across_machines):
+        print(f"note: {difference}", file=sys.stderr)
     print("note: stored files were not measured side by side; what the machine did in between counts", file=sys.stderr)
-    return *contents, verdicts.judge(*contents, thresholds)
+    return [contents], verdicts.judge(*contents, thresholds)
 
 
 def _measured(
     found: sides.Checkouts, job: Job, thresholds: Thresholds
-) -> tuple[dict[str, store.Content], list[Verdict]]:
-    """Both rounds: rows beyond their threshold are measured once more, in more processes."""
+) -> tuple[list[dict[str, store.Content]], list[Verdict]]:
+    """Both rounds: rows that may be slower are measured once more, in more processes."""
+    warned = machine.warn(machine.busy_warning())
     contents = measure_sides(found, job.processes, job.arguments(), "compare", FIRST_ROUND, job.timeout)
+    if not warned:
+        loads = [(content["machine"].get("load") or {}).get("others") for content in contents.values()]
+        machine.warn(machine.warning_of(max(filter(None, loads), default=None)))
     rows = verdicts.judge(*contents.values(), thresholds)
     suspects = verdicts.suspects(rows)
     if suspects:
         arguments = job.arguments(sorted({row.partition(" ")[0] for row in suspects}))
         again = measure_sides(found, AGAIN * job.processes, arguments, "confirm", SECOND_ROUND, job.timeout)
-        rows = verdicts.confirmed(rows, verdicts.judge(*again.values(), thresholds))
-    return contents, rows
+        return [contents, again], verdicts.pooled(tuple(contents.values()), tuple(again.values()), thresholds)
+    return [contents], rows
 
 
-def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tuple[dict, dict, list[Verdict]]:
+def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tuple[list[Pair], list[Verdict]]:
     """Verdicts on two git refs. What is certainly broken ends it, and is then all that is told."""
     check_suites(job.suites)
     expression_of(job.pattern)
@@ -128,22 +133,22 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
     sides.refuse_dirty()
     with sides.checkouts(*commits.values(), job.suites, job.quick, job.pattern) as found:
         rows = [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found.gone]
-        contents: dict[str, store.Content] = {}
+        rounds: list[dict[str, store.Content]] = [{}]
         try:
             if not rows:
-                contents, rows = _measured(found, job, thresholds)
+                rounds, rows = _measured(found, job, thresholds)
         except CertainFailure as failure:
             rows = failure.found
-            contents = {side: merged(several) for side, several in failure.contents.items() if several}
+            rounds = [{side: merged(several) for side, several in failure.contents.items() if several}]
     if any(row.status in verdicts.BROKEN for row in rows):
         print("note: stopped at the first certain failure, other rows were not measured to the end", file=sys.stderr)
     for side, commit in commits.items():
-        if side not in contents:  # nothing was measured there
-            here = machine.describe(torch.device("cpu"))
-            contents[side] = store.content_of([], here, {}, processes=0)
-        content = contents[side]
-        content["machine"] |= {"commit": commit, "dirty": False}
-    return contents["base"], contents["head"], rows
+        for contents in rounds:
+            if side not in contents:  # nothing was measured there
+                here = machine.describe(torch.device("cpu"))
+                contents[side] = store.content_of([], here, {}, processes=0)
+            contents[side]["machine"] |= {"commit": commit, "dirty": False}
+    return [(contents["base"], contents["head"]) for contents in rounds], rows
 
 
 def _suites(asked: Sequence[str] | None, configured: config.Config) -> list[str]:
@@ -176,7 +181,7 @@ def _refuse_unwritable(paths: Sequence[Path]) -> None:
 
 
 def _is_file(name: str) -> bool:
-    return name.endswith(".json") or Path(name).is_file()
+    return store.is_stored(name) or Path(name).is_file()
 
 
 def _told_nothing(error: Exception, markdown: Path | None, json_file: Path | None) -> int:
@@ -189,10 +194,6 @@ def _told_nothing(error: Exception, markdown: Path | None, json_file: Path | Non
         head = {"format_version": store.FORMAT_VERSION, "kind": KIND, "exit": NOT_RUN}
         write_text(json_file, json_text(head | {"error": reason, "rows": []}))
     return NOT_RUN
-
-
-def _side(content: store.Content) -> dict[str, Any]:
-    return {key: content[key] for key in ("machine", "processes", "date")}
 
 
 def compare(
@@ -222,10 +223,13 @@ def compare(
         bool, typer.Option("--across-machines", help="files: compare those of different machines or versions")
     ] = False,
     markdown: Annotated[Path | None, typer.Option(metavar="F.md", help="write a table for a pull request")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="F.json", help="write the verdicts")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="F.json", help="write the verdicts and samples")
+    ] = None,
 ) -> int:
     """Is HEAD slower than BASE? Exit 0: no; 1: yes, a confirmed regression; 3: something did not run; 2: bad input.
 
+    With --too-noisy fail 4: of some rows it cannot be told.
     What options do not say, [tool.ddpm-bench] in pyproject.toml may.
     """
     outputs = [path for path in (markdown, json_file) if path is not None]
@@ -237,7 +241,7 @@ def compare(
     thresholds = Thresholds(limit, [*configured.rules, *(threshold_for or [])])
     try:
         if _is_file(base):
-            before, after, found = compare_files(Path(base), Path(head), thresholds)
+            rounds, found = compare_files(Path(base), Path(head), thresholds, across_machines)
         else:
             job = Job(
                 _suites(suite, configured),
@@ -247,24 +251,16 @@ def compare(
                 timeout or configured.timeout or TIMEOUT,
                 configured.build if build is None else build,
             )
-            before, after, found = compare_refs(base, head, job, thresholds)
+            rounds, found = compare_refs(base, head, job, thresholds)
     except BadInput:
         raise
     except Exception as error:
         return _told_nothing(error, markdown, json_file)
-    code = verdicts.exit_code(found)
-    if code == CLEAN and (too_noisy or configured.too_noisy) == "fail" and any(v.status == "too noisy" for v in found):
-        code = TOO_NOISY
-    result = {
-        "format_version": store.FORMAT_VERSION,
-        "kind": KIND,
-        "base": _side(before),
-        "head": _side(after),
-        "exit": code,
-        "rows": [asdict(verdict) for verdict in found],
-    }
-    texts = {markdown: compare_markdown(result), json_file: json_text(result)}
-    for path in outputs:
-        write_text(path, texts[path])
+    code = verdicts.exit_code(found, too_noisy or configured.too_noisy or "pass")
+    result = result_of(rounds, found, code)
+    if markdown is not None:
+        write_text(markdown, compare_markdown(result))
+    if json_file is not None:
+        store.write(json_file, result)
     compare_table(result)
     return code

@@ -1,4 +1,4 @@
-"""Tables for people, on the terminal and as Markdown: what `run` measured, what `compare` concludes."""
+"""Tables for people, on the terminal and as Markdown: what `run` measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box, table
 from rich.console import Console
+from rich.markup import escape
 
 from bench import store
 from bench.interval import median_interval
@@ -44,7 +45,7 @@ class Table:
             words = side == "l" and column == len(self.align) - 1
             grid.add_column(heading, justify={"l": "left", "r": "right"}[side], no_wrap=not words)
         for number, row in enumerate(self.rows):
-            grid.add_row(*row, style=self.styles.get(number, ""))
+            grid.add_row(*map(escape, row), style=self.styles.get(number, ""))
         console = Console()
         console.width = max(console.width, WIDTH)
         console.print(grid, highlight=False)
@@ -121,63 +122,3 @@ def run_table(content: store.Content) -> tuple[Table, list[str]]:
         figures = _figures(records) if bad is None else ["none, see below", *[""] * 7]
         rows.append([records[0]["workload"], records[0]["candidate"], *figures])
     return Table(RUN_HEADINGS, "ll", rows, where(content["machine"])), wrong
-
-
-CONCLUSION = {0: "no row is slower", 1: "REGRESSION", 3: "SOMETHING DID NOT RUN"}
-STYLES = {"slower": "red bold", "failed": "red bold", "parity lost": "red bold", "missing": "red bold"} | {
-    "faster": "green",
-    "unconfirmed": "yellow",
-    "new": "cyan",
-}
-COMPARE_HEADINGS = ("row", "base", "head", "change", "p", "limit", "against", "verdict")
-COMPARE_ALIGN = "lrrrrrll"
-EXPLANATION = (
-    "change: time against eager or the yardstick (a fixed convolution), measured in the same process, head over base. "
-    "slower: p < 0.01 by Mann-Whitney over process medians and a change beyond the limit, in two rounds of processes."
-)
-
-
-def _compare_cells(row: Mapping[str, Any]) -> list[str]:
-    if row["ratio"] is None:
-        return [row["row"], "", "", "", "", "", "", f"{row['status']} ({row['detail']})"]
-    return [
-        row["row"],
-        microseconds(row["base_us"]),
-        microseconds(row["head_us"]),
-        f"{row['ratio'] - 1:+.1%}",
-        f"{row['p']:.2g}",
-        f"{row['threshold']:+.0%}",
-        row["against"],
-        f"{row['status']} ({row['detail']})" if row["detail"] else row["status"],
-    ]
-
-
-def _compared(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    styles = {number: STYLES.get(row["status"], "") for number, row in enumerate(rows)}
-    return Table(COMPARE_HEADINGS, COMPARE_ALIGN, list(map(_compare_cells, rows)), title, styles)
-
-
-def _checkouts(result: Mapping[str, Any]) -> str:
-    """ "base 1a2b3c4d, head 5e6f7a8b; 8 and 8 processes on PROCESSOR"."""
-    names = [f"{side} {(result[side]['machine']['commit'] or 'without a commit')[:10]}" for side in ("base", "head")]
-    counts = f"{result['base']['processes']} and {result['head']['processes']} processes"
-    return f"{', '.join(names)}; {counts} on {device_of(result['head']['machine'])}"
-
-
-def compare_table(result: Mapping[str, Any]) -> None:
-    """Print a comparison; the conclusion is the last line."""
-    _compared(result["rows"], _checkouts(result)).show([EXPLANATION], "dim")
-    Console().print(CONCLUSION[result["exit"]], style="bold", highlight=False)
-
-
-def compare_markdown(result: Mapping[str, Any]) -> str:
-    """A comparison for a pull request or a step summary: what is not `same` first, the rest folded."""
-    changed = [row for row in result["rows"] if row["status"] != "same"]
-    same = [row for row in result["rows"] if row["status"] == "same"]
-    parts = [f"### Benchmarks: {CONCLUSION[result['exit']]}\n", f"{_checkouts(result)}.\n"]
-    if changed:
-        parts.append(_compared(changed).markdown() + "\n")
-    if same:
-        shown = _compared(same).markdown()
-        parts.append(f"<details><summary>{len(same)} rows the same</summary>\n\n{shown}\n\n</details>\n")
-    return "\n".join((*parts, EXPLANATION, ""))
