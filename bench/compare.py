@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 import typer
 
-from bench import config, machine, packages, sides, store, verdicts
+from bench import checkouts, config, machine, packages, store, verdicts
 from bench.children import TIMEOUT, Running, run_child
 from bench.comparison import KIND, compare_markdown, compare_table, result_of
 from bench.config import TABLE, TooNoisy
@@ -46,9 +46,9 @@ class Job:
     build: str | None
 
     def arguments(self, workloads: Sequence[str] = ()) -> list[str]:
-        """Of `run`: for the whole job, or for some of its workloads."""
+        """Of `run`, beside the suites: for the whole job, or for some of its workloads."""
         pattern = f"^({'|'.join(map(re.escape, workloads))})$" if workloads else self.pattern
-        return [*suite_arguments(self.suites), "--filter", pattern, *(["--quick"] if self.quick else [])]
+        return ["--filter", pattern, *(["--quick"] if self.quick else [])]
 
 
 class CertainFailure(Exception):
@@ -72,21 +72,24 @@ def _certain(contents: Contents) -> list[Verdict]:
 
 
 def measure_sides(
-    found: sides.Checkouts, processes: int, arguments: list[str], label: str, seed: int, timeout: float
+    found: checkouts.Checkouts, processes: int, arguments: list[str], label: str, seed: int, timeout: float
 ) -> dict[str, store.Content]:
-    """`run` with these arguments in so many fresh processes a side, in pairs of random order: ABBA-like.
+    """`run` of a side's suites in so many fresh processes, both sides in pairs of random order: ABBA-like.
 
     Raises WorkFailed if one ended without a result, and CertainFailure as soon as a row is broken.
     """
-    contents: Contents = {side: [] for side in found.roots}
+    contents: Contents = {side: [] for side in found.sides}
     order = random.Random(seed)  # noqa: S311 (no secret)
     with Bar(label, processes * len(contents), "processes/s") as bar:
         running = Running(bar)
         for process in range(processes):
             for side in order.sample(list(contents), len(contents)):
-                how = {"paths": found.paths(side), "timeout": timeout, "on_row": running.of(side), "side": side}
+                checkout = found.sides[side]
+                line = [*suite_arguments(checkout.suites), *arguments]
+                where = {"paths": checkout.paths, "extra": checkout.extra, "side": side}
+                how = {"timeout": timeout, "on_row": running.of(side)}
                 try:
-                    contents[side].append(run_child(found.roots[side], process, arguments, **how))
+                    contents[side].append(run_child(checkout.folder, process, line, **where, **how))
                 except BadInput as error:
                     raise WorkFailed(str(error)) from error
                 running.ended(side)
@@ -108,7 +111,7 @@ def compare_files(
 
 
 def _measured(
-    found: sides.Checkouts, job: Job, thresholds: Thresholds
+    found: checkouts.Checkouts, job: Job, thresholds: Thresholds
 ) -> tuple[list[dict[str, store.Content]], list[Verdict]]:
     """Both rounds: rows that may be slower are measured once more, in more processes."""
     warned = machine.warn(machine.busy_warning())
@@ -127,11 +130,12 @@ def _measured(
 
 def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tuple[list[Pair], list[Verdict]]:
     """Verdicts on two git refs. What is certainly broken ends it, and is then all that is told."""
-    check_suites(job.suites)
+    check_suites([suite for suite in job.suites if not is_file(suite)])  # a file may be in one of the commits alone
     expression_of(job.pattern)
-    commits = {"base": sides.commit_of(base), "head": sides.commit_of(head)}
-    sides.refuse_dirty()
-    with sides.checkouts(*commits.values(), job.suites, job.quick, job.pattern) as found:
+    commits = {"base": checkouts.commit_of(base), "head": checkouts.commit_of(head)}
+    checkouts.refuse_dirty()
+    asked = job.suites, job.quick, job.pattern, job.build, job.timeout
+    with checkouts.checkouts(*commits.values(), *asked) as found:
         rows = [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found.gone]
         rounds: list[dict[str, store.Content]] = [{}]
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import torch
 
-from bench.packages import OURS, ROOT, is_ours
+from bench.packages import OURS, ROOT, is_ours  # noqa: F401 (ROOT: imported from here)
 from bench.processor import children_seconds
 
 RESULTS = "bench/results"
@@ -27,20 +27,33 @@ BUSY = 0.4
 SOURCES = (".py", ".pyx", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
 
 
+# What a hook of git sets; it would lead away from the folder that is asked about. Its configuration stays.
+LOCAL = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX")
+
+
+def without_git(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which git goes by the working directory alone."""
+    return {name: value for name, value in environment.items() if name not in LOCAL}
+
+
 def git(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[bytes] | None:
     """git in the repository, or in another folder; None where there is no git."""
     program = shutil.which("git")
     if program is None:
         return None
     command = [program, "-C", str(folder or repository()), *arguments]
-    return subprocess.run(command, capture_output=True, check=False)  # noqa: S603
+    return subprocess.run(command, capture_output=True, check=False, env=without_git(os.environ))  # noqa: S603
 
 
 @cache
 def repository() -> Path:
-    """The git checkout whose code is measured: the one around the working directory, else this project's folder."""
+    """The git checkout around the working directory, whose code is measured; without one, the working directory.
+
+    Never another repository in its place: where git refuses, what is asked of git there fails with git's own words.
+    """
     done = git("rev-parse", "--show-toplevel", folder=Path.cwd())
-    return Path(done.stdout.decode().strip()) if done is not None and done.returncode == 0 else ROOT
+    found = done is not None and done.returncode == 0
+    return Path(done.stdout.decode().removesuffix("\n")) if found else Path.cwd()
 
 
 def _said(*arguments: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench import config, machine, packages, store
+from bench import config, machine, packages, provenance, store
 from bench.children import TIMEOUT, Running, environment, run_child  # noqa: F401 (environment: imported from here)
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
@@ -57,11 +57,14 @@ def run_here(
 ) -> store.Content:
     """Measure the selected workloads in this process, on CUDA where there is one."""
     workloads, skipped = selected(suites, quick, pattern)
+    provenance.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seconds = math.inf if rounds else (QUICK_SECONDS if quick else SECONDS)
     suite = suites if isinstance(suites, str) else ", ".join(suites)
     asked = {"seed": seed_of(suites, workloads), "suite": suite, "quick": quick, "filter": pattern}
-    return measured(workloads, device, rounds or ROUNDS, seconds, skipped, quiet, **asked)
+    content = measured(workloads, device, rounds or ROUNDS, seconds, skipped, quiet, **asked)
+    provenance.check()
+    return content
 
 
 def suite_arguments(suites: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from bench import machine, packages, status
+from bench import imports, machine, packages, project, status
 from ddpm.command_line import show_trace
 from ddpm.errors import BadInput, WorkFailed
 
@@ -89,10 +89,13 @@ def explained(suite: Path) -> Iterator[None]:
 def module_in(path: Path) -> ModuleType:
     """The module of a suite's file, imported once a process. Raises BadInput if it is no suite."""
     refuse_absent(str(path))
-    for folder in reversed(import_folders(path)):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-    packages.refuse_clashes(Path.cwd(), path)
+    if not imports.begin():  # a checkout's processes are told where its modules are
+        for folder in reversed(import_folders(path)):
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+    side = project.side()
+    places = import_folders(path) if side is None else side.folders_of(packages.OURS)
+    packages.refuse_clashes(machine.repository(), path, places)
     # Not its plain name, which may be that of a package it measures; in sys.modules, as dataclasses and pickle need.
     name = f"suite_{path.stem}"
     while name in sys.modules:

@@ -7,8 +7,10 @@ import types
 import pytest
 import torch
 
+from bench import checkouts, children, machine
 from bench.registry import SUITES, Bench, Candidate, Workload
 from kernels.backend import Cost
+from tests.bench.places import LIST, Place
 
 MACHINE = {"processor": "test", "device": "cpu", "threads": 1, "torch": "0", "commit": "c0ffee", "dirty": False}
 
@@ -92,5 +94,21 @@ def content():
             "skipped": {},
             "records": _records(times, processes, spread, seed),
         }
+
+    return make
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """place() -> a repository of another project and the environment whose Python lists what its sides would run."""
+
+    def make(environment=tmp_path / "venv"):
+        made = Place(tmp_path / "theirs", environment)
+        monkeypatch.chdir(made.root)
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        monkeypatch.setattr(machine, "repository", lambda: made.root)
+        monkeypatch.setattr(children, "PYTHON", (str(made.python), "-P"))
+        monkeypatch.setattr(checkouts, "LIST", LIST)
+        return made
 
     return make

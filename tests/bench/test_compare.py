@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import children, compare, machine, packages, sides, store
+from bench import checkouts, children, compare, machine, packages, project, store
 from bench.cli import main
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.prove_compare import commit, git
@@ -120,27 +120,32 @@ def repository(tmp_path, monkeypatch):
 
 def test_refs_are_unpacked_under_one_runner_and_removed(repository, monkeypatch):
     listed = {"one": ["a", "b"], "two": ["a"]}
-    monkeypatch.setattr(sides, "_names", lambda root, *_: listed[(root / "bench" / "runner.py").read_text()])
-    with sides.checkouts("one", "two", ["kernels"], True, "") as found:
-        markers = {side: (root / "kernels" / "marker.py").read_text() for side, root in found.roots.items()}
-        runners = {(root / "bench" / "runner.py").read_text() for root in found.roots.values()}
+
+    def names(side, checkout, *_):
+        return listed[(checkout.root / "bench" / "runner.py").read_text()]
+
+    monkeypatch.setattr(checkouts, "_names", names)
+    with checkouts.checkouts("one", "two", ["kernels"], True, "") as found:
+        roots = {side: checkout.root for side, checkout in found.sides.items()}
+        markers = {side: (root / "kernels" / "marker.py").read_text() for side, root in roots.items()}
+        runners = {(root / "bench" / "runner.py").read_text() for root in roots.values()}
         assert found.gone == ["b"]
     assert markers == {"base": "one", "head": "two"}
     assert runners == {"two"}
-    assert not any(root.exists() for root in found.roots.values())
+    assert not any(root.exists() for root in roots.values())
     assert git(repository, "worktree", "list").count("\n") == 0
 
 
 def test_base_falls_back_to_its_own_benchmarks(repository, monkeypatch, capsys):
-    def names(root, *_):
-        if root.name == "base" and (root / "bench" / "runner.py").read_text() == "two":
+    def names(side, checkout, *_):
+        if side == "base" and (checkout.root / "bench" / "runner.py").read_text() == "two":
             raise WorkFailed("ImportError: no new_operator")
         return ["a"]
 
-    monkeypatch.setattr(sides, "_names", names)
-    with sides.checkouts("one", "two", ["kernels"], True, "") as found:
-        assert (found.roots["base"] / "bench" / "runner.py").read_text() == "one"
-        assert (found.roots["head"] / "bench" / "runner.py").read_text() == "two"
+    monkeypatch.setattr(checkouts, "_names", names)
+    with checkouts.checkouts("one", "two", ["kernels"], True, "") as found:
+        assert (found.sides["base"].root / "bench" / "runner.py").read_text() == "one"
+        assert (found.sides["head"].root / "bench" / "runner.py").read_text() == "two"
     assert "base runs its own benchmarks" in capsys.readouterr().err
 
 
@@ -153,11 +158,13 @@ def test_what_a_run_needs_and_a_side_lacks_shows_when_it_is_listed(tmp_path, mon
         (tmp_path / "bench" / f"{name}.py").write_text(text)
     monkeypatch.setattr(children, "PYTHON", (sys.executable, "-P", "-S"))  # no packages but these
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    side = checkouts.Checkout(tmp_path, tmp_path, (tmp_path,), {}, ("kernels",))
+    kernels = checkouts._Suites(("kernels",))
     if reason is None:
-        assert sides._names(tmp_path, ["kernels"], True, "") == ["a"]
+        assert checkouts._names("head", side, kernels, True, 60) == ["a"]
     else:
         with pytest.raises(WorkFailed, match=reason):
-            sides._names(tmp_path, ["kernels"], True, "")
+            checkouts._names("head", side, kernels, True, 60)
 
 
 def test_bad_refs_are_one_line_each(repository, capsys):
@@ -172,16 +179,17 @@ def test_bad_refs_are_one_line_each(repository, capsys):
 
 def test_outside_a_checkout_refs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "repository", lambda: tmp_path)
-    with pytest.raises(BadInput, match="no git checkout"):
-        sides.commit_of("HEAD")
+    with pytest.raises(BadInput, match=r"HEAD: .* fatal: not a git repository"):
+        checkouts.commit_of("HEAD")
 
 
 def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, content, capsys):
     """The whole command with made-up processes: interleaved, then twice as many more for what looked slower."""
     calls = []
 
-    def run_child(root, process, arguments, *, paths, side, timeout, on_row):
-        assert paths == [root, root / "src"]
+    def run_child(root, process, arguments, *, paths, extra, side, timeout, on_row):
+        assert paths == (root,)
+        assert Path(extra[project.VARIABLE]).is_file()
         assert side == root.name
         assert timeout == 77
         calls.append((root.name, process, tuple(arguments)))
@@ -200,7 +208,7 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
         return made
 
     monkeypatch.setattr(compare, "run_child", run_child)
-    monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
+    monkeypatch.setattr(checkouts, "_names", lambda *_: ["a"])
     assert main(["compare", "one", "two", "--processes", "6", "--timeout", "77"]) == 1
     first, second = calls[:12], calls[12:]
     for part, processes in ((first, 6), (second, 2 * 6)):
@@ -208,6 +216,7 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
             (side, process) for side in ("base", "head") for process in range(processes)
         )
         assert len({side for side, _, _ in part[::2]}) == 2  # not always the same side first
+    assert second[0][2][:3] == ("--suite", "kernels", "--filter")
     assert second[0][2][3] == "^(" + re.escape(SLOW) + ")$"
     assert "slower (18 and 18 processes)" in capsys.readouterr().out
 
@@ -218,7 +227,7 @@ def test_a_process_that_dies_fails_closed(repository, monkeypatch, tmp_path, cap
         raise error
 
     monkeypatch.setattr(compare, "run_child", run_child)
-    monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
+    monkeypatch.setattr(checkouts, "_names", lambda *_: ["a"])
     assert main(["compare", "one", "two", "--markdown", str(tmp_path / "c.md")]) == 3
     assert "Nothing was compared" in (tmp_path / "c.md").read_text()
     assert "exit code -11" in (tmp_path / "c.md").read_text()
@@ -248,7 +257,7 @@ def planted(repository, monkeypatch, content):
             return broken(made, **facts.get(side, {}).get(process, {}))
 
         monkeypatch.setattr(compare, "run_child", run_child)
-        monkeypatch.setattr(sides, "_names", lambda *_: ["a"])
+        monkeypatch.setattr(checkouts, "_names", lambda *_: ["a"])
         return calls
 
     return plant
@@ -279,7 +288,9 @@ def test_what_never_ran_in_base_is_no_failure_and_what_ran_once_is(planted, caps
 
 def test_a_benchmark_that_vanished_is_told_before_anything_is_measured(repository, monkeypatch, tmp_path):
     listed = {"one": ["a", "b"], "two": ["a"]}
-    monkeypatch.setattr(sides, "_names", lambda root, *_: listed[(root / "bench" / "runner.py").read_text()])
+    monkeypatch.setattr(
+        checkouts, "_names", lambda side, checkout, *_: listed[(checkout.root / "bench" / "runner.py").read_text()]
+    )
     monkeypatch.setattr(compare, "run_child", lambda *_, **__: pytest.fail("measured"))
     assert main(["compare", "one", "two", "--json", str(tmp_path / "c.json")]) == 3
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]

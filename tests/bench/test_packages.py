@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import bench
-from bench import machine, packages, sides
+from bench import checkouts, machine, packages
 from bench.cli import main
 from bench.packages import OURS, is_ours, refuse_clashes
 from bench.run import environment, run_child
@@ -64,7 +64,8 @@ def foreign(tmp_path, monkeypatch):
 
 def test_a_process_has_our_packages_and_their_own(foreign):
     with packages.runner() as ours:
-        assert sides._names(foreign, [str(foreign / "speed.py")], True, "", ours) == ["speed/two"]
+        side = checkouts.Checkout(foreign, foreign, (ours,), {}, ())
+        assert checkouts._names("head", side, checkouts._Suites(("speed.py",)), True, 60) == ["speed/two"]
     assert not ours.exists()
     assert Path(bench.__file__).exists()
 
@@ -72,11 +73,13 @@ def test_a_process_has_our_packages_and_their_own(foreign):
 @pytest.mark.long
 def test_each_side_measures_its_own_code_with_our_packages(foreign):
     suite = str(foreign / "speed.py")
-    with sides.checkouts("one", "two", [suite], True, "") as found:
+    with checkouts.checkouts("one", "two", [suite], True, "") as found:
         assert found.gone == ["speed/one"]  # base knows it, and head does not any more
+        assert found.new == ["speed/two"]
         for side, name in (("base", "one"), ("head", "two")):
-            line, paths = ["--suite", suite, "--quick", "--rounds", "1"], [found.ours, found.roots[side]]
-            content = run_child(found.roots[side], 0, line, paths=paths)
+            checkout = found.sides[side]
+            line = ["--suite", *checkout.suites, "--quick", "--rounds", "1"]
+            content = run_child(checkout.folder, 0, line, paths=checkout.paths, extra=checkout.extra)
             assert {record["workload"] for record in content["records"]} == {f"speed/{name}"}
             assert content["failed"] == 0
             assert content["seed"] == 11
@@ -105,8 +108,8 @@ def test_a_name_that_both_have_is_refused_with_both_folders(foreign, capsys, lin
     name = line.split()[1]
     assert main(["compare", "one", "three", "--suite", "speed.py"]) == 2
     assert re.fullmatch(
-        rf"error: base: speed\.py: imports {name}, which is \S+/base/{name} and, of fused-ddpm, {packages.ROOT / name}"
-        r": the former needs another name\n",
+        rf"error: head: speed\.py: imports {name}, which is \S+/head/{name} and, of fused-ddpm, {packages.ROOT / name}"
+        r": a process can have one of them, the former needs another name\n",
         capsys.readouterr().err,
     )
 

@@ -1,0 +1,320 @@
+"""What a side is made of: the commit's files, its submodules, what its build makes, and the suites that both run."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+
+import pytest
+
+from bench import checkouts
+from bench.packages import ROOT
+from ddpm.errors import BadInput, WorkFailed
+from tests.bench.places import (
+    INSTALLS,
+    PROJECT,
+    SEEN,
+    SUITE,
+    Place,
+    compared,
+    copied,
+    first_finder,
+    nothing,
+    package,
+    path_file,
+    setuptools_finder,
+    two_commits,
+)
+from tests.bench.prove_compare import commit, git
+
+
+@pytest.fixture
+def with_submodule(place, tmp_path):
+    """A package in a submodule, whose second commit was never pushed; the file says 1, then 3."""
+    place = place()
+    upstream = tmp_path / "upstream"
+    upstream.mkdir()
+    (upstream / "mine").mkdir()
+    (upstream / "mine" / "__init__.py").write_text("TIMES = 1\n")
+    git(upstream, "init", "-q")
+    commit(upstream, "one")
+    git(place.root, "init", "-q")
+    git(place.root, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(upstream), "libs/core")
+    place.write({"speed.py": SUITE.format(imports="import mine", times="mine.TIMES")})
+    commit(place.root, "base")
+    (place.root / "libs" / "core" / "mine" / "__init__.py").write_text("TIMES = 3\n")
+    git(place.root / "libs" / "core", "commit", "-qam", "never pushed")
+    commit(place.root, "head")
+    shutil.rmtree(upstream)
+    return place
+
+
+@pytest.mark.parametrize("install", INSTALLS[:4], ids=lambda install: install.__name__)
+def test_a_submodule_is_that_of_each_commit(with_submodule, install):
+    install(with_submodule, with_submodule.root / "libs" / "core", "mine")
+    assert compared(with_submodule) == SEEN
+    store = with_submodule.root / ".git" / "modules" / "libs" / "core"
+    assert not (store / "worktrees").exists()
+
+
+def test_a_submodule_that_is_not_here_may_not_have_changed(with_submodule, capsys):
+    root = with_submodule.root
+    git(root, "submodule", "deinit", "-f", "libs/core")
+    shutil.rmtree(root / ".git" / "modules")
+    with pytest.raises(
+        WorkFailed, match=r"submodule libs/core: is \w{40} in base and \w{40} in head, and is not fetched"
+    ):
+        compared(with_submodule)
+    git(root, "branch", "-f", "base", "head")
+    with pytest.raises(WorkFailed, match="No module named 'mine'"):
+        compared(with_submodule)
+    assert "submodule libs/core is not fetched here" in capsys.readouterr().err
+
+
+def test_a_submodule_without_the_commit_is_refused_in_gits_words(with_submodule):
+    root = with_submodule.root
+    git(root, "update-index", "--cacheinfo", f"160000,{'1' * 40},libs/core")
+    git(root, "commit", "-qm", "nowhere")
+    git(root, "branch", "-f", "head")
+    with pytest.raises(BadInput, match=r"submodule libs/core: fatal: "):
+        compared(with_submodule)
+
+
+EXTENSION = """#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_fast", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit__fast(void) {
+    PyObject *made = PyModule_Create(&module);
+    PyModule_AddIntConstant(made, "TIMES", 1);
+    return made;
+}
+"""
+COMPILED = {
+    "python/pyproject.toml": PROJECT.format("mine") + 'version = "1"\n[tool.setuptools]\npackages = ["mine"]\n',
+    "python/setup.py": "from setuptools import Extension, setup\n"
+    'setup(ext_modules=[Extension("mine._fast", ["fast.c"])])\n',
+    "python/fast.c": EXTENSION,
+    "python/mine/__init__.py": "try:\n    from mine._fast import TIMES\nexcept ImportError:\n    TIMES = 1\n",
+    "speed.py": SUITE.format(imports="import mine", times="mine.TIMES"),
+    ".gitignore": "*.so\nbuild/\n*.egg-info\n__pycache__/\n",
+}
+INPLACE = f"cd python && {sys.executable} setup.py -q build_ext --inplace"
+
+
+@pytest.fixture
+def compiled(place):
+    place = place()
+    place.write(COMPILED)
+    two_commits(place, "python/fast.c", '"TIMES", 1', '"TIMES", 3')
+    git(place.root, "checkout", "-q", "base")
+    return place
+
+
+@pytest.mark.parametrize("build", [None, INPLACE], ids=["as its project says", "in place"])
+@pytest.mark.parametrize(
+    "install", [nothing, path_file, setuptools_finder, copied], ids=lambda install: install.__name__
+)
+def test_an_extension_is_built_for_each_side(compiled, install, build):
+    if install is not nothing:
+        subprocess.run(INPLACE, shell=True, check=True, cwd=compiled.root)  # noqa: S602
+    install(compiled, compiled.root / "python", "mine")
+    assert compared(compiled, build=build) == SEEN
+
+
+@pytest.mark.parametrize(
+    "install", [path_file, setuptools_finder, first_finder, copied], ids=lambda install: install.__name__
+)
+def test_an_extension_that_is_not_built_is_named(compiled, install):
+    """Even where the package does without it."""
+    subprocess.run(INPLACE, shell=True, check=True, cwd=compiled.root)  # noqa: S602
+    install(compiled, compiled.root / "python", "mine")
+    with pytest.raises(
+        WorkFailed, match=r"head: module mine\._fast: \S+/mine/_fast\.\S+\.so .* a build has to make it"
+    ):
+        compared(compiled, build="")
+
+
+def test_a_compiled_file_in_the_commit_is_not_what_its_sources_make(compiled):
+    subprocess.run(INPLACE, shell=True, check=True, cwd=compiled.root)  # noqa: S602
+    git(compiled.root, "checkout", "-q", "--detach", "head")
+    git(compiled.root, "add", "-f", *map(str, (compiled.root / "python" / "mine").glob("*.so")))
+    git(compiled.root, "commit", "-qm", "with the library")
+    git(compiled.root, "branch", "-f", "base")
+    git(compiled.root, "branch", "-f", "head")
+    with pytest.raises(WorkFailed, match=r"head: module mine\._fast: \S+\.so was not built from the sources of head"):
+        compared(compiled, build="")
+
+
+def test_a_build_that_fails_is_named_with_its_side_and_last_line(compiled):
+    with pytest.raises(WorkFailed, match=r"base: the build failed: echo no; exit 7: exit code 7: no"):
+        compared(compiled, build="echo no; exit 7")
+    with pytest.raises(WorkFailed, match=r"head: the build failed: grep .*: exit code 1: it said nothing"):
+        compared(compiled, build="grep '\"TIMES\", 1' python/fast.c")
+
+
+def test_a_library_of_the_working_tree_is_named(place):
+    place = place()
+    suite = f'import ctypes\nctypes.CDLL("{place.root}/libfast.so")\n'
+    place.write({"fast.c": "int fast;\n", ".gitignore": "*.so\n", "speed.py": SUITE.format(imports=suite, times="1")})
+    two_commits(place, "fast.c", "int", "long")
+    subprocess.run(["cc", "-shared", "-o", "libfast.so", "fast.c"], check=True, cwd=place.root)
+    with pytest.raises(WorkFailed, match=rf"head: library {place.root}/libfast.so is loaded from the working tree"):
+        compared(place)
+
+
+@pytest.mark.parametrize("suite", ["bench/speed.py", "untracked", "outside"])
+def test_a_suite_and_its_helpers(place, tmp_path, suite):
+    """Tracked: helpers from each side. Untracked, or outside: the same for both."""
+    place = place()
+    place.write(package("python", **{"bench/__init__.py": "", "kernels/fast.cu": "", "export/a.py": ""}))
+    helper = {"bench/helper.py": "NAME = 'times'\n"}
+    text = "import helper, mine\n\n\ndef workloads(quick):\n    return [f'{helper.NAME}/{mine.TIMES}']\n"
+    if suite == "bench/speed.py":
+        place.write(helper | {suite: text})
+    two_commits(place, "python/mine/core.py")
+    where = {"untracked": place.root / "bench", "outside": tmp_path / "elsewhere"}.get(suite)
+    if where is not None:
+        where.mkdir(exist_ok=True)
+        (where / "helper.py").write_text(helper["bench/helper.py"])
+        (where / "speed.py").write_text(text)
+    assert compared(place, suite if where is None else where / "speed.py") == SEEN
+
+
+def test_files_that_a_commit_does_not_have_as_they_are(place):
+    """Left out of archives, generated and ignored, made from a tag."""
+    place = place()
+    files = {
+        ".gitattributes": "python/mine/core.py export-ignore\n",
+        ".gitignore": "_version.py\n",
+        "speed.py": SUITE.format(imports="import mine\nfrom mine._version import VERSION", times="mine.TIMES"),
+    }
+    place.write(package("python", **files))
+    (place.root / "python" / "mine" / "_version.py").write_text("VERSION = 'of the working tree'\n")
+    two_commits(place, "python/mine/core.py")
+    git(place.root, "tag", "v1.0", "base")
+    build = "printf 'VERSION = \"%s\"\\n' $(git describe --tags) > python/mine/_version.py"
+    assert compared(place, build=build) == SEEN
+    with pytest.raises(WorkFailed, match=r"No module named 'mine\._version'"):
+        compared(place)
+    git(place.root, "tag", "-d", "v1.0")
+    with pytest.raises(WorkFailed, match=r"base: the build failed: .*No names found"):
+        compared(place, build=f"set -e; git describe --tags; {build}")
+
+
+def test_a_benchmark_that_is_gone_new_or_renamed(place):
+    place = place()
+    place.write({"mine.py": "TIMES = 1\n", "speed.py": "def workloads(quick):\n    return ['a', 'b', 'c']\n"})
+    two_commits(place, "speed.py", "['a', 'b', 'c']", "['a', 'renamed', 'c', 'new']")
+    assert compared(place) == (["b"], ["renamed", "new"])
+
+
+def test_base_runs_its_own_where_heads_needs_what_it_lacks(place, capsys):
+    place = place()
+    place.write({"mine.py": "a = 1\n", "speed.py": "import mine\n\n\ndef workloads(quick):\n    return ['a']\n"})
+    git(place.root, "init", "-q")
+    commit(place.root, "base")
+    place.write(
+        {"mine.py": "a = b = 1\n", "speed.py": "from mine import b\n\n\ndef workloads(quick):\n    return ['a', 'b']\n"}
+    )
+    commit(place.root, "head")
+    with checkouts.checkouts("base", "head", [str(place.root / "speed.py")], True, "") as found:
+        assert (found.gone, found.new) == ([], ["b"])
+        assert "import mine" in (found.sides["base"].root / "speed.py").read_text()
+    assert "base runs its own benchmarks, head's need what it lacks" in capsys.readouterr().err
+    git(place.root, "checkout", "-q", "--detach", "base")
+    (place.root / "speed.py").write_text("import nothing\n")
+    git(place.root, "commit", "-qam", "broken")
+    git(place.root, "branch", "-f", "base", "HEAD")
+    with pytest.raises(WorkFailed, match=r"base: .*No module named 'nothing'.* \(base's own speed\.py\)"):
+        compared(place)
+    git(place.root, "rm", "-q", "speed.py")
+    git(place.root, "commit", "-qm", "none")
+    with (
+        pytest.raises(WorkFailed, match=r"speed\.py: base has this suite, head has not"),
+        checkouts.checkouts("base", git(place.root, "rev-parse", "HEAD"), [str(place.root / "speed.py")], True, ""),
+    ):
+        pass
+
+
+def told(place, *arguments, environment=None):
+    """(exit code, last line of stderr) of the command."""
+    line = [sys.executable, "-m", "bench", "compare", *arguments, "--suite", "speed.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+    done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()[-1]
+
+
+def test_where_git_refuses_its_own_line_is_told(place, tmp_path):
+    root = place().root
+    (root / "mine.py").write_text("")
+    two_commits(Place(root, tmp_path / "other"), "mine.py", "", "a = 1")
+    assert told(root, "base", "nowhere") == (
+        2,
+        "error: nowhere: neither a file nor a commit of this repository (fatal: Needed a single revision)",
+    )
+    shallow = tmp_path / "shallow"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{root}", str(shallow))
+    code, line = told(shallow, "base", "HEAD")
+    assert code == 2
+    assert "this clone is shallow: fetch the whole history (git fetch --unshallow, or fetch-depth: 0" in line
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    code, line = told(outside, "base", "head")
+    assert code == 2
+    assert line.startswith(f"error: base: not a file, and git says of {outside}: fatal: not a git repository")
+    # As git has it where the folder is another user's.
+    environment = {"GIT_TEST_ASSUME_DIFFERENT_OWNER": "1", "GIT_CONFIG_GLOBAL": os.devnull}
+    code, line = told(root, "base", "head", environment=environment)
+    assert code == 2
+    assert f"git says of {root}: fatal: detected dubious ownership in repository at '{root}'" in line
+
+
+def test_the_variables_of_a_hook_lead_nowhere_else(place, monkeypatch, tmp_path):
+    place = place()
+    place.write({"mine.py": "TIMES = 1\n", "speed.py": SUITE.format(imports="import mine", times="mine.TIMES")})
+    two_commits(place, "mine.py")
+    (place.root / ".git" / "hooks" / "post-checkout").write_text("#!/bin/sh\nexit 1\n")
+    (place.root / ".git" / "hooks" / "post-checkout").chmod(0o755)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    with checkouts.checkouts("base", "head", [str(place.root / "speed.py")], True, "") as found:
+        assert (found.gone, found.new) == SEEN
+
+
+FULL = """
+import torch
+from bench import Bench, Candidate, Cost, Workload
+import mine
+
+def build(device):
+    x = torch.randn(300, 300, device=device)
+    call = Candidate(lambda: mine.softmax, lambda call: float((call(x) - x.softmax(1)).abs().max()), 1e-5)
+    return Bench([(x,)], lambda x: x.softmax(1), {"mine": call}, Cost(bytes=7e5, flops=5e5), frozen=True)
+
+def workloads(quick):
+    return [Workload("softmax/300", "speed", build)]
+"""
+MINE = "TIMES = 1\n\n\ndef softmax(x):\n    for _ in range(TIMES):\n        y = x.softmax(1)\n    return y\n"
+
+
+@pytest.mark.long
+@pytest.mark.alone
+@pytest.mark.parametrize("install", [path_file, setuptools_finder, copied], ids=lambda install: install.__name__)
+def test_three_times_slower_is_found_by_the_command(tmp_path, install):
+    """In a monorepo with a bench/ of its own, from an environment that has this runner and the package."""
+    place = Place(tmp_path / "theirs", tmp_path / "venv")
+    for folder in (*site.getsitepackages(), ROOT):
+        with (place.site / "runner.pth").open("a") as file:
+            file.write(f"{folder}\n")
+    place.write({"python/mine.py": MINE, "bench/__init__.py": "", "bench/speed.py": FULL})
+    two_commits(place, "python/mine.py")
+    git(place.root, "checkout", "-q", "base")
+    install(place, place.root / "python", "mine")
+    git(place.root, "checkout", "-q", "head")
+    line = [place.python, "-P", "-m", "bench", "compare", "base", "head", "--suite", "bench/speed.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([*line, "--processes", "6"], cwd=place.root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "slower" in done.stdout
+    assert git(place.root, "status", "--porcelain") == ""
+    assert git(place.root, "worktree", "list").count("\n") == 0
