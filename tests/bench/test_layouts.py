@@ -126,14 +126,13 @@ HARMLESS = {
     "src/mine/_vendor/shapes/__init__.py": "def square():\n    return 1\n",
     "queue.py": "raise SystemExit('imported instead of the standard library')\n",
     "tests/json/__init__.py": "raise SystemExit('imported instead of the standard library')\n",
-    "lib/absent.py": "",
 }
 
 
 def test_what_has_the_name_of_something_installed_is_no_alarm(place):
     place = place()
     imports = "import colours, json, queue, shapes, mine\nfrom mine._vendor import shapes\ncolours.red, colours.blue"
-    place.write(package("src") | HARMLESS | {"tests/speed.py": SUITE.format(imports=imports, times="mine.TIMES")})
+    place.write(package("src") | HARMLESS | {"benchmarks/speed.py": SUITE.format(imports=imports, times="mine.TIMES")})
     (place.site / "shapes").mkdir()
     (place.site / "shapes" / "__init__.py").write_text(HARMLESS["third_party/shapes/__init__.py"])
     (place.site / "shapes-1.dist-info").mkdir()
@@ -142,4 +141,4 @@ def test_what_has_the_name_of_something_installed_is_no_alarm(place):
     two_commits(place, "src/mine/core.py")
     (place.site / "colours").mkdir()
     (place.site / "colours" / "__init__.py").write_text("red = blue = green = yellow = black = white = 1\n")
-    assert compared(place, "tests/speed.py") == SEEN
+    assert compared(place, "benchmarks/speed.py") == SEEN
