@@ -140,5 +140,5 @@ def test_what_has_the_name_of_something_installed_is_no_alarm(place):
     (place.site / "sitecustomize.py").write_text("import sys\nsys.customized = True\n")
     two_commits(place, "src/mine/core.py")
     (place.site / "colours").mkdir()
-    (place.site / "colours" / "__init__.py").write_text("red = blue = green = yellow = black = white = 1\n")
+    (place.site / "colours" / "__init__.py").write_text("red = 1\nblue = 2\ngreen = 3\nblack = 4\nwhite = 5\n")
     assert compared(place, "benchmarks/speed.py") == SEEN
