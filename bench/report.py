@@ -3,11 +3,12 @@
 <!-- NAME --> ... <!-- /NAME -->        each on a line of its own; NAME is a key of BLOCKS
 """
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench import store
@@ -26,7 +27,8 @@ MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
 RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers", "step", "export"))
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
-PROOF = MACHINE / "compare_proof.json"
+# Written by tests/bench/planted.py, a comparison a line.
+PLANTED = MACHINE / "planted.jsonl"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -126,26 +128,46 @@ def run_block(path: Path) -> str:
     return f"{recipe}:\n\n{run_table(content)[0].markdown()}"
 
 
-def proof_table() -> str:
-    """The proof of `compare`: alarms by kind of comparison; changes are of the planted operator's row, or of all."""
-    record = read_json(PROOF)
+def planted_outcome(line: Mapping[str, Any]) -> str:
+    """Of one comparison with something planted: caught or missed, of a harmless change passed or false."""
+    good, bad = ("passed", "false") if line["kind"] == "harmless" else ("caught", "missed")
+    return good if line["as_expected"] else bad
+
+
+def planted_summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How many of all comparisons were caught, missed and false."""
+    outcomes = Counter(map(planted_outcome, lines))
+    planted, harmless = (sum(outcomes[kind] for kind in pair) for pair in (("caught", "missed"), ("passed", "false")))
+    small = [planted_outcome(line) for line in lines if line["kind"] == "10%"]
+    return (
+        f"caught {outcomes['caught']}, missed {outcomes['missed']} of {planted} planted (of those of 10% caught "
+        f"{small.count('caught')} of {len(small)}); false {outcomes['false']} of {harmless} harmless"
+    )
+
+
+def planted_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """Comparisons with something planted, by what it was; empty cells for what cannot happen to it."""
     rows = []
-    lines = sorted(record["comparisons"], key=lambda line: (line["kind"], line["operator"] or ""))
-    for operator, group in groupby(lines, key=lambda line: line["operator"]):
-        some = list(group)
-        found = [row for line in some for row in line["rows"]]
-        own = [row for row in found if re.fullmatch(rf"kernels/{operator}/.*operator", row["row"])]
-        slower, own_slower = ([row for row in group if row["status"] == "slower"] for group in (found, own))
-        changes = [row["ratio"] - 1 for row in (own if operator else found)]
-        what = f"10% planted in `{operator}`" if operator else "nothing planted"
-        alarms = sum(line["exit"] == 1 for line in some)
-        unconfirmed = sum(row["status"] == "unconfirmed" for row in found)
-        counts = (len(some), alarms, len(own_slower) if operator else "", len(slower) - len(own_slower), unconfirmed)
-        rows.append([what, *map(str, counts), f"{min(changes):+.1%} to {max(changes):+.1%}"])
-    headings = ("", "comparisons", "alarms", "on its own row", "on other rows", "unconfirmed rows", "measured change")
-    machine, processes = record["machine"], lines[0]["processes"]
-    recipe = f"{machine['processor']}, torch {machine['torch']}, {processes} processes each"
-    return f"{recipe}:\n\n{Table(headings, 'l', rows).markdown()}"
+    for name in dict.fromkeys(line["plant"] for line in lines):
+        same = [line for line in lines if line["plant"] == name]
+        outcomes = Counter(map(planted_outcome, same))
+        kinds = ("false",) if same[0]["kind"] == "harmless" else ("caught", "missed")
+        counts = [str(outcomes[kind]) if kind in kinds else "" for kind in ("caught", "missed", "false")]
+        seconds = f"{median(line['seconds'] for line in same):.0f}"
+        rows.append([name, str(same[0]["expected"]), str(len(same)), *counts, seconds])
+    return Table(("planted", "exit code", "comparisons", "caught", "missed", "false", "seconds"), "lrrrrrr", rows)
+
+
+def planted_block() -> str:
+    """The stored proof of `compare`."""
+    lines = [json.loads(line) for line in PLANTED.read_text(encoding="utf-8").splitlines()]
+    first, loads = lines[0], [line["load"] for line in lines]
+    under = sum(line["loaded"] for line in lines)
+    return (
+        f"{first['processor']}, {first['cores']} cores, torch {first['torch']}; load {min(loads):.1f} to "
+        f"{max(loads):.1f}, {under} of {len(lines)} comparisons beside processes that keep every core busy half of the "
+        f"time:\n\n{planted_table(lines).markdown()}\n\n{planted_summary(lines).capitalize()}."
+    )
 
 
 def export_parity_table() -> str:
@@ -177,7 +199,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bench": lambda: run_block(RUN),
     "profile": profile_block,
     "peers": lambda: run_block(PEERS),
-    "compare": proof_table,
+    "planted": planted_block,
     "export-parity": export_parity_table,
     "export-speed": lambda: run_block(EXPORT),
 }

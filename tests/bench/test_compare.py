@@ -10,7 +10,7 @@ import pytest
 from bench import checkouts, children, compare, machine, packages, project, store
 from bench.cli import main
 from ddpm.errors import BadInput, WorkFailed
-from tests.bench.prove_compare import commit, git
+from tests.bench.foreign import commit, git
 
 ROWS = {f"kernels/{name}/fp32/1e5": 1.0 + k for k, name in enumerate("abcdefgh")}
 SLOW = "kernels/c/fp32/1e5"

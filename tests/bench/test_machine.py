@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import machine
-from tests.bench.prove_compare import commit, git
+from tests.bench.foreign import commit, git
 
 CPU = torch.device("cpu")
 

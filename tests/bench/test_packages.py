@@ -16,7 +16,7 @@ from bench.cli import main
 from bench.packages import OURS, is_ours, refuse_clashes
 from bench.run import environment, run_child
 from ddpm.errors import BadInput
-from tests.bench.prove_compare import commit, git
+from tests.bench.foreign import commit, git
 
 SUITE = """
 import torch
