@@ -182,6 +182,9 @@ def make_environment(folder: Path, *packages: Path) -> dict[str, str]:
     python = folder / "bin" / "python"
     site = sysconfig.get_path("purelib", "venv", {"base": str(folder), "platbase": str(folder)})
     (Path(site) / "installed.pth").write_text(f"{INSTALLED}\n{ROOT}\n")
+    write(
+        Path(site), {"fused_ddpm-0.1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: fused-ddpm\nVersion: 0.1.0\n"}
+    )
     command = folder / "bin" / "ddpm-bench"
     command.write_text(f"#!{python}\nimport sys\n\nfrom bench.__main__ import main\n\nsys.exit(main())\n")
     command.chmod(0o755)
