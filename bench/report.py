@@ -28,7 +28,7 @@ RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
 # Written by tests/bench/planted.py, a comparison a line.
-PLANTED = MACHINE / "planted.jsonl"
+PLANTED = RESULTS / "epyc-2-cores" / "planted.jsonl"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (

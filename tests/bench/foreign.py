@@ -130,7 +130,7 @@ def workloads(quick):
     ]
 """
 FILES = {
-    "pyproject.toml": '[tool.ddpm-bench]\nsuites = ["bench/speed.py"]\n',
+    "pyproject.toml": '[tool.ddpm-bench]\nsuites = ["bench/speed.py"]\ntimeout = 60\n',
     ".gitignore": "__pycache__/\nbuild/\n*.egg-info/\n*.so\n",
     "bench/speed.py": SUITE,
     "bench/inputs.py": HELPER,
