@@ -8,7 +8,7 @@ import shutil
 import venv
 
 from bench import checkouts
-from tests.bench.prove_compare import commit, git
+from tests.bench.foreign import commit, git
 
 LIST = """import json, sys
 from importlib.util import module_from_spec, spec_from_file_location

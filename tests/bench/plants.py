@@ -8,7 +8,7 @@ from tests.bench.foreign import git
 
 PLAIN, TENSORS, NATIVE = (f"python/mine/{name}" for name in ("plain.py", "tensors.py", "native.c"))
 SUITE, PROJECT = "bench/speed.py", "python/pyproject.toml"
-DIGEST, SOFTMAX, SINE = "digest/100000 mine", "softmax/1500 mine", "sine/500000 mine"
+DIGEST, SOFTMAX, SINE = "digest/100000 mine", "softmax/1000 mine", "sine/500000 mine"
 
 Change = Callable[[Path], None]
 

@@ -26,7 +26,7 @@ from tests.bench.places import (
     setuptools_finder,
     two_commits,
 )
-from tests.bench.prove_compare import commit, git
+from tests.bench.foreign import commit, git
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from tests.bench.places import (
     stale,
     two_commits,
 )
-from tests.bench.prove_compare import git
+from tests.bench.foreign import git
 
 # {layout: (files, the file with the number, the folder that an installation leads to, the suite, what it imports)}
 LAYOUTS = {
