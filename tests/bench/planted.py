@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import torch
@@ -73,7 +76,7 @@ class Project:
 
 
 def make_project(folder: Path, names: Sequence[str]) -> Project:
-    """The repository with a branch plant/N for each of these plants, N its place in PLANTS."""
+    """The repository with a branch plant/N for each of these plants, N its place in PLANTS, and its environment."""
     root = folder / "project"
     make_repository(root)
     environment = make_environment(folder / "venv", root / "python")
@@ -82,6 +85,17 @@ def make_project(folder: Path, names: Sequence[str]) -> Project:
         PLANTS[name].change(root)
         commit(root, branch_of(name))
     return Project(root, environment)
+
+
+def copies(project: Project, count: int) -> Queue[Project]:
+    """The project and clones of its repository, so many in all, for as many comparisons at a time."""
+    found: Queue[Project] = Queue()
+    found.put(project)
+    for number in range(1, count):
+        root = project.root.parent / str(number) / project.root.name
+        shutil.copytree(project.root, root, symlinks=True)
+        found.put(Project(root, project.environment))
+    return found
 
 
 def branch_of(name: str) -> str:
@@ -149,6 +163,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=1, help="of 2 and more, the last is under load")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="plants whose name has this in it")
     parser.add_argument("--out", type=Path, metavar="F.jsonl", help="the record, which lines are added to")
+    parser.add_argument("--jobs", type=int, default=1, help="comparisons at a time, which disturb each other")
     asked = parser.parse_args()
     names = [name for name in PLANTS if not asked.only or any(part in name for part in asked.only)]
     if not names:
@@ -158,19 +173,27 @@ def main() -> int:
     about |= {"cores": os.cpu_count(), "rules": rules_digest()}
     lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
-        project = make_project(Path(folder).resolve(), names)
+        projects = copies(make_project(Path(folder).resolve(), names), asked.jobs)
         for repetition in range(asked.repeat):
             loaded = 0 < repetition == asked.repeat - 1
-            with busy() if loaded else nullcontext():
-                for name in names:
-                    date = datetime.now(UTC).isoformat(timespec="seconds")
-                    line = {"date": date, "repetition": repetition, "loaded": loaded} | compared(project, name) | about
+
+            def one(name: str, repetition: int = repetition, loaded: bool = loaded) -> dict[str, Any]:
+                date = datetime.now(UTC).isoformat(timespec="seconds")
+                project = projects.get()
+                try:
+                    found = compared(project, name)
+                finally:
+                    projects.put(project)
+                return {"date": date, "repetition": repetition, "loaded": loaded} | found | about
+
+            with busy() if loaded else nullcontext(), ThreadPoolExecutor(asked.jobs) as pool:
+                for line in pool.map(one, names):
                     lines.append(line)
                     if asked.out:
                         stored(asked.out, line)
                     print(
-                        f"{len(lines)}/{asked.repeat * len(names)} {'loaded ' * loaded}{name}: {planted_outcome(line)}"
-                        f" (exit {line['exit']}, {line['seconds']} s, load {line['load']})",
+                        f"{len(lines)}/{asked.repeat * len(names)} {'loaded ' * loaded}{line['plant']}: "
+                        f"{planted_outcome(line)} (exit {line['exit']}, {line['seconds']} s, load {line['load']})",
                         *([] if line["as_expected"] else line["said"]),
                         sep="\n    ",
                         flush=True,

@@ -157,7 +157,7 @@ class Plant:
 
 
 def _slower(row: str) -> str:
-    return f"^{row}.*: (slower|waits)"
+    return f"^{row}.*: (slower|waits|more)"
 
 
 PLANTS = {
