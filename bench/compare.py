@@ -141,6 +141,10 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
         try:
             if not rows:
                 rounds, rows = _measured(found, job, thresholds)
+            else:  # a renamed one shows as both
+                rows += [
+                    Verdict(name, verdicts.NEW, detail="head has this benchmark, base has not") for name in found.new
+                ]
         except CertainFailure as failure:
             rows = failure.found
             rounds = [{side: merged(several) for side, several in failure.contents.items() if several}]

@@ -11,6 +11,7 @@ import pytest
 from bench import checkouts
 from bench.packages import ROOT
 from ddpm.errors import BadInput, WorkFailed
+from tests.bench.foreign import commit, git
 from tests.bench.places import (
     INSTALLS,
     PROJECT,
@@ -26,7 +27,6 @@ from tests.bench.places import (
     setuptools_finder,
     two_commits,
 )
-from tests.bench.foreign import commit, git
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ HEAD has a 3 where base has a 1, and the one workload of the suite is named by i
 import pytest
 
 from ddpm.errors import WorkFailed
+from tests.bench.foreign import git
 from tests.bench.places import (
     INSTALLS,
     PROJECT,
@@ -18,7 +19,6 @@ from tests.bench.places import (
     stale,
     two_commits,
 )
-from tests.bench.foreign import git
 
 # {layout: (files, the file with the number, the folder that an installation leads to, the suite, what it imports)}
 LAYOUTS = {
