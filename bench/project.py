@@ -20,9 +20,10 @@ MANIFESTS = ("pyproject.toml", "setup.py", "setup.cfg")
 # Files that say what is compiled, and what is compiled.
 RECIPES = (*MANIFESTS, "CMakeLists.txt", "meson.build", "Cargo.toml")
 NATIVE = (".c", ".cc", ".cpp", ".cxx", ".cu", ".pyx", ".rs", ".f", ".f90", ".m", ".mm", ".zig", ".go", ".nim")
-# Folders whose files stand in for a package that is not installed only where something leads to them.
-ASIDE = frozenset(("test", "tests", "testing", "doc", "docs", "example", "examples", "stubs", "typings"))
-ASIDE |= frozenset(("vendor", "vendored", "third_party", "external", "extern", "deps"))
+# Folders whose files stand in for packages, and those with copies of others' packages: not what a name means to which
+# nothing leads.
+STAND_INS = frozenset(("test", "tests", "testing", "doc", "docs", "example", "examples", "stubs", "typings"))
+ASIDE = STAND_INS | frozenset(("vendor", "vendored", "third_party", "external", "extern", "deps"))
 # Of what two copies of a module define, the share that both do.
 ALIKE = 0.25
 DEFINED = re.compile(r"^(?:async def|def|class)\s+(\w+)|^(\w+)\s*(?::[^=\n]+)?=", re.M)
@@ -180,6 +181,7 @@ def is_of(side: Side, name: str, file: str, homes: Sequence[Path], by_distributi
         for owner in owners
     ):
         return True
+    homes = [home for home in homes if not STAND_INS & set(home.parts)]
     if owners or by_distribution:
         return False
     return any(_alike(Path(file), Path(side.folder, home)) for home in homes)
