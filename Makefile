@@ -4,7 +4,7 @@ RUN ?= runs/demo
 BENCH_OUT ?= bench.json
 BIN := .venv/bin
 # onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
-EXTRAS := dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
+EXTRAS := all,dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
 
 .PHONY: help setup demo test test-long lint format static bench report gpu clean
 

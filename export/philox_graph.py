@@ -75,13 +75,12 @@ def normals(b: Builder, shared: Counters, step: str, stream: int, shape: Sequenc
     u2 = b.op("Mul", b.op("Cast", angles, to=FLOAT), scale)
     u1, u2 = b.op("Cast", u1, to=DOUBLE), b.op("Cast", u2, to=DOUBLE)
     radius = b.op("Sqrt", b.op("Mul", b.op("Log", u1), b.constant(-2.0, np.float64)))
-    angle = b.op("Mul", u2, b.constant(2 * math.pi, np.float64))
-    pairs = [
-        b.op("Unsqueeze", b.op("Cast", b.op("Mul", radius, b.op(wave, angle)), to=FLOAT), b.integers(3))
-        for wave in ("Cos", "Sin")
-    ]
+    # cos(a) as sin(a + pi/2): ONNX Runtime's CPU has no Cos in double before 1.29.
+    angle = b.op("Unsqueeze", b.op("Mul", u2, b.constant(2 * math.pi, np.float64)), b.integers(3))
+    waves = b.op("Sin", b.op("Add", angle, b.constant(np.array([math.pi / 2, 0.0]), np.float64)))
+    pairs = b.op("Cast", b.op("Mul", b.op("Unsqueeze", radius, b.integers(3)), waves), to=FLOAT)
     # [2 of a block, n, blocks, cos and sin] -> [n, blocks, 2, cos and sin]: the order of the words.
-    z = b.op("Transpose", b.op("Concat", *pairs, axis=3), perm=[1, 2, 0, 3])
+    z = b.op("Transpose", pairs, perm=[1, 2, 0, 3])
     if numel % 4:
         flat = b.op("Reshape", z, b.integers(-1, 4 * blocks))
         z = b.op("Slice", flat, b.integers(0), b.integers(numel), b.integers(1))

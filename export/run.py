@@ -70,6 +70,8 @@ _TOO_NEW = {
     "opset": r"Opset (\d+) is under development.* till opset (\d+)",
     "IR version": r"IR version: (\d+), max supported IR version: (\d+)",
 }
+# Files of version 0.1.0 take the cosine in double, which the CPU has from 1.29 on; later ones need what pyproject says.
+_CAME_WITH = {"Cos": "onnxruntime 1.29 or newer"}
 
 
 def _reason(error: Exception) -> str:
@@ -144,6 +146,9 @@ def _model_error(path: Path, error: Exception) -> ModelError:
         if found := re.search(pattern, str(error)):
             known = f"it has {what} {found[1]}, onnxruntime {ort.__version__} knows {found[2]}"
             return ModelError(f"{path}: needs a newer runtime: {known}; upgrade it")
+    if found := re.search(r"Could not find an implementation for (\w+)\(\d+\)", str(error)):
+        lacks = f"has the operator {found[1]}, which onnxruntime {ort.__version__} lacks"
+        return ModelError(f"{path}: {lacks}; needs {_CAME_WITH.get(found[1], 'a newer one')}")
     return ModelError(
         f"{path}: not a whole ONNX model ({_reason(error)}); damaged or another kind of file, export it again"
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from ddpm import load_run
@@ -10,8 +11,11 @@ from ddpm.metrics import distance
 from export import bundle, run
 
 FORMER = Path(__file__).parents[1] / "ddpm" / "former"
+TOO_OLD = tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 29)
+reads_it = pytest.mark.skipif(TOO_OLD, reason="its Cos in double came with onnxruntime 1.29; see the test of that line")
 
 
+@reads_it
 def test_it_still_draws_its_pictures(export, tmp_path):
     how = ("--n", 4, "--context", "all", "--guidance", 2, "--seed", 7)
     answer = export("run", FORMER / "sampler.onnx", *how, "--npy", tmp_path / "x.npy")
@@ -19,6 +23,7 @@ def test_it_still_draws_its_pictures(export, tmp_path):
     assert distance(np.load(tmp_path / "x.npy"), np.load(FORMER / "images.npy")) <= 1e-4
 
 
+@reads_it
 def test_it_is_verified_against_its_run_and_told_of(export):
     answer = export("verify", FORMER / "sampler.onnx", FORMER / "run")
     assert answer.code == 0, answer.err
@@ -30,6 +35,13 @@ def test_one_class_of_it_is_class_0():
     assert run.contexts("0", metadata, np.arange(2)).tolist() == [[1.0], [1.0]]
     with pytest.raises(run.UsageError, match="got '1'"):
         run.contexts("1", metadata, np.arange(2))
+
+
+@pytest.mark.skipif(not TOO_OLD, reason="this onnxruntime reads it")
+def test_an_older_runtime_is_told_which_it_needs(export):
+    answer = export("info", FORMER / "sampler.onnx")
+    assert answer.code == 3
+    assert answer.err.endswith(f"which onnxruntime {onnxruntime.__version__} lacks; needs onnxruntime 1.29 or newer\n")
 
 
 @pytest.mark.long
