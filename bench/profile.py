@@ -20,6 +20,7 @@ from ddpm.commands.sampling_options import EngineName, Solver, Steps, contexts_o
 from ddpm.distributed import pick_device
 from ddpm.engines import choose
 from ddpm.errors import BadInput
+from ddpm.extras import need
 from ddpm.files import json_text, read_json, replacing_all
 from ddpm.inference import has_form, kept_form
 from ddpm.networks import condition_shape
@@ -51,6 +52,7 @@ def profile(
         return
     if compare is not None or run is None or out is None:
         raise BadInput("profile: needs RUN and --out FOLDER, or --compare A.json B.json alone")
+    need("matplotlib")
     torch.set_num_threads(threads or torch.get_num_threads())
     opened = runs.load_run(run)
     target = pick_device(device)

@@ -19,6 +19,7 @@ from bench.packages import OURS
 from bench.suite_files import Unavailable, explained, is_file, module_in, refuse_absent, shown
 from bench.timing import Call
 from ddpm.errors import BadInput
+from ddpm.extras import lacks
 
 SUITES = {
     name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers", "ladder")
@@ -123,7 +124,7 @@ def load(suite: str, quick: bool) -> list[Workload]:
             raise Unavailable(f"suite {suite}: not built yet") from None
         if error.name.partition(".")[0] in OURS:
             raise
-        raise Unavailable(f"suite {suite}: needs the package {error.name!r}, which is not installed") from error
+        raise Unavailable(f"suite {suite}: {lacks(error.name)}") from error
 
 
 def _names(suites: str | Sequence[str]) -> list[str]:

@@ -7,13 +7,16 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
+from typing import Annotated
 
 import typer
 
 from ddpm.errors import WorkFailed
+from ddpm.extras import lacks
 
 BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
 # Set to 1 by `--debug`: processes that a command starts show their tracebacks too.
@@ -62,8 +65,29 @@ def exit_code(error: BaseException) -> int:
     return BAD_INPUT if usage or isinstance(error, ValueError | TypeError | OSError) else FAILED
 
 
-def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
-    """Run a command line and return its exit code; `--debug` may stand anywhere in it."""
+def app_of(commands: Mapping[str, str], about: str, arguments: Sequence[str] = ()) -> typer.Typer:
+    """A command line with the command that these arguments call, or with all if they call none.
+
+    commands: name -> "module:function", in the order of --help; a module is imported when its command is called.
+    """
+
+    def root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
+        pass
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback(help=about)(root)
+    called = next((word for word in arguments if not word.startswith("-")), "")
+    for name in [called] if called in commands else commands:
+        module, _, function = commands[name].partition(":")
+        app.command(name)(getattr(import_module(module), function))
+    return app
+
+
+def run(make: Callable[[Sequence[str]], typer.Typer], name: str, arguments: Sequence[str] | None) -> int:
+    """Run the command line that is made for these arguments; `--debug` may stand anywhere in them.
+
+    Returns its exit code. A package that is not installed is named with the extra that brings it.
+    """
     words, before = list(sys.argv[1:] if arguments is None else arguments), os.environ.get(DEBUG, "")
     os.environ[DEBUG] = "1" if "--debug" in words else before
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -71,7 +95,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
         with handling(_terminate, signal.SIGTERM):
-            result = app([word for word in words if word != "--debug"], prog_name=name, standalone_mode=False)
+            words = [word for word in words if word != "--debug"]
+            result = make(words)(words, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (KeyboardInterrupt, typer.Abort, Terminated) as error:
         print("stopped", file=sys.stderr)
@@ -79,6 +104,8 @@ def run(app: typer.Typer, name: str, arguments: Sequence[str] | None) -> int:
     except Exception as error:
         show_trace(error)
         text = error.format_message() if hasattr(error, "format_message") else str(error)
+        if isinstance(error, ModuleNotFoundError) and text.startswith("No module named"):
+            text = lacks(error.name or text)
         if type(error).__name__ == "NoArgsIsHelpError":
             print(text, file=sys.stderr)
             return BAD_INPUT

@@ -15,16 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ddpm.errors import BadInput
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 GENERATED, DIGITS_SIDE = ("digits", "swiss-roll"), 16
 ALL = "all"  # what `--context` takes for every class in turn
-UNREADABLE_IMAGE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
 
 
@@ -77,7 +74,9 @@ def load_data(
             raise BadInput("--image-size: swiss-roll has points, not images")
         images, one_hot, names = _swiss_roll(), None, ()
     elif path.is_dir():
-        images, one_hot, names = _image_folder(path, image_size)
+        from ddpm import image_files  # needs Pillow
+
+        images, one_hot, names = image_files.image_folder(path, image_size)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
@@ -91,7 +90,9 @@ def load_data(
             raise BadInput(f"{path}: found {found}, needs at least one image")
         if image_size is not None:
             squeezed = images[..., 0] if images.shape[-1] == 1 else images
-            images = np.stack([_fit(Image.fromarray(image), image_size) for image in squeezed])
+            from ddpm import image_files
+
+            images = image_files.fitted(squeezed, image_size)
         one_hot = None if labels is None else _read_labels(Path(labels), len(images), path)
         names = () if one_hot is None else tuple(str(k) for k in range(one_hot.shape[1]))
     if images.ndim == 4:
@@ -134,10 +135,11 @@ def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """scikit-learn's 1,797 digits, 8x8 of 0..16, brought to side x side of 0..255 by Pillow's bicubic filter."""
     from sklearn.datasets import load_digits
 
+    from ddpm import image_files
+
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.stack([_fit(Image.fromarray(image), side) for image in small])
-    return images, np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
+    return image_files.fitted(small, side), np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
 
 
 def _swiss_roll() -> np.ndarray:
@@ -147,67 +149,6 @@ def _swiss_roll() -> np.ndarray:
     points = make_swiss_roll(4096, noise=0.3, random_state=0)[0][:, [0, 2]]
     points -= points.mean(axis=0)
     return (points / points.std()).astype(np.float32)
-
-
-def _fit(image: Image.Image, side: int) -> np.ndarray:
-    """Central square, bicubic to side x side: uint8 [side, side, C]."""
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    image = image.crop((left, top, left + square, top + square))
-    if square != side:
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(side, side, -1)
-
-
-def _image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """Images of a folder in sorted order; subfolders are classes. All grey -> 1 channel, else RGB on white."""
-    by_class = {sub: _images_in(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
-    loose, names = _images_in(folder), tuple(sub.name for sub in by_class)
-    files = [path for paths in by_class.values() for path in paths]
-    if files and loose:
-        raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
-    if files:
-        check_class_names(names, str(folder))
-    elif not loose:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise BadInput(f"{folder}: no images found, needs {known} (in class subfolders or not)")
-    opened = {path: _open(path) for path in files or loose}
-    mode = "L" if all(image.mode in ("L", "1") for image in opened.values()) else "RGB"
-    arrays = []
-    for path, image in opened.items():
-        image = image.convert(mode)
-        array = _fit(image, side) if side else np.asarray(image).reshape(image.height, image.width, -1)
-        if arrays and array.shape != arrays[0].shape:
-            sizes = f"{image.width}x{image.height}, the first image is {arrays[0].shape[1]}x{arrays[0].shape[0]}"
-            raise BadInput(f"{path}: is {sizes}: needs --image-size to bring them to one size")
-        arrays.append(array)
-    if not files:
-        return np.stack(arrays), None, ()
-    empty = next((sub for sub, paths in by_class.items() if not paths), None)
-    if empty is not None:
-        raise BadInput(f"{empty}: a class folder without images")
-    classes = np.repeat(np.arange(len(names)), [len(paths) for paths in by_class.values()])
-    return np.stack(arrays), np.eye(len(names), dtype=np.float32)[classes], names
-
-
-def _images_in(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if not p.name.startswith(".") and p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in files if not p.is_dir())
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in ("L", "1"):
-                return image.copy()
-            if image.mode[0] in "IF":
-                raise BadInput(f"{path}: has more than 8 bits per channel (mode {image.mode}), needs 8")
-            rgba = image.convert("RGBA")
-    except UNREADABLE_IMAGE as error:
-        raise BadInput(f"{path}: not a readable image ({error})") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:

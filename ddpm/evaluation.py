@@ -54,13 +54,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def evaluate(samples: Tensor, dataset: Dataset, classes: Tensor | None) -> Evaluation:
     """Compare samples [n, ...] with the data; classes int64 [n] is what each was asked to be, or None."""
-    from sklearn.svm import SVC
-
     real, fake = features(dataset.values), features(samples)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(real))
     one, two = order[::2], order[1::2]
     accuracy = accuracy_real = None
     if dataset.labels is not None and classes is not None:
+        from sklearn.svm import SVC
+
         labels = dataset.labels.argmax(dim=1).numpy()
         # Support vectors with an RBF kernel: 98.8% on held-out digits, measured on half of scikit-learn's set.
         held_out = SVC(C=10, gamma="scale").fit(real[one], labels[one])

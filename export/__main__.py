@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-HINTS = {"onnxruntime": "onnxruntime (or onnxruntime-gpu)", "PIL": "pillow"}
+from ddpm.extras import lacks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,10 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from export.cli import main as others
     except ModuleNotFoundError as missing:
-        name = str(missing.name).partition(".")[0]
-        if name in ("export", "ddpm", "kernels"):
+        if str(missing.name).partition(".")[0] in ("export", "ddpm", "kernels"):
             raise
-        print(f"error: {name} is not installed, needs: pip install {HINTS.get(name, name)}", file=sys.stderr)
+        print(f"error: {lacks(str(missing.name))}", file=sys.stderr)
         return 4  # a provider is missing: run.ProviderError, which is out of reach
     if draws:
         arguments.remove("run")

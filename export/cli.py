@@ -197,4 +197,4 @@ def _root(debug: Annotated[bool, typer.Option("--debug", help="show the tracebac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    return run_app(app, "ddpm-export", arguments)
+    return run_app(lambda _: app, "ddpm-export", arguments)

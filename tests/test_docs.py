@@ -143,7 +143,8 @@ def test_what_is_not_run_could_be(command):
         import typer
 
         name, *options = arguments
-        group = typer.main.get_command(importlib.import_module(MODULES[program].replace("__main__", "cli")).app)
+        module = importlib.import_module(MODULES[program].replace("__main__", "cli"))
+        group = typer.main.get_command(module.app if program == "ddpm-export" else module.app_of())
         group.commands[name].make_context(name, options).close()
 
 

@@ -21,22 +21,19 @@ from bench.suites.networks import SCHEDULE, SEED, TIMESTEPS, contexts, network, 
 from bench.timing import Call
 from ddpm import StepTable, make_table
 from ddpm.engines import competitors
+from ddpm.extras import lacks
 from ddpm.networks import network_times, null_condition
 from ddpm.networks.protocol import in_type
 from kernels import philox
 from kernels.solver_step import guide
 
-PACKAGES = {"diffusers": "peers", "openvino": "peers", "onnxruntime": "onnx"}  # and their extras
+PACKAGES = ("diffusers", "openvino", "onnxruntime")
 RUNTIMES = {"onnxruntime": "denoiser_call", "openvino": "openvino_call"}  # functions of suite `export`
 
 
 def unavailable() -> dict[str, str]:
     """Who cannot compete in this installation, and why."""
-    return {
-        package: f"suite peers: {package} is not installed, needs pip install 'fused-ddpm[{extra}]'"
-        for package, extra in PACKAGES.items()
-        if find_spec(package) is None
-    }
+    return {package: f"suite peers: {lacks(package)}" for package in PACKAGES if find_spec(package) is None}
 
 
 def _field(model: nn.Module, context: Tensor, guidance: float) -> Call:

@@ -3,28 +3,19 @@
 import ctypes
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from functools import partial
 
-import typer
-
-from ddpm.command_line import run
-from ddpm.commands.evaluate import evaluate
-from ddpm.commands.importing import import_weights
-from ddpm.commands.sample import sample
-from ddpm.commands.train import train
+from ddpm import command_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(train)
-app.command()(sample)
-app.command()(evaluate)
-app.command("import")(import_weights)
-
-
-@app.callback()
-def _root(debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False) -> None:
-    """Train a diffusion network and sample it."""
+COMMANDS = {
+    "train": "ddpm.commands.train:train",
+    "sample": "ddpm.commands.sample:sample",
+    "evaluate": "ddpm.commands.evaluate:evaluate",
+    "import": "ddpm.commands.importing:import_weights",
+}
+app_of = partial(command_line.app_of, COMMANDS, "Train a diffusion network and sample it.")
 
 
 def keep_freed_memory() -> None:
@@ -45,4 +36,4 @@ def keep_freed_memory() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     keep_freed_memory()
-    return run(app, "ddpm", arguments)
+    return command_line.run(app_of, "ddpm", arguments)

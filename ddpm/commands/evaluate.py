@@ -12,6 +12,7 @@ from ddpm import evaluation, runs
 from ddpm.commands import sampling_options as given
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
+from ddpm.extras import need
 from ddpm.files import write_json
 from ddpm.training import training_data
 
@@ -39,6 +40,7 @@ def evaluate(
     dataset = training_data(opened, data, labels)
     options, table = given.table_of(opened, {"solver": solver, "steps": steps})
     classes = given.cycled_classes(opened, 0, n) if given.class_count(opened) else None
+    need(*(() if classes is None else ("sklearn",)))
     contexts = None if classes is None else given.contexts_of(opened, given.ALL, 0, n)
     more = {"guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, table, World(), **more)

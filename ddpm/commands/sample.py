@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from typer import Argument, Option
 
-from ddpm import pictures, runs
+from ddpm import runs
 from ddpm.commands import sampling_options as given
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput, check_integer
+from ddpm.extras import need
 from ddpm.files import replacing
 from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
@@ -49,6 +50,9 @@ def sample(
     if columns is not None:
         check_integer("--columns", columns)
     opened = runs.load_run(run)
+    if out is not None or gif is not None:
+        need("PIL", *(() if len(sample_shape(opened.model)) == 3 else ("matplotlib",)))
+        from ddpm import pictures
     target = pick_device(device)
     opened.model.to(target)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ddpm import pictures, runs, training
+from ddpm import runs, training
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
+from ddpm.extras import need
 from ddpm.training import TrainOptions
 
 
@@ -22,6 +23,9 @@ def train(
     **given: Any,
 ) -> None:
     """Train a run folder. Ctrl-C saves; --resume goes on, bit for bit as if nothing had happened."""
+    need("PIL", "matplotlib", extra="train")
+    from ddpm import pictures
+
     if resume and overwrite:
         raise BadInput("--resume, --overwrite: got both, needs at most one")
     if not save_every > 0:

@@ -66,7 +66,7 @@ def test_who_is_not_installed_is_said_and_left_out(small, monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None if name in peers.PACKAGES else own(name))
     found, left_out = selected("peers", True, "")
     assert set(left_out) == {"diffusers", "openvino", "onnxruntime"}
-    assert left_out["openvino"] == "suite peers: openvino is not installed, needs pip install 'fused-ddpm[peers]'"
+    assert left_out["openvino"] == "suite peers: openvino is not installed, needs: pip install 'fused-ddpm[peers]'"
     for name in ("diffusers", "bench.suites.export"):
         monkeypatch.setitem(sys.modules, name, None)  # whoever imports it all the same gets an ImportError
     assert set(found[0].build(CPU).candidates) == {"torch.compile of eager", "fused"}

@@ -62,7 +62,7 @@ def test_a_command_that_is_stopped_leaves_nothing_half_written(number, code, tmp
     handler = signal.getsignal(signal.SIGTERM)
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     try:
-        assert command_line.run(app, "write", []) == code
+        assert command_line.run(lambda _: app, "write", []) == code
     finally:
         signal.signal(signal.SIGINT, ignored)
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["before"]
