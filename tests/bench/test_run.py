@@ -155,7 +155,7 @@ def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
             ["--suite", "nonsense"],
             "needs one of kernels, step, sampling, training, export, peers, ladder, all",
         ),
-        (["--suite", "kernels"], "needs the package 'nobody_has_it'"),
+        (["--suite", "kernels"], "nobody_has_it is not installed"),
         (["--suite", "training"], "not built yet"),
         (["--suite", "step", "--filter", "["], "'[' is no regular expression"),
         (["--suite", "step", "--filter", "zzz"], "matches none of: step/good; step/wrong"),
