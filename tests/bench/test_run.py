@@ -100,7 +100,10 @@ def test_a_clean_run_records_what_repeats_it(small_registry, tmp_path, capsys, m
     for record in content["records"]:
         assert record["convolution_flops_per_s"] == 3e9
         assert record["share_of_convolution"] == record["flops_per_s"] / 3e9
-    assert content["skipped"]["kernels"] == "suite kernels: nobody_has_it is not installed, needs: pip install nobody_has_it"
+    assert (
+        content["skipped"]["kernels"]
+        == "suite kernels: nobody_has_it is not installed, needs: pip install nobody_has_it"
+    )
     assert set(content["skipped"]) == set(SUITES) - {"step"}
     assert "note: suite kernels: nobody_has_it is not installed" in capsys.readouterr().err
 
