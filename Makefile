@@ -6,17 +6,18 @@ BIN := .venv/bin
 # onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
 EXTRAS := all,dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
 
-.PHONY: help setup demo test test-long lint format static bench report gpu clean
+.PHONY: help setup demo test test-long test-versions lint format static bench report gpu clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
 	@echo "make test       the tests, under 4 minutes"
 	@echo "make test-long  kills, the demo's quality, long statistics"
+	@echo "make test-versions  as old and as new packages as pyproject.toml allows"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
 	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
 	@echo "make report     the figures in README.md and docs/ from the stored records"
-	@echo "make gpu        on a machine with one: tests, memory errors and times into OUT=$(OUT)"
+	@echo "make gpu        on a machine with one: tests and times into OUT=$(OUT)"
 	@echo "make format     ruff: fix and format"
 	@echo "make setup      .venv with the pinned packages (the others call it)"
 	@echo "make clean      remove .venv and caches"
@@ -47,6 +48,9 @@ test: setup
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not alone" -n auto --dist loadfile
 	$(BIN)/pytest -m alone
+
+test-versions: setup
+	PYTHONPATH=. $(BIN)/python tests/environments.py oldest newest
 
 lint: setup
 	$(BIN)/ruff check .
