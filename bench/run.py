@@ -20,7 +20,7 @@ from ddpm.command_line import FAILED
 from ddpm.errors import BadInput
 from ddpm.progress import Bar
 
-# Quick: of rows of 5 to 20 ms (EPYC) the median of 15 rounds was 0.4 to 1.6% off that of 30; processes differ by 1 to 6%.
+# Quick: of rows of 5 to 20 ms (EPYC) 15 rounds had a median 0.4 to 1.6% off that of 30; processes differ by 1 to 6%.
 ROUNDS, QUICK_ROUNDS = 60, 20
 # Per workload, whichever ends first; the largest CPU workloads then do three rounds.
 SECONDS, QUICK_SECONDS = 30.0, 2.0
