@@ -48,7 +48,7 @@ def operators(call: Callable[[], Any]) -> int:
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """PyTorch's profiler prints two lines at every start and stop, from C++."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -76,7 +76,7 @@ def torch_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, int
         held, total = "allocated_bytes.all.current", "allocated_bytes.all.allocated"
         peak = torch.cuda.max_memory_allocated(device) - before.get(held, 0)
         return after.get(total, 0) - before.get(total, 0), peak
-    with _quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         call()
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     total = held = peak = 0

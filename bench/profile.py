@@ -66,6 +66,7 @@ def profile(
 
     opened.model.to(target)
     contexts = None if contexts is None else contexts.to(target)
+    load = machine.Load()
     began = time.perf_counter()
     guides = guidance != 1.0
     trajectory = Trajectory(opened.model, opened.schedule, table, engine=chosen, guided=guides, form=kept_form)
@@ -87,7 +88,7 @@ def profile(
         "ceilings": ceilings(target),
         **figures,
     }
-    content["floor"] = floor(content)
+    content |= {"floor": floor(content), "load": load.record()}
     content = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}"))
     events = json.dumps(trace, separators=(",", ":")) + "\n"
     texts = {REPORT: render(content), PROFILE: json_text(content), TRACE: events}
@@ -95,6 +96,7 @@ def profile(
     with replacing_all(paths) as partials:
         for partial, text in zip(partials, texts.values(), strict=True):
             partial.write_text(text, encoding="utf-8")
+    machine.warn(machine.warning_of(content["load"]["others"]))
     print(summary(content))
     print(f"wrote {', '.join(map(str, paths))}")
 
@@ -108,6 +110,9 @@ def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -
     if guidance != 1.0 and context is None:
         raise BadInput(f"--guidance: got {guidance:g} without --context, needs a class or all to guide towards")
     return contexts_of(run, context, 0, batch)
+
+
+NO_FLOOR = "none can be told: at the best rates measured here a step would take {:.1f} times as long as it did"
 
 
 def best_rate(ceilings: Mapping[str, Any]) -> float:
@@ -151,7 +156,9 @@ def summary(content: Mapping[str, Any]) -> str:
         f"   {content['latency']['images_per_s']:.3g} images/s",
         f"floor    arithmetic {bound['arithmetic_ms']:.2f} ms ({bound['flops'] / 1e9:.3g} GFLOP at "
         f"{best_rate(best):.0f} GFLOP/s), "
-        f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)",
+        f"traffic {bound['traffic_ms']:.2f} ms ({bound['bytes'] / 1e6:.4g} MB at {best['copy_gb_per_s']:.1f} GB/s)"
+        if bound["share"] <= 1
+        else f"floor    {NO_FLOOR.format(bound['share'])}",
         "where    " + "  ".join(f"{part['name']} {part['share']:.1%}" for part in content["parts"]),
         f"         (under the profiler, which makes a step {content['profiler']['overhead']:.2f} times as long)",
         f"{'operator':22s} {'calls':>6s} {'ms':>8s} {'share':>6s} {'GFLOP/s':>8s} {'GB/s':>7s}",

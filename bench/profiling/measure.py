@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 
-from bench.measure import _quiet_stderr, convolution_ceiling
+from bench.counts import quiet_stderr
+from bench.measure import convolution_ceiling
 from bench.profiling import trace as traces
 from bench.profiling.trace import AHEAD, GAPS, MODULE, STEP, WARM_UP
 from bench.timing import synchronize
@@ -200,7 +201,7 @@ def profiled(sampler: Sampler, steps: int = PROFILED_STEPS) -> tuple[dict[str, A
 
         def enter(i: int) -> None:
             if i == start:
-                running.enter_context(_quiet_stderr())
+                running.enter_context(quiet_stderr())
                 running.enter_context(profiler)
             if i == first:
                 synchronize(sampler.device)

@@ -18,7 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bench.profile import best_rate
+from bench.machine import warning_of
+from bench.profile import NO_FLOOR, best_rate
 from bench.profiling.trace import GAPS, OTHER, PARTS
 
 HERE = Path(__file__).parent
@@ -182,7 +183,7 @@ def _shown(content: Any) -> Any:
 def render(content: Mapping[str, Any]) -> str:
     """The page of one profile."""
     page = {kind: (HERE / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
-    recipe, machine, best, bound = (content[key] for key in ("recipe", "machine", "ceilings", "floor"))
+    recipe, machine, best = (content[key] for key in ("recipe", "machine", "ceilings"))
     memory, model, gaps = content["memory"], content["run"]["model"], content["profiler"]["gaps_without_ms"]
     cuda, peak_in = machine["device"] != "cpu", memory["step_peak_in"]
     guided = f", guidance {recipe['guidance']:g} (the network sees {recipe['rows']} rows)"
@@ -197,8 +198,7 @@ def render(content: Mapping[str, Any]) -> str:
     values = {
         "facts": "".join(f"<span>{escape(fact)}</span>" for fact in facts),
         "rate": f"{best_rate(best):,.0f}",
-        "binds": "arithmetic" if bound["binds"] == "arithmetic" else "memory traffic of the operators as they are",
-        "floor_ms": Number(max(bound["arithmetic_ms"], bound["traffic_ms"])),
+        "verdict": _verdict(content),
         "bar": "".join(BAR.format(**part) for part in _shown(content["parts"])),
         "legend": "".join(LEGEND.format(**part, meaning=MEANING[part["name"]]) for part in _shown(content["parts"])),
         "gaps": f"about {Number(gaps)} ms" if gaps else "next to nothing",
@@ -218,6 +218,23 @@ def render(content: Mapping[str, Any]) -> str:
         "commit": f"{machine['commit'] or 'outside a checkout'}{' with changes' if machine['dirty'] else ''}",
     }
     return page["html"].format(**_shown(content), **values, css=page["css"], js=page["js"])
+
+
+def _verdict(content: Mapping[str, Any]) -> str:
+    """What the floor is, or why none can be told, and whether the machine was busy."""
+    bound = content["floor"]
+    floor_ms = Number(max(bound["arithmetic_ms"], bound["traffic_ms"]))
+    binds = "arithmetic" if bound["binds"] == "arithmetic" else "memory traffic of the operators as they are"
+    said = [
+        f"The floor of a step is the larger of the two: {binds}, <b>{floor_ms} ms, {bound['share']:.0%}",
+        "of the measured step</b>. The rates are the best that a convolution or matrix product, and a copy out of",
+        "cache, reached in this run.",
+    ]
+    if bound["share"] > 1:
+        said = [f"The floor of a step: {NO_FLOOR.format(bound['share'])}."]
+    if warning := warning_of((content.get("load") or {}).get("others")):
+        said.append(f"<b>{escape(warning.capitalize())}.</b>")
+    return "\n".join(said)
 
 
 def _icicle(root: Mapping[str, Any]) -> str:

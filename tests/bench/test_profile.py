@@ -12,7 +12,7 @@ import torch
 from bench.cli import main
 from bench.kernels import operator_file
 from bench.measure import Convolution, convolution_ceiling
-from bench.profile import by_operator, comparison, floor
+from bench.profile import by_operator, comparison, floor, summary
 from bench.profiling import measure, trace
 from bench.profiling.measure import RangedNoise
 from bench.profiling.operators import work_of
@@ -571,3 +571,19 @@ def test_what_was_there_stays_if_the_work_fails(run, tmp_path, monkeypatch):
     assert main([str(argument) for argument in arguments]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
     assert (tmp_path / "profile.json").read_text() == "before"
+
+
+def test_a_floor_that_the_machine_cannot_have_is_not_printed():
+    content = json.loads((Path(__file__).parents[2] / "docs/profile/profile.json").read_text())
+    assert "The floor of a step is the larger of the two" in render(content)
+    content["floor"]["share"] = 1.74
+    text = "at the best rates measured here a step would take 1.7 times as long as it did"
+    assert f"The floor of a step: none can be told: {text}." in render(content)
+    assert f"floor    none can be told: {text}" in summary(content)
+    assert "The floor of a step is the larger" not in render(content)
+
+
+def test_a_busy_machine_is_said_on_the_page():
+    content = json.loads((Path(__file__).parents[2] / "docs/profile/profile.json").read_text())
+    assert "machine is busy" not in render(content)
+    assert "machine is busy, load 63.0 on" in render(content | {"load": {"others": 63.0}})
