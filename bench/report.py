@@ -17,7 +17,7 @@ from bench.machine import ROOT
 from bench.profile import summary
 from bench.show import Table, middle, run_table, where
 from bench.static.cards import CARDS
-from bench.suites.networks import N_FEAT
+from bench.suites.networks import NETWORK
 from ddpm.errors import WorkFailed
 from ddpm.files import read_json, write_text
 
@@ -77,7 +77,7 @@ def summary_table() -> str:
         rows.append([what, *times, ratio, f"{error:.1e}", "; ".join(beside) or "not measured"])
     headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
     caption = (
-        f"ContextUnet with {N_FEAT} features, 3x16x16 images, float32, on {where(content['machine'])}: "
+        f"{NETWORK}, float32, on {where(content['machine'])}: "
         f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) after the "
         "steps that were timed (10; 20 of `sampler.onnx`). Others run the same network and as many images, measured in "
         "one process with eager (suite `peers`)."

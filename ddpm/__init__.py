@@ -1,6 +1,7 @@
 """fused-ddpm: train a pixel diffusion network, then sample it as fast as the hardware allows."""
 
-from importlib import import_module
+from contextlib import suppress
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from ddpm.solvers import make_table
     from ddpm.table import StepTable
     from ddpm.trajectory import Trajectory
+
+with suppress(metadata.PackageNotFoundError):  # Hugging Face's, of the name of our folder
+    metadata.distribution("kernels")
+    import_module("kernels")  # which says what is wrong
 
 # Imported when asked for: whoever needs one part, as the benchmarks of another project do, does not wait for all.
 _HOMES = {

@@ -23,6 +23,7 @@ from kernels.philox import Stream
 SEED = 7
 AUTOTUNE = "max-autotune"  # mode of torch.compile, and candidate of the suites on CUDA
 CHANNELS, SIDE, N_FEAT, CLASSES = 3, 16, 64, 5
+NETWORK = f"ContextUnet with {N_FEAT} features, {CHANNELS}x{SIDE}x{SIDE} images"
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TIMESTEPS = 500
 SCHEDULE = NoiseSchedule.make("linear", TIMESTEPS)

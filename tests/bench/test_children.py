@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_what_goes_wrong_in_a_suite_names_file_and_line(folder, files, words):
 def test_a_stop_ends_the_processes_and_leaves_nothing(folder, number, code):
     (folder / "speed.py").write_text(SUITE.format(bad=HANG))
     line = [sys.executable, "-P", "-m", "bench", "run", "--suite", "speed.py", "--processes", "2", "--out", "r.json"]
-    process = subprocess.Popen(line, env=environment([ROOT]), stderr=subprocess.PIPE, text=True)
+    # Tests that run in the background ignore SIGINT, and what they start would, too.
+    heeding = {"preexec_fn": partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(line, env=environment([ROOT]), stderr=subprocess.PIPE, text=True, **heeding)
     try:
         assert waited(lambda: (folder / "pid").exists() and (folder / "pid").read_text().endswith("\n"))
         time.sleep(0.3)
