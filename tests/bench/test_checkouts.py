@@ -299,9 +299,11 @@ MINE = "TIMES = 1\n\n\ndef softmax(x):\n    for _ in range(TIMES):\n        y = 
 
 @pytest.mark.long
 @pytest.mark.alone
-@pytest.mark.parametrize("install", [path_file, setuptools_finder, copied], ids=lambda install: install.__name__)
-def test_three_times_slower_is_found_by_the_command(tmp_path, install):
-    """In a monorepo with a bench/ of its own, from an environment that has this runner and the package."""
+def test_three_times_slower_is_found_by_the_command(tmp_path):
+    """In a monorepo with a bench/ of its own, from an environment that has this runner and the package.
+
+    By one of the installs of test_layouts.py, which has them all as far as the import.
+    """
     place = Place(tmp_path / "theirs", tmp_path / "venv")
     for folder in (*site.getsitepackages(), ROOT):
         with (place.site / "runner.pth").open("a") as file:
@@ -309,7 +311,7 @@ def test_three_times_slower_is_found_by_the_command(tmp_path, install):
     place.write({"python/mine.py": MINE, "bench/__init__.py": "", "bench/speed.py": FULL})
     two_commits(place, "python/mine.py")
     git(place.root, "checkout", "-q", "base")
-    install(place, place.root / "python", "mine")
+    setuptools_finder(place, place.root / "python", "mine")
     git(place.root, "checkout", "-q", "head")
     line = [place.python, "-P", "-m", "bench", "compare", "base", "head", "--suite", "bench/speed.py"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -79,7 +79,7 @@ def test_a_line_takes_the_place_of_the_one_of_the_same_repetition(tmp_path):
     ]  # fmt: skip
 
 
-SOME = ("30% in the extension", "a segmentation fault", "the package moved with its configuration")
+SOME = ("30% in the extension", "the package moved with its configuration")
 
 
 @pytest.fixture(scope="module")
