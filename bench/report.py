@@ -159,7 +159,9 @@ def planted_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def planted_block() -> str:
-    """The stored proof of `compare`."""
+    """The stored proof of `compare`, or that there is none."""
+    if not PLANTED.exists():
+        return f"Not measured yet: the record {PLANTED.relative_to(ROOT)} is missing."
     lines = [json.loads(line) for line in PLANTED.read_text(encoding="utf-8").splitlines()]
     first, loads = lines[0], [line["load"] for line in lines]
     under = sum(line["loaded"] for line in lines)

