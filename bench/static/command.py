@@ -23,9 +23,9 @@ from ddpm.progress import Bar
 COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
 COLUMNS |= {"stack": "{stack}", "shared": "{shared}", "SASS": "{instructions}", "ld/st": "{load_bits}/{store_bits}"}
 COLUMNS |= {"/elem": "{instructions_per_element:.1f}", "B/elem": "{bytes_per_element:.3g}"}
-NOTE = (
-    "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Cards: "
-    "predicted us per million elements, the larger of issue and bytes (b). Not timed."
+NOTES = (
+    "spill: bytes stored/loaded. SASS: instructions. ld/st: bits of the widest. B/elem: memory traffic. Not timed.",
+    "Cards: predicted us per million elements, the larger of instructions to issue and bytes to move (b).",
 )
 MORE_INSTRUCTIONS = 1.05
 # What may not grow, and what may not shrink. One narrow access among wide ones shows in how many there are.
@@ -108,7 +108,7 @@ def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
         rows = [row + [predicted(card, one) for card in cards.values()] for row, one in zip(cells, mine, strict=True)]
         spills = ("spill_store_bytes", "spill_load_bytes", "stack")
         red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
-        notes = [NOTE] if arch == archs[-1] else []
+        notes = NOTES if arch == archs[-1] else ()
         Table((*COLUMNS, *cards), "l", rows, arch, red).show(notes, "dim")
 
 
