@@ -17,7 +17,7 @@ from bench.comparison import KIND, compare_markdown, compare_table, result_of
 from bench.config import TABLE, TooNoisy
 from bench.measure import one_line
 from bench.registry import check_suites, expression_of
-from bench.run import merged, suite_arguments
+from bench.run import merged, refuse_unwritable, suite_arguments
 from bench.suite_files import is_file, located
 from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, TOO_NOISY, Pair, Thresholds, Verdict
 from ddpm.errors import BadInput, WorkFailed
@@ -122,7 +122,8 @@ def _measured(
     rows = verdicts.judge(*contents.values(), thresholds)
     suspects = verdicts.suspects(rows)
     if suspects:
-        arguments = job.arguments(sorted({row.partition(" ")[0] for row in suspects}))
+        records = [record for content in contents.values() for record in content["records"]]
+        arguments = job.arguments(sorted({r["workload"] for r in records if store.row_of(r) in suspects}))
         again = measure_sides(found, AGAIN * job.processes, arguments, "confirm", SECOND_ROUND, job.timeout)
         return [contents, again], verdicts.pooled(tuple(contents.values()), tuple(again.values()), thresholds)
     return [contents], rows
@@ -182,12 +183,6 @@ def _processes(asked: int | None, configured: config.Config) -> int:
     return asked or configured.processes or PROCESSES
 
 
-def _refuse_unwritable(paths: Sequence[Path]) -> None:
-    for path in paths:
-        if not path.parent.is_dir():
-            raise BadInput(f"{path}: its folder does not exist, needs one that does")
-
-
 def _is_file(name: str) -> bool:
     return store.is_stored(name) or Path(name).is_file()
 
@@ -240,8 +235,7 @@ def compare(
     With --too-noisy fail 4: of some rows it cannot be told.
     What options do not say, [tool.ddpm-bench] in pyproject.toml may.
     """
-    outputs = [path for path in (markdown, json_file) if path is not None]
-    _refuse_unwritable(outputs)
+    refuse_unwritable(markdown=markdown, json=json_file)
     if _is_file(base) != _is_file(head):
         raise BadInput(f"got {base} and {head}, needs two stored files or two git refs")
     configured = config.read(machine.repository())
@@ -260,15 +254,15 @@ def compare(
                 configured.build if build is None else build,
             )
             rounds, found = compare_refs(base, head, job, thresholds)
+        code = verdicts.exit_code(found, too_noisy or configured.too_noisy or "pass")
+        result = result_of(rounds, found, code)
+        if markdown is not None:
+            write_text(markdown, compare_markdown(result))
+        if json_file is not None:
+            store.write(json_file, result)
+        compare_table(result)
     except BadInput:
         raise
     except Exception as error:
         return _told_nothing(error, markdown, json_file)
-    code = verdicts.exit_code(found, too_noisy or configured.too_noisy or "pass")
-    result = result_of(rounds, found, code)
-    if markdown is not None:
-        write_text(markdown, compare_markdown(result))
-    if json_file is not None:
-        store.write(json_file, result)
-    compare_table(result)
     return code

@@ -24,6 +24,8 @@ from ddpm.extras import lacks
 SUITES = {
     name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers", "ladder")
 }
+# What is timed beside a workload's candidates: one of these names would get its times.
+TIMED_BESIDE = ("eager", "copy", "yardstick")
 # Where SEED is, if not in the suite's own module.
 SEEDS = {"kernels": "bench.kernels"}
 
@@ -75,6 +77,11 @@ class Bench:
     frozen: bool = False
     capturable: bool = False
     rest_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in TIMED_BESIDE:
+            if name in self.candidates:
+                raise BadInput(f"candidates: got {name!r}, which is what else is timed, needs another name")
 
 
 @dataclass(frozen=True)

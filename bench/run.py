@@ -11,7 +11,7 @@ import torch
 import typer
 
 from bench import config, machine, packages, provenance, store
-from bench.children import TIMEOUT, Running, environment, run_child  # noqa: F401 (environment: imported from here)
+from bench.children import TIMEOUT, Running, run_child
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
 from bench.registry import SUITES, Workload, check_suites, expression_of, seed_of, selected

@@ -127,6 +127,9 @@ def load(path: Path) -> Content:
     lacking = [key for key in NEEDED if key not in content]
     if lacking:
         raise BadInput(f"{path}: lacks {', '.join(lacking)}, needs a whole file")
+    processes = content["processes"]
+    if not isinstance(content["machine"], dict) or not isinstance(processes, int) or isinstance(processes, bool):
+        raise BadInput(f"{path}: its machine is no object or its processes no integer, needs a whole file")
     seen: dict[tuple, str] = {}
     for number, record in enumerate(content["records"], start=1):
         place = f"line {number + 1}" if path.suffix == LINES else f"record {number}"
@@ -143,7 +146,12 @@ def load(path: Path) -> Content:
 def _check_record(record: Any, place: str) -> None:
     if not isinstance(record, dict) or not {"workload", "candidate", "process"} <= record.keys():
         raise BadInput(f"{place}: lacks workload, candidate or process, needs a whole file")
+    named = isinstance(record["workload"], str) and isinstance(record["candidate"], str)
+    if not named or not isinstance(record["process"], int):
+        raise BadInput(f"{place}: workload or candidate is no string or process no integer, needs a whole file")
     if not is_good(record):
+        if "failed" not in record and not {"parity", "error", "tolerance"} <= record.keys():
+            raise BadInput(f"{place}: {row_of(record)} has neither times nor why, needs a whole file")
         return
     times = [record[key] for key in ("gate", "wall_gate", "kernel_us", "wall_us") if key in record]
     if not {"gate", "kernel_us", "against"} <= record.keys() or not all(map(_is_time, times)):

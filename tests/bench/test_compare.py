@@ -91,7 +91,10 @@ def test_bad_files_are_one_line(files, tmp_path, capsys, content):
         ([base, few], "needs at least 6"),
         ([base, str(tmp_path / "o.json")], "times do not compare across machines"),
         ([base, "HEAD"], "needs two stored files or two git refs"),
-        ([base, base, "--json", str(tmp_path / "no" / "x.json")], "folder does not exist"),
+        ([base, base, "--json", str(tmp_path / "no" / "x.json")], "needs a file in a folder that exists"),
+        ([base, base, "--markdown", ""], "needs a file in a folder that exists"),
+        (["HEAD", "HEAD", "--timeout", "nan"], "'--timeout'"),
+        ([base, base, "--threshold", "nan"], "needs numbers > 0"),
         ([base, base, "--threshold", "0"], "needs numbers > 0"),
         ([base], "HEAD"),
     ):
@@ -219,6 +222,32 @@ def test_the_second_round_measures_the_suspects_alone(repository, monkeypatch, c
     assert second[0][2][:3] == ("--suite", "kernels", "--filter")
     assert second[0][2][3] == "^(" + re.escape(SLOW) + ")$"
     assert "slower (18 and 18 processes)" in capsys.readouterr().out
+
+
+def test_suspects_are_measured_again_whatever_their_names(repository, monkeypatch, content):
+    named = {f"two words {name}": time for name, time in ROWS.items()}
+    filters = []
+
+    def run_child(root, process, arguments, **_):
+        pattern = arguments[arguments.index("--filter") + 1]
+        filters.append(pattern)
+        slow = named | {f"two words {SLOW}": named[f"two words {SLOW}"] * (1.3 if root.name == "head" else 1)}
+        made = content({name: time for name, time in slow.items() if re.search(pattern, name)}, 1, 0.01, len(filters))
+        for record in made["records"]:
+            record["process"] = process
+        return made
+
+    monkeypatch.setattr(compare, "run_child", run_child)
+    monkeypatch.setattr(checkouts, "_names", lambda *_: list(named))
+    assert main(["compare", "one", "two", "--processes", "6"]) == 1
+    assert set(filters) == {"", f"^({re.escape(f'two words {SLOW}')})$"}
+
+
+def test_an_error_after_the_verdicts_is_none(files, monkeypatch, capsys):
+    base = files("b.json", ROWS)
+    monkeypatch.setattr(compare, "compare_table", lambda result: result["nothing"])
+    assert main(["compare", base, base]) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == "error: KeyError: 'nothing'"
 
 
 @pytest.mark.parametrize("error", [WorkFailed("exit code -11"), KeyError("exit code -11")])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import measure
+from bench import Bench, Candidate, Cost, Workload, measure
 from bench.measure import CONVOLUTIONS, convolution_cases, convolution_ceiling
 from bench.timing import Time
 
@@ -51,3 +51,13 @@ def test_the_fastest_case_is_the_ceiling_whatever_its_layout(small, monkeypatch)
 def test_it_is_a_rate_that_a_processor_can_have():
     # Two 512-bit FMA units at 5 GHz and 256 cores are 82 TFLOP/s; anything above a tenth of a GFLOP/s ran.
     assert 1e8 < convolution_ceiling(CPU, rounds=2).flops_per_s < 1e14
+
+
+@pytest.mark.parametrize("name", ["copy", "yardstick", "eager"])
+def test_a_candidate_does_not_get_the_times_of_what_else_is_timed(name):
+    def build(device):
+        candidate = Candidate(lambda: torch.neg, lambda call: 0.0, 1.0)
+        return Bench([(torch.ones(3),)], torch.neg, {name: candidate}, Cost(24, 3))
+
+    (record,) = measure.measure(Workload("w", "s", build), CPU, 1, 1.0, 1.0)
+    assert f"candidates: got {name!r}" in record["failed"]

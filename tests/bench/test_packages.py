@@ -12,9 +12,9 @@ import pytest
 
 import bench
 from bench import checkouts, machine, packages
+from bench.children import environment, run_child
 from bench.cli import main
 from bench.packages import OURS, is_ours, refuse_clashes
-from bench.run import environment, run_child
 from ddpm.errors import BadInput
 from tests.bench.foreign import commit, git
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from bench import children, kernels, store
+from bench.children import environment, run_child
 from bench.cli import main
 from bench.machine import ROOT, describe
 from bench.measure import Convolution, measure
 from bench.registry import SUITES, Workload, load, seed_of, selected
-from bench.run import environment, merged, run_child, run_here
+from bench.run import merged, run_here
 from bench.suites import networks
 from ddpm.command_line import debugging
 from ddpm.errors import BadInput

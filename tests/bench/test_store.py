@@ -95,6 +95,25 @@ def test_counts_that_are_none_are_refused(path):
         store.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.update(processes="8"), "its processes no integer"),
+        (lambda content: content.update(machine=[]), "its machine is no object"),
+        (lambda content: content["records"][1].update(process=[]), "record 2: workload or candidate is no string"),
+        (lambda content: content["records"][1].update(workload=3), "record 2: workload or candidate is no string"),
+        (lambda content: content["records"][1].update(parity=False), "has neither times nor why"),
+        (lambda content: content["records"][1].pop("parity"), "has neither times nor why"),
+    ],
+)
+def test_what_is_not_of_its_kind_is_bad_input(tmp_path, content, change, words):
+    path, changed = tmp_path / "r.json", content(TIMES, processes=3)
+    change(changed)
+    path.write_text(json.dumps(changed))
+    with pytest.raises(BadInput, match=words):
+        store.load(path)
+
+
 def test_the_stored_measurements_are_lines():
     found = sorted((ROOT / RESULTS).rglob("*.jsonl"))
     assert {"run.jsonl", "step.jsonl", "peers.jsonl", "export.jsonl"} <= {file.name for file in found}

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+from bench.children import environment
 from bench.machine import ROOT
-from bench.run import environment, run_here
+from bench.run import run_here
 from bench.suites import cuda, ladder, networks, sampling, step
 from ddpm import ContextUnet, PointMLP, make_table
 from ddpm.inference import ContextUnetForm, Layout
