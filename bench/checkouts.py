@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import machine, packages, project
+from bench import config, machine, packages, project
 from bench.build import build as build_in
 from bench.children import TIMEOUT, environment, python
 from bench.project import Side
@@ -126,10 +126,12 @@ def checkouts(
     pattern: str,
     build: str | None = None,
     timeout: float = TIMEOUT,
+    configured: bool = False,
 ) -> Iterator[Checkouts]:
     """Two commits, checked out and built by `build` (None: as their projects declare); removed afterwards.
 
-    suites: names of ours, or files by their whole path. timeout: seconds for listing one. Raises BadInput where git
+    suites: names of ours, or files by their whole path. timeout: seconds for listing one. configured: whether it was
+    head's pyproject.toml that named them, so that what base's names counts as base's own too. Raises BadInput where git
     refuses, a suite is none or nothing matches, and WorkFailed, naming the side, where one cannot be built or listed.
     """
     with ExitStack() as stack:
@@ -141,8 +143,12 @@ def checkouts(
         shared = _shared(trees, suites, ours)
         if not ours:
             packages.make_runner(top / "ours", following=True)
-        sides = {side: _checkout(side, top, trees, shared, build, ours) for side in trees}
+        dropped = _dropped(trees["base"].folder, shared) if configured else []
+        sides = {
+            side: _checkout(side, top, trees, shared, build, ours, dropped if side == "base" else ()) for side in trees
+        }
         found = [_listed(sides, one, quick, timeout) for one in shared]
+        found += [(_own_names(sides["base"], one, quick, timeout), []) for one in dropped]
         known, now = ([name for names in side for name in names] for side in zip(*found, strict=True))
         expression = expression_of(pattern)
         matching = [name for name in dict.fromkeys((*known, *now)) if expression.search(name)]
@@ -161,6 +167,21 @@ def _refuse_unfetched(base: Mapping[str, str], head: Mapping[str, str]) -> None:
                 " here, needs git submodule update --init"
             )
         print(f"note: submodule {path} is not fetched here, the same commit in base and head", file=sys.stderr)
+
+
+def _dropped(root: Path, shared: Sequence[_Suites]) -> list[_Suites]:
+    """The suites that base's configuration names and that are not measured: removed, moved, or named no more."""
+    here, repository = Path.cwd().resolve(), machine.repository().resolve()
+    folder = root / here.relative_to(repository) if here.is_relative_to(repository) else root
+    try:
+        named = config.read(root, folder).suites
+    except BadInput as error:
+        print(f"note: base's own suites are not known ({error})", file=sys.stderr)
+        return []
+    files = [Path(name).resolve() for name in named if is_file(name)]
+    places = [file.relative_to(root) for file in files if file.is_file() and file.is_relative_to(root)]
+    measured = {name for one in shared for name in one.names}
+    return [_Suites((str(place),), place) for place in dict.fromkeys(places) if str(place) not in measured]
 
 
 def _shared(trees: Mapping[str, Worktree], suites: Sequence[str], ours: bool) -> list[_Suites]:
@@ -202,9 +223,15 @@ def _copy_untracked(trees: Mapping[str, Worktree], suite: Path, top: Path) -> No
 
 
 def _checkout(
-    side: str, top: Path, trees: Mapping[str, Worktree], shared: Sequence[_Suites], build: str | None, ours: bool
+    side: str,
+    top: Path,
+    trees: Mapping[str, Worktree],
+    shared: Sequence[_Suites],
+    build: str | None,
+    ours: bool,
+    dropped: Sequence[_Suites] = (),
 ) -> Checkout:
-    """A side, built, with what its processes are told."""
+    """A side, built, with what its processes are told. dropped: suites that are listed there and not measured."""
     tree, made, repository = trees[side], top / f"{side}-made", machine.repository().resolve()
     root, built = tree.folder, made / "built"
     made.mkdir()
@@ -218,7 +245,8 @@ def _checkout(
     folder = inside if inside.is_dir() else root
     suites = [Path(name) for one in shared for name in one.within(root)]
     tops = [place for each in (folder, root) for place in (each, each / "src")]
-    places = [built, *tops, *(suite.parent for suite in suites if is_file(suite.name))]
+    listed = [*suites, *(Path(name) for one in dropped for name in one.within(root))]
+    places = [built, *tops, *(suite.parent for suite in listed if is_file(suite.name))]
     kept = {name: [file for file in tree.files if _tells(file)] for name, tree in trees.items()}
     working = said("ls-files", "-z").split("\0")
     others = {file for files in (*kept.values(), working) for file in files if _tells(file)} - set(kept[side])

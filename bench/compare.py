@@ -36,7 +36,10 @@ Contents = dict[str, list[store.Content]]
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured of two refs. build: a command for each checkout, None for what its project says, "" for none."""
+    """What is measured of two refs. build: a command for each checkout, None for what its project says, "" for none.
+
+    configured: whether a pyproject.toml named the suites.
+    """
 
     suites: list[str]
     quick: bool
@@ -44,6 +47,7 @@ class Job:
     processes: int
     timeout: float
     build: str | None
+    configured: bool = False
 
     def arguments(self, workloads: Sequence[str] = ()) -> list[str]:
         """Of `run`, beside the suites: for the whole job, or for some of its workloads."""
@@ -135,7 +139,7 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
     expression_of(job.pattern)
     commits = {"base": checkouts.commit_of(base), "head": checkouts.commit_of(head)}
     checkouts.refuse_dirty()
-    asked = job.suites, job.quick, job.pattern, job.build, job.timeout
+    asked = job.suites, job.quick, job.pattern, job.build, job.timeout, job.configured
     with checkouts.checkouts(*commits.values(), *asked) as found:
         rows = [Verdict(name, "missing", detail="base has this benchmark, head has not") for name in found.gone]
         rounds: list[dict[str, store.Content]] = [{}]
@@ -252,6 +256,7 @@ def compare(
                 _processes(processes, configured),
                 timeout or configured.timeout or TIMEOUT,
                 configured.build if build is None else build,
+                configured=not suite and bool(configured.suites),
             )
             rounds, found = compare_refs(base, head, job, thresholds)
         code = verdicts.exit_code(found, too_noisy or configured.too_noisy or "pass")

@@ -5,6 +5,7 @@ import shutil
 import site
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -206,6 +207,31 @@ def test_a_benchmark_that_is_gone_new_or_renamed(place):
     place.write({"mine.py": "TIMES = 1\n", "speed.py": "def workloads(quick):\n    return ['a', 'b', 'c']\n"})
     two_commits(place, "speed.py", "['a', 'b', 'c']", "['a', 'renamed', 'c', 'new']")
     assert compared(place) == (["b"], ["renamed", "new"])
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved"])
+def test_what_the_suites_of_bases_configuration_had_is_gone(place, moved):
+    place = place()
+    named = '[tool.ddpm-bench]\nsuites = ["one.py", "old/two.py"]\n'
+    two = "import beside\n\n\ndef workloads(quick):\n    return ['b', 'c']\n"
+    place.write({"pyproject.toml": named, "one.py": "def workloads(quick):\n    return ['a']\n"})
+    place.write({"old/two.py": two, "old/beside.py": ""})
+    git(place.root, "init", "-q")
+    commit(place.root, "base")
+    git(place.root, "mv", "old/two.py", "three.py")
+    place.write(
+        {
+            "pyproject.toml": named.replace("old/two", "three") if moved else named.replace(', "old/two.py"', ""),
+            "three.py": two.replace("import beside", "").replace(", 'c'", ""),
+        }
+    )
+    commit(place.root, "head")
+    suites = [str(place.root / name) for name in (["one.py", "three.py"] if moved else ["one.py"])]
+    with checkouts.checkouts("base", "head", suites, True, "", configured=True) as found:
+        assert (found.gone, found.new) == (["c"] if moved else ["b", "c"], [])
+        assert found.sides["base"].suites == tuple(str(found.sides["base"].root / Path(name).name) for name in suites)
+    with checkouts.checkouts("base", "head", suites, True, "") as found:
+        assert found.gone == []
 
 
 def test_base_runs_its_own_where_heads_needs_what_it_lacks(place, capsys):
