@@ -5,10 +5,12 @@ export/. Of another project nothing is replaced but the suite: our four packages
 folders are called, and its own from each side (`bench.imports`).
 
 Both sides run head's version of a suite, so that both do the same work. Base's own is listed before: what it has and
-head has not is gone. Where head's needs what base lacks (a new function), base runs its own, and that is said.
+head has not is gone. Where head's needs what base lacks (a new function), base runs its own, and that is said: when it
+is imported, or when a row that base's own version measures does not run in base.
 """
 
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -18,9 +20,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import config, machine, packages, project
+from bench import config, machine, packages, project, store
 from bench.build import build as build_in
-from bench.children import TIMEOUT, environment, python
+from bench.children import TIMEOUT, environment, python, run_child
 from bench.project import Side
 from bench.registry import expression_of
 from bench.suite_files import is_file, refuse_absent
@@ -67,8 +69,8 @@ class Checkout:
 
 @dataclass(frozen=True)
 class Checkouts:
-    """sides: {"base": ..., "head": ...}. gone: workloads that base's own suites have, and head's have not. new: those
-    that head's have, and base's own have not."""
+    """sides: {"base": ..., "head": ...}. gone: workloads that base's own suites have, and head's have not, and rows of
+    the others. new: workloads that head's have, and base's own have not."""
 
     sides: dict[str, Checkout]
     gone: list[str]
@@ -147,15 +149,15 @@ def checkouts(
         sides = {
             side: _checkout(side, top, trees, shared, build, ours, dropped if side == "base" else ()) for side in trees
         }
-        found = [_listed(sides, one, quick, timeout) for one in shared]
-        found += [(_own_names(sides["base"], one, quick, timeout), []) for one in dropped]
-        known, now = ([name for names in side for name in names] for side in zip(*found, strict=True))
         expression = expression_of(pattern)
+        found = [_listed(sides, one, quick, expression, timeout) for one in shared]
+        found += [(_own_names(sides["base"], one, quick, timeout), [], []) for one in dropped]
+        known, now, lost = ([name for names in side for name in names] for side in zip(*found, strict=True))
         matching = [name for name in dict.fromkeys((*known, *now)) if expression.search(name)]
         if not matching:
             raise BadInput(f"--filter: {pattern!r} matches none of: {'; '.join((*known, *now)) or 'nothing'}")
         gone, new = ([name for name in matching if name not in there] for there in (now, known))
-        yield Checkouts(sides, gone, new)
+        yield Checkouts(sides, gone + lost, new)
 
 
 def _refuse_unfetched(base: Mapping[str, str], head: Mapping[str, str]) -> None:
@@ -264,8 +266,13 @@ def _tells(file: str) -> bool:
     return file.endswith((".py", *project.NATIVE)) or Path(file).name in project.RECIPES
 
 
-def _listed(sides: Mapping[str, Checkout], suites: _Suites, quick: bool, timeout: float) -> tuple[list[str], list[str]]:
-    """The workloads that base's own version has and that head's has; both sides then have what they run."""
+def _listed(
+    sides: Mapping[str, Checkout], suites: _Suites, quick: bool, expression: re.Pattern[str], timeout: float
+) -> tuple[list[str], list[str], list[str]]:
+    """The workloads that base's own version has and that head's has; both sides then have what they run.
+
+    The third are rows of workloads of both, which base's own version measures and head's has not.
+    """
     base, head = sides["base"], sides["head"]
     own = None if suites.place is None else base.root / suites.place
     if suites.place == Path("bench"):  # the runner itself
@@ -273,17 +280,43 @@ def _listed(sides: Mapping[str, Checkout], suites: _Suites, quick: bool, timeout
     names = _names("head", head, suites, quick, timeout)
     known = _own_names(base, suites, quick, timeout) if own is not None and own.exists() else []
     if own is not None and own.is_file() and own.read_bytes() == suites.source.read_bytes():
-        return known, names
+        return known, names, []
+    both = [name for name in known if name in names and expression.search(name)] if own and own.is_file() else []
+    rows = _rows("base", base, suites, quick, both, timeout)
+    ran = [row for row, wrong in rows.items() if wrong is None]
+    there = _rows("head", head, suites, quick, both if ran else [], timeout)
+    lost = [row for row in ran if row not in there]
     suites.lay(base.root)
     try:
         same = _names("base", base, suites, quick, timeout)
+        here = _rows("base", base, suites, quick, both if ran else [], timeout)
+        for row in ran:
+            wrong = here.get(row, "not there")
+            if row in there and wrong is not None:
+                raise WorkFailed(f"base: {row}: {wrong}")
     except (BadInput, WorkFailed) as error:
         if not known:
             raise WorkFailed(f"{error} (base has no benchmarks of its own to run instead)") from error
         print(f"note: base runs its own benchmarks, head's need what it lacks ({error})", file=sys.stderr)
         suites.restore(base.root)
-        return known, names
-    return known or same, names
+        return known, names, lost
+    return known or same, names, lost
+
+
+def _rows(
+    side: str, checkout: Checkout, suites: _Suites, quick: bool, workloads: Sequence[str], timeout: float
+) -> dict[str, str | None]:
+    """The rows of some workloads, each with why it does not run; measured in one round, which is not kept."""
+    if not workloads:
+        return {}
+    line = [word for suite in suites.within(checkout.root) for word in ("--suite", suite)]
+    line += ["--filter", f"^({'|'.join(map(re.escape, workloads))})$", "--rounds", "1", *(["--quick"] if quick else [])]
+    where = {"paths": checkout.paths, "extra": checkout.extra, "side": side}
+    records = run_child(checkout.folder, 0, line, timeout=timeout, **where)["records"]
+    return {
+        store.row_of(record): None if store.is_good(record) else record.get("failed", "parity lost")
+        for record in records
+    }
 
 
 def _own_names(base: Checkout, suites: _Suites, quick: bool, timeout: float) -> list[str]:

@@ -109,6 +109,7 @@ def place(tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "repository", lambda: made.root)
         monkeypatch.setattr(children, "PYTHON", (str(made.python), "-P"))
         monkeypatch.setattr(checkouts, "LIST", LIST)
+        monkeypatch.setattr(checkouts, "_rows", lambda *_: {})  # its environment has no PyTorch
         return made
 
     return make

@@ -209,6 +209,48 @@ def test_a_benchmark_that_is_gone_new_or_renamed(place):
     assert compared(place) == (["b"], ["renamed", "new"])
 
 
+ROWS = """\
+import torch
+
+import mine
+from bench import Bench, Candidate, Cost, Workload
+
+
+def build(device):
+    candidates = {{name: Candidate(lambda: mine.{0}, lambda call: 0.0, 1.0) for name in {1}}}
+    return Bench([(torch.ones(3),)], lambda x: x, candidates, Cost(24, 3), frozen=True)
+
+
+def workloads(quick):
+    return [Workload("a", "speed", build)]
+"""
+
+
+def test_rows_that_base_measures_and_that_heads_suite_has_not_or_that_do_not_run(tmp_path, monkeypatch, capsys):
+    """A candidate that is gone; a function with another name, which shows when it is called and not when imported."""
+    root, suite = tmp_path, str(tmp_path / "speed.py")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(checkouts.machine, "repository", lambda: root)
+    commits = {
+        "base": ("old = abs\n", ROWS.format("old", ["one", "two"])),
+        "fewer": ("old = abs\n", ROWS.format("old", ["one"])),
+        "renamed": ("new = abs\n", ROWS.format("new", ["one", "two", "three"])),
+    }
+    git(root, "init", "-q")
+    for name, (code, text) in commits.items():
+        (root / "mine.py").write_text(code)
+        (root / "speed.py").write_text(text)
+        commit(root, name)
+    with checkouts.checkouts("base", "fewer", [suite], True, "") as found:
+        assert (found.gone, found.new) == (["a two"], [])
+    assert capsys.readouterr().err == ""
+    with checkouts.checkouts("base", "renamed", [suite], True, "") as found:
+        assert (found.gone, found.new) == ([], [])
+        assert "mine.old" in (found.sides["base"].root / "speed.py").read_text()
+    said = capsys.readouterr().err
+    assert "base runs its own benchmarks, head's need what it lacks (base: a one: AttributeError" in said
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved"])
 def test_what_the_suites_of_bases_configuration_had_is_gone(place, moved):
     place = place()
