@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from bench.children import TIMEOUT, end
 from bench.machine import without_git
 from bench.project import ASIDE, MANIFESTS
 from ddpm.command_line import debugging
@@ -92,16 +94,26 @@ def _run(side: str, command: str | list[str], folder: Path, extra: Mapping[str, 
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = without_git(os.environ) | extra | {"PATH": path}
     shell = isinstance(command, str)
-    done = subprocess.run(  # noqa: S603 (a command of the user's own)
-        command, shell=shell, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", check=False
-    )
-    output = done.stdout + done.stderr
+    late = False
+    with tempfile.TemporaryFile() as written:
+        # No input: what asks for some would wait for ever.
+        how = {"stdin": subprocess.DEVNULL, "stdout": written, "stderr": subprocess.STDOUT, "process_group": 0}
+        process = subprocess.Popen(command, shell=shell, cwd=folder, env=environment, **how)  # noqa: S603 (the user's)
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            end(process)
+        written.seek(0)
+        output = written.read().decode(errors="replace")
     if debugging():
         sys.stderr.write(output)
-    if done.returncode:
+    if late or process.returncode:
         last = ([line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"])[-1]
         shown = command if shell else " ".join(["python", *command[1:]])
-        raise WorkFailed(f"{side}: the build failed: {shown}: exit code {done.returncode}: {last}")
+        how = f"no end after {TIMEOUT:g} s" if late else f"exit code {process.returncode}"
+        raise WorkFailed(f"{side}: the build failed: {shown}: {how}: {last}")
 
 
 def build(

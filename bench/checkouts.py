@@ -155,7 +155,7 @@ def checkouts(
         known, now, lost = ([name for names in side for name in names] for side in zip(*found, strict=True))
         matching = [name for name in dict.fromkeys((*known, *now)) if expression.search(name)]
         if not matching:
-            raise BadInput(f"--filter: {pattern!r} matches none of: {'; '.join((*known, *now)) or 'nothing'}")
+            raise BadInput(f"--filter: {pattern!r} matches none of: {'; '.join(dict.fromkeys((*known, *now)))}")
         gone, new = ([name for name in matching if name not in there] for there in (now, known))
         yield Checkouts(sides, gone + lost, new)
 

@@ -95,7 +95,7 @@ class Ended(NamedTuple):
         return kind(f"{side}: {text}" if side else text)
 
 
-def _end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen) -> None:
     """End a process and all that it started and left in its group, which may be more than itself."""
 
     def signalled(number: int) -> None:
@@ -148,7 +148,7 @@ def python(
                         on_row(doing)
                     late = timeout is not None and time.monotonic() - began > timeout and process.poll() is None
             finally:
-                _end(process)
+                end(process)
         doing = status.heard(told) or "at its start"
         ended = Ended(process.returncode, doing, *(file.read_text(errors="replace") for file in (output, errors)))
     if debugging():

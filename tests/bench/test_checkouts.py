@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import checkouts
+from bench import build, checkouts
 from bench.packages import ROOT
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.foreign import commit, git
@@ -151,6 +151,17 @@ def test_a_build_that_fails_is_named_with_its_side_and_last_line(compiled):
         compared(compiled, build="echo no; exit 7")
     with pytest.raises(WorkFailed, match=r"head: the build failed: grep .*: exit code 1: it said nothing"):
         compared(compiled, build="grep '\"TIMES\", 1' python/fast.c")
+
+
+def test_a_build_that_asks_gets_nothing_and_one_that_hangs_is_ended(tmp_path, monkeypatch):
+    with pytest.raises(WorkFailed, match="base: the build failed: read answer: exit code 1: it said nothing"):
+        build.build("base", tmp_path, [], tmp_path / "made", "read answer", {})
+    monkeypatch.setattr(build, "TIMEOUT", 0.5)
+    command = "echo begun; sleep 60 & echo $! > child; wait"
+    with pytest.raises(WorkFailed, match=r"head: the build failed: .* no end after 0\.5 s: begun"):
+        build.build("head", tmp_path, [], tmp_path / "made", command, {})
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_library_of_the_working_tree_is_named(place):
