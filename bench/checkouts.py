@@ -340,6 +340,7 @@ def _names(side: str, checkout: Checkout, suites: _Suites, quick: bool, timeout:
             line = ["-c", LIST, suite, "1" if quick else "", str(out)]
             ended = python(line, checkout.folder, told, timeout=timeout, side=side)
             if ended.code or not out.is_file():
-                raise ended.error(side)
+                error = ended.error(side)  # what a commit's own suite is not, no argument can mend
+                raise WorkFailed(str(error)) if suites.place is not None and is_file(suite) else error
             found += json.loads(out.read_text())
     return found

@@ -262,6 +262,26 @@ def test_rows_that_base_measures_and_that_heads_suite_has_not_or_that_do_not_run
     assert "base runs its own benchmarks, head's need what it lacks (base: a one: AttributeError" in said
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("def workloads(quick):\n    return []\n", r"workloads\(True\) returned none"), ("", "has no workloads")],
+)
+def test_a_suite_that_has_nothing_left_is_no_bad_input(tmp_path, monkeypatch, text, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkouts.machine, "repository", lambda: tmp_path)
+    (tmp_path / "mine.py").write_text("old = abs\n")
+    (tmp_path / "speed.py").write_text(ROWS.format("old", ["one"]))
+    git(tmp_path, "init", "-q")
+    commit(tmp_path, "base")
+    (tmp_path / "speed.py").write_text(text)
+    commit(tmp_path, "head")
+    with (
+        pytest.raises(WorkFailed, match=rf"head: --suite: \S*speed\.py: {words}"),
+        checkouts.checkouts("base", "head", [str(tmp_path / "speed.py")], True, ""),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("moved", [False, True], ids=["removed", "moved"])
 def test_what_the_suites_of_bases_configuration_had_is_gone(place, moved):
     place = place()
