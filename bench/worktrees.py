@@ -106,11 +106,11 @@ def _add(
     # A submodule's store names a folder as its working tree, which need not exist any more: any that does will do.
     in_store = [f"--git-dir={store}", f"--work-tree={found.folder.parent}"]
     config = [word for setting in PLAIN for word in ("-c", setting)]
+    stack.callback(_remove, in_store, folder, store)  # before it is there: what is stopped meanwhile leaves a part
     done = _git(*in_store, *config, "worktree", "add", "--detach", str(folder), commit, folder=store)
     if done.returncode:
         where = f"submodule {place}: " if place.parts else ""
         raise BadInput(f"{where}{_line(done)}")
-    stack.callback(_remove, in_store, folder, store)
     links = {}
     for entry in said("ls-files", "--stage", "-z", folder=folder).split("\0")[:-1]:
         facts, _, name = entry.partition("\t")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import build, checkouts
+from bench import build, checkouts, worktrees
 from bench.packages import ROOT
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.foreign import commit, git
@@ -57,6 +57,23 @@ def test_a_submodule_is_that_of_each_commit(with_submodule, install):
     assert compared(with_submodule) == SEEN
     store = with_submodule.root / ".git" / "modules" / "libs" / "core"
     assert not (store / "worktrees").exists()
+
+
+def test_what_is_stopped_while_git_checks_out_leaves_nothing(place, monkeypatch):
+    place = place()
+    place.write(package(".", **{"speed.py": SUITE.format(imports="import mine", times="mine.TIMES")}))
+    two_commits(place, "mine/core.py")
+    plain = worktrees._git
+
+    def stopped(*arguments, **where):
+        done = plain(*arguments, **where)
+        if "add" in arguments and arguments[-2].endswith("head"):
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(worktrees, "_git", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compared(place)
 
 
 def test_a_submodule_that_is_not_here_may_not_have_changed(with_submodule, capsys):
