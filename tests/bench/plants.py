@@ -168,15 +168,24 @@ PLANTS = {
     "10% in an operator call": Plant("10%", in_an_operator_call(10), 1, _slower(SOFTMAX)),
     "10% in the extension": Plant("10%", in_the_extension(10), 1, _slower(SINE)),
     "a sleep": Plant(
-        "slower", all_of(edited(PLAIN, "def d", "import time\n\n\ndef d"), wrapped(PLAIN, "digest", SLEEP)), 1, DIGEST
+        "slower",
+        all_of(edited(PLAIN, "def d", "import time\n\n\ndef d"), wrapped(PLAIN, "digest", SLEEP)),
+        1,
+        _slower(DIGEST),
     ),
     "work moved to a child process": Plant(
-        "slower", all_of(edited(PLAIN, "def d", "import os\n\n\ndef d"), wrapped(PLAIN, "digest", FORK)), 1, DIGEST
+        "slower",
+        all_of(edited(PLAIN, "def d", "import os\n\n\ndef d"), wrapped(PLAIN, "digest", FORK)),
+        1,
+        _slower(DIGEST),
     ),
     "work moved to a pool of processes": Plant(
-        "slower", all_of(edited(PLAIN, "def d", f"{POOL_IMPORTS}def d"), wrapped(PLAIN, "digest", POOL)), 1, DIGEST
+        "slower",
+        all_of(edited(PLAIN, "def d", f"{POOL_IMPORTS}def d"), wrapped(PLAIN, "digest", POOL)),
+        1,
+        _slower(DIGEST),
     ),
-    "twice the memory": Plant("slower", wrapped(TENSORS, "softmax", MEMORY), 1, SOFTMAX),
+    "twice the memory": Plant("slower", wrapped(TENSORS, "softmax", MEMORY), 1, _slower(SOFTMAX)),
     "a benchmark removed": Plant(
         "broken",
         edited(SUITE, '        row("sine/500000", sine', '        # row("sine/500000", sine'),

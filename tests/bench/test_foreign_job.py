@@ -8,9 +8,11 @@ is there, and so says "Requirement already satisfied".
 import re
 import subprocess
 import textwrap
+import tomllib
 
 import pytest
 
+from bench import config
 from tests.bench.foreign import FILES, ROOT, commit, git, make_environment, make_repository
 from tests.bench.plants import PLANTS
 
@@ -80,6 +82,10 @@ def test_the_job_has_an_installation_and_a_comparison():
     install, compare = steps()
     assert "pip install fused-ddpm" in install
     assert "ddpm-bench compare" in compare
+
+
+def test_the_settings_are_those_that_there_are():
+    assert set(tomllib.loads(blocks("toml")[1])["tool"]["ddpm-bench"]) == set(config.KEYS)
 
 
 def test_this_project_compares_as_others_are_told_to():
