@@ -66,6 +66,7 @@ def workloads(quick):
 """
 
 
+@pytest.mark.long
 def test_the_gate_and_sampling_need_no_extra(core, tmp_path):
     (tmp_path / "speed.py").write_text(SUITE)
     out = tmp_path / "now.jsonl"

@@ -77,6 +77,7 @@ def test_a_segfault_names_side_row_and_file(folder):
     assert "in row speed/a mine of speed.py" in rows
 
 
+@pytest.mark.long
 def test_a_hang_ends_in_time_with_its_row_and_with_all_that_it_started(folder):
     (folder / "speed.py").write_text(SUITE.format(bad=HANG))
     with pytest.raises(WorkFailed, match=r"^head: no end after 20 s \(--timeout\) in row speed/a mine of speed\.py$"):
@@ -164,6 +165,7 @@ def test_a_status_is_whole_however_long_the_last_was(tmp_path, monkeypatch):
     assert status.heard(file) == "now"
 
 
+@pytest.mark.long
 def test_processes_import_what_one_alone_does(folder):
     """The package beside the suite, at the top, in src/; a helper beside a suite in a folder."""
     (folder / "benchmarks").mkdir()

@@ -145,6 +145,7 @@ def test_what_a_machine_cannot_do_is_left_out_and_said(monkeypatch, few_rungs):
     assert ladder._lack("winograd", torch.device("cuda")) == "a CPU"
 
 
+@pytest.mark.long
 def test_the_ladder_is_measured_as_other_suites_are(few_rungs, monkeypatch):
     monkeypatch.setattr(ladder, "QUICK_BATCH", 1)
     content = run_here("ladder", quick=True, pattern="", rounds=1, quiet=True)
