@@ -109,7 +109,7 @@ def show(records: Sequence[Mapping[str, Any]], archs: Sequence[str]) -> None:
         spills = ("spill_store_bytes", "spill_load_bytes", "stack")
         red = {k: "red bold" for k, record in enumerate(mine) if any(record[key] for key in spills)}
         notes = NOTES if arch == archs[-1] else ()
-        Table((*COLUMNS, *cards), "l", rows, arch, red).show(notes, "dim")
+        Table((*COLUMNS, *(name.removeprefix("RTX ") for name in cards)), "l", rows, arch, red).show(notes, "dim")
 
 
 def versions() -> dict[str, str]:
