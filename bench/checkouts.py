@@ -340,7 +340,9 @@ def _names(side: str, checkout: Checkout, suites: _Suites, quick: bool, timeout:
             line = ["-c", LIST, suite, "1" if quick else "", str(out)]
             ended = python(line, checkout.folder, told, timeout=timeout, side=side)
             if ended.code or not out.is_file():
-                error = ended.error(side)  # what a commit's own suite is not, no argument can mend
-                raise WorkFailed(str(error)) if suites.place is not None and is_file(suite) else error
+                error = ended.error(side)
+                # That a commit's own suite has nothing to measure, no argument can mend.
+                empty = suites.place is not None and is_file(suite) and "--suite: " in str(error)
+                raise WorkFailed(str(error)) if empty else error
             found += json.loads(out.read_text())
     return found
