@@ -174,7 +174,7 @@ print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")))
 
 def peak(engine, guidance):
     """KiB that a fresh process held at most while it sampled 256 images."""
-    line, own = [sys.executable, "-c", PEAK, engine, str(guidance)], environment(ROOT, torch.get_num_threads())
+    line, own = [sys.executable, "-c", PEAK, engine, str(guidance)], environment([ROOT], torch.get_num_threads())
     return int(subprocess.run(line, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout)
 
 
