@@ -170,13 +170,12 @@ def run_child(
     *,
     paths: Sequence[Path],
     extra: Mapping[str, str] | None = None,
-    command: str = "run",
     threads: int = 1,
     timeout: float | None = None,
     on_row: OnRow | None = None,
     side: str = "",
 ) -> store.Content:
-    """`ddpm-bench run` (or another command with --quiet and --out) in a process of its own, in this folder.
+    """`ddpm-bench run` in a process of its own, in this folder.
 
     paths, extra: see `environment`. timeout: seconds. on_row: is told, again and again, what the process is doing
     ("in row softmax/300 mine of speed.py"). side: "base" or "head", which errors begin with. Its records are numbered
@@ -185,7 +184,7 @@ def run_child(
     """
     with tempfile.TemporaryDirectory(prefix="ddpm-bench-") as temporary:
         out = Path(temporary) / "run.json"
-        line = ["-m", "bench", command, *arguments, "--quiet", "--out", str(out)]
+        line = ["-m", "bench", "run", *arguments, "--quiet", "--out", str(out)]
         own = environment(paths, threads, extra)
         ended = python(line, folder, own, timeout=timeout, on_row=on_row, side=side)
         if ended.code == BAD_INPUT or not out.is_file():

@@ -135,7 +135,7 @@ class CheckoutFirst(MetaPathFinder):
         elif not homes or not project.is_of(self.side, name, elsewhere, homes):
             return None
         homes = [home for home in homes if not ASIDE & set(home.parts)] or homes
-        folders = {home.parent.parent if home.name == "__init__.py" else home.parent for home in homes}
+        folders = {project.folder_of(home) for home in homes}
         folders = {folder for folder in folders if self.side.is_project(folder)} or folders
         if len(folders) > 1 and elsewhere is not None:
             several = ", ".join(sorted(map(str, homes)))

@@ -88,7 +88,7 @@ class Side:
         found = set()
         for files in self._modules.values():
             for file in files:
-                place = file.parent.parent if file.name == "__init__.py" else file.parent
+                place = folder_of(file)
                 if place.name == name and not any(
                     Path(self.folder, folder, "__init__.py").exists() for folder in (place, place.parent)
                 ):
@@ -98,8 +98,7 @@ class Side:
     def folders_of(self, names: Iterable[str]) -> list[Path]:
         """The folders that come first, and those in which the checkout has modules of these names."""
         homes = [home for name in names for home in self.homes(name) if not ASIDE & set(home.parts)]
-        tops = [home.parent.parent if home.name == "__init__.py" else home.parent for home in homes]
-        return [*map(Path, self.imports), *(Path(self.folder, top) for top in tops)]
+        return [*map(Path, self.imports), *(Path(self.folder, folder_of(home)) for home in homes)]
 
     def is_project(self, folder: Path) -> bool:
         """Whether a folder of the checkout, or the one above its src/, has a manifest."""
@@ -111,6 +110,11 @@ class Side:
         """The names of what the checkout's manifests make."""
         named = (_named(Path(self.folder, file)) for file in self.files if Path(file).name in MANIFESTS)
         return frozenset(_normal(name) for name in named if name)
+
+
+def folder_of(home: Path) -> Path:
+    """The folder that a module or package lies in, by the file of either."""
+    return home.parent.parent if home.name == "__init__.py" else home.parent
 
 
 @cache
