@@ -151,12 +151,12 @@ def _judged(candidate: Candidate, call: Call) -> dict[str, Any]:
 
 
 def measure(
-    workload: Workload, device: torch.device, rounds: int, seconds: float, ceiling: float
+    workload: Workload, device: torch.device, rounds: int, seconds: float, ceiling: float | None
 ) -> list[dict[str, Any]]:
     """One record per competitor, the eager reference first. Nothing that goes wrong inside a workload is raised.
 
     rounds: at most; it ends after `seconds` if three are done. They are seconds of processor time on the CPU, so that a
-    busy machine takes longer and not fewer samples. ceiling: FLOP/s of `matrix_ceiling`.
+    busy machine takes longer and not fewer samples. ceiling: FLOP/s of `matrix_ceiling`; without one no share of it.
     A record of a candidate that crashed has "failed", one that lost parity "parity": false and no times.
     """
     head = {"workload": workload.name, "suite": workload.suite}
@@ -197,7 +197,7 @@ def _timed(
     device: torch.device,
     rounds: int,
     seconds: float,
-    ceiling: float,
+    ceiling: float | None,
     row: Callable[[str], str],
 ) -> dict[str, dict[str, Any]]:
     """What a record says of time and memory, by candidate. row: what a candidate's row is called (`status.row`)."""
@@ -245,7 +245,7 @@ def _unqueued(samples: Mapping[str, list[float]]) -> list[float]:
     return [max(wall - queued, 1e-3) for wall, queued in zip(samples["wall"], samples["queued"], strict=True)]
 
 
-def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceiling: float) -> dict[str, Any]:
+def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceiling: float | None) -> dict[str, Any]:
     """Times are microseconds per unit (`Bench.calls`), rates per second."""
     kernel, wall = samples[name]["kernel"], samples[name]["wall"]
     seconds = median(kernel) * 1e-6
@@ -257,7 +257,7 @@ def _figures(bench: Bench, samples: Samples, name: str, copy_rate: float, ceilin
         "bytes_per_s": bench.cost.bytes / seconds,
         "share_of_copy": bench.cost.bytes / seconds / copy_rate,
         "flops_per_s": bench.cost.flops / seconds,
-        "share_of_product": bench.cost.flops / seconds / ceiling,
+        "share_of_product": None if ceiling is None else bench.cost.flops / seconds / ceiling,
     }
 
 

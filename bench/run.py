@@ -33,19 +33,21 @@ def measured(
     seconds: float,
     skipped: Mapping[str, str],
     quiet: bool,
+    ceilings: bool = True,
     **asked: Any,
 ) -> store.Content:
     """The content of a file: these workloads, measured in this process. rounds, seconds: see `measure`.
 
-    Each record of a good row has its share of the convolution rate, the best seen just before and after its workload.
+    ceilings: whether each record of a good row has its share of the rate of products, and of convolutions, the best
+    seen just before and after its workload. They are a sixth of the time of a process that measures for `compare`.
     """
-    load, ceiling, records = machine.Load(), matrix_ceiling(device), []
+    load, ceiling, records = machine.Load(), matrix_ceiling(device) if ceilings else None, []
     with Bar("bench", len(workloads), "workloads/s", quiet=quiet) as bar:
         for done, workload in enumerate(workloads, start=1):
-            before = convolution_ceiling(device)
+            before = convolution_ceiling(device) if ceilings else None
             found = measure(workload, device, rounds, seconds, ceiling)
-            rate = max(before, convolution_ceiling(device)).flops_per_s
-            for record in filter(store.is_good, found):
+            rate = max(before, convolution_ceiling(device)).flops_per_s if ceilings else None
+            for record in filter(store.is_good, found if ceilings else ()):
                 record |= {"share_of_convolution": record["flops_per_s"] / rate, "convolution_flops_per_s": rate}
             records += [{"process": 0} | record for record in found]
             bar.update(done, workload.name)
@@ -54,7 +56,12 @@ def measured(
 
 
 def run_here(
-    suites: str | Sequence[str], quick: bool, pattern: str, rounds: int | None, quiet: bool = False
+    suites: str | Sequence[str],
+    quick: bool,
+    pattern: str,
+    rounds: int | None,
+    quiet: bool = False,
+    ceilings: bool = True,
 ) -> store.Content:
     """Measure the selected workloads in this process, on CUDA where there is one."""
     workloads, skipped = selected(suites, quick, pattern)
@@ -64,7 +71,7 @@ def run_here(
     suite = suites if isinstance(suites, str) else ", ".join(suites)
     asked = {"seed": seed_of(suites, workloads), "suite": suite, "quick": quick, "filter": pattern}
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    content = measured(workloads, device, rounds, seconds, skipped, quiet, **asked)
+    content = measured(workloads, device, rounds, seconds, skipped, quiet, ceilings, **asked)
     provenance.check()
     return content
 
@@ -130,6 +137,9 @@ def run(
     timeout: Annotated[
         float | None, typer.Option(min=1e-3, help=f"seconds a process may take, with --processes [{TIMEOUT:g}]")
     ] = None,
+    ceilings: Annotated[
+        bool, typer.Option("--ceilings/--no-ceilings", help="measure the machine's best rates too, for the shares")
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress, no table")] = False,
 ) -> int:
     """Measure the eager references and their candidates, parity first; exit 1 if anything crashed or lost parity."""
@@ -142,10 +152,11 @@ def run(
     expression_of(pattern)
     if processes == 1:
         torch.set_num_threads(threads or torch.get_num_threads())
-        content = run_here(suites, quick, pattern, rounds, quiet)
+        content = run_here(suites, quick, pattern, rounds, quiet, ceilings)
     else:
         arguments = [*suite_arguments(suites), "--filter", pattern, *(["--quick"] if quick else [])]
         arguments += [] if rounds is None else ["--rounds", str(rounds)]
+        arguments += [] if ceilings else ["--no-ceilings"]
         limit = timeout or configured.timeout or TIMEOUT
         content = _run_apart(suites, arguments, processes, threads or 1, limit, quiet)
     store.write(out, content)

@@ -78,11 +78,13 @@ def middle(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return None if None in values else median(values)
 
 
-def _rate(value: float, share: float) -> str:
+def _rate(value: float, share: float | None) -> str:
     """In units of 10^9."""
     scaled = value / 1e9
     digits = ".0f" if scaled >= 10 else ".2g"
-    return f"{scaled:{digits}} ({share:.0%})" if value else "-"
+    if not value:
+        return "-"
+    return f"{scaled:{digits}}" + ("" if share is None else f" ({share:.0%})")
 
 
 RUN_HEADINGS = (

@@ -89,6 +89,7 @@ def explained(suite: Path) -> Iterator[None]:
 def module_in(path: Path) -> ModuleType:
     """The module of a suite's file, imported once a process. Raises BadInput if it is no suite."""
     refuse_absent(str(path))
+    packages.install()  # before its folders come into sys.path, which may have a kernels/ of their own
     if not imports.begin():  # a checkout's processes are told where its modules are
         for folder in reversed(import_folders(path)):
             if str(folder) not in sys.path:

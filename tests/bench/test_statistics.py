@@ -86,13 +86,15 @@ def measured(draw, law, spread, count, turn, factor):
 
 
 def found_slower(law, spread, factor, times):
-    """The share of comparisons, both rounds, that end with `slower`."""
+    """The share of comparisons, of one round where that is certain, that end with `slower`."""
     draw, count, thresholds = random.Random(4), 0, Thresholds()  # noqa: S311
     for _ in range(times):
         first = measured(draw, law, spread, PROCESSES, 0, factor)
-        if suspects(judge(*first, thresholds)):
+        found = judge(*first, thresholds)
+        if suspects(found):
             second = measured(draw, law, spread, AGAIN * PROCESSES, 1, factor)
-            count += pooled(first, second, thresholds)[0].status == "slower"
+            found = pooled(first, second, thresholds)
+        count += found[0].status == "slower"
     return count / times
 
 

@@ -134,7 +134,7 @@ def test_a_row_that_waits_is_a_regression_whatever_its_processor_time(content):
         verdicts = judge(base, head, Thresholds())
         assert statuses(verdicts)[ROW] == status
         assert exit_code(verdicts) == (1 if status in ("waits", "slower") else 0)
-        assert suspects(verdicts) == ([ROW] if status in ("waits", "slower") else [])
+        assert suspects(verdicts) == ([ROW] if status == "waits" else [])  # `slower` by 30% is certain
         again = pooled((base, head), (base, head), Thresholds())
         assert statuses(again)[ROW] == status
 
@@ -201,7 +201,7 @@ def test_a_frozen_reference_is_shown_and_neither_gated_nor_measured_again(conten
 
 
 def test_a_suspect_that_is_not_seen_again_is_no_alarm(content):
-    first = content(ROWS), content(slowed(1.2), seed=1)
+    first = content(ROWS), content(slowed(1.1), seed=1)
     same = content(ROWS, 16, seed=2), content(ROWS, 16, seed=3)
     assert statuses(judge(*first, Thresholds()))[ROW] == "slower"
     verdicts = pooled(first, same, Thresholds())
@@ -212,6 +212,26 @@ def test_a_suspect_that_is_not_seen_again_is_no_alarm(content):
     assert exit_code(pooled(first, crashed, Thresholds())) == 3
     empty = [made | {"records": []} for made in same]
     assert statuses(pooled(first, empty, Thresholds()))[ROW] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("factor", "spread", "processes", "threshold", "again"),
+    [
+        (1.3, 0.02, 8, 0.05, False),
+        (1.3, 0.02, 6, 0.05, True),  # the least p of six a side is 0.002
+        (1.3, 0.02, 8, 0.2, True),
+        (1.1, 0.02, 8, 0.05, True),
+        (1.3, 0.2, 8, 0.05, True),
+    ],
+)
+def test_what_one_round_shows_beyond_doubt_is_not_measured_again(content, factor, spread, processes, threshold, again):
+    pair = content(ROWS, processes, spread), content(slowed(factor), processes, spread, seed=1)
+    verdicts = judge(*pair, Thresholds(threshold))
+    assert (ROW in suspects(verdicts)) == again
+    if not again:
+        assert exit_code(verdicts) == 1
+        same = content({}, 16), content({}, 16, seed=3)
+        assert statuses(pooled(pair, same, Thresholds(threshold)))[ROW] == "slower"
 
 
 def test_the_verdict_is_that_of_both_rounds_together(content):
