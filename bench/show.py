@@ -40,7 +40,7 @@ class Table:
 
     def show(self, notes: Sequence[str] = (), style: str = "") -> None:
         """Print it, and notes in a style below it. A last column of words, beside figures, may be wrapped."""
-        grid = table.Table(title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        grid = table.Table(title=escape(self.title) or None, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
         for column, (heading, side) in enumerate(zip(self.headings, self.align, strict=True)):
             words = side == "l" and column == len(self.align) - 1
             grid.add_column(heading, justify={"l": "left", "r": "right"}[side], no_wrap=not words)
@@ -63,7 +63,7 @@ def microseconds(value: float) -> str:
 
 def device_of(machine: Mapping[str, Any]) -> str:
     """The name of the card, or of the processor where it computed."""
-    return machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    return (machine.get("processor") or "an unknown CPU") if machine["device"] == "cpu" else machine["device"]
 
 
 def where(machine: Mapping[str, Any]) -> str:

@@ -130,6 +130,9 @@ def load(path: Path) -> Content:
     processes = content["processes"]
     if not isinstance(content["machine"], dict) or not isinstance(processes, int) or isinstance(processes, bool):
         raise BadInput(f"{path}: its machine is no object or its processes no integer, needs a whole file")
+    for key in ("commit", "processor", "device"):
+        if not isinstance(content["machine"].get(key, ""), str if key == "device" else str | None):
+            raise BadInput(f"{path}: its machine has the {key} {content['machine'][key]!r}, needs a string")
     seen: dict[tuple, str] = {}
     for number, record in enumerate(content["records"], start=1):
         place = f"line {number + 1}" if path.suffix == LINES else f"record {number}"
@@ -154,7 +157,9 @@ def _check_record(record: Any, place: str) -> None:
             raise BadInput(f"{place}: {row_of(record)} has neither times nor why, needs a whole file")
         return
     times = [record[key] for key in ("gate", "wall_gate", "kernel_us", "wall_us") if key in record]
-    if not {"gate", "kernel_us", "against"} <= record.keys() or not all(map(_is_time, times)):
+    if not isinstance(record.get("against"), str):
+        raise BadInput(f"{place}: {row_of(record)} does not say what it was timed against, needs a whole file")
+    if not {"gate", "kernel_us"} <= record.keys() or not all(map(_is_time, times)):
         raise BadInput(f"{place}: {row_of(record)} has no times above 0, needs a whole file")
     counted = record.get("counts", {})
     if not isinstance(counted, dict) or not all(map(_is_count, counted.values())):

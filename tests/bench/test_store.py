@@ -104,6 +104,9 @@ def test_counts_that_are_none_are_refused(path):
         (lambda content: content["records"][1].update(workload=3), "record 2: workload or candidate is no string"),
         (lambda content: content["records"][1].update(parity=False), "has neither times nor why"),
         (lambda content: content["records"][1].pop("parity"), "has neither times nor why"),
+        (lambda content: content["records"][1].pop("against"), "record 2: .* does not say what it was timed against"),
+        (lambda content: content["records"][1].update(against=["eager"]), "does not say what it was timed against"),
+        (lambda content: content["machine"].update(commit=7), "its machine has the commit 7"),
     ],
 )
 def test_what_is_not_of_its_kind_is_bad_input(tmp_path, content, change, words):
@@ -115,7 +118,8 @@ def test_what_is_not_of_its_kind_is_bad_input(tmp_path, content, change, words):
 
 
 def test_the_stored_measurements_are_lines():
-    found = sorted((ROOT / RESULTS).rglob("*.jsonl"))
-    assert {"run.jsonl", "step.jsonl", "peers.jsonl", "export.jsonl"} <= {file.name for file in found}
-    for file in found:
-        assert store.load(file)["records"]
+    for name in ("run", "step", "peers", "export"):
+        files = list((ROOT / RESULTS).rglob(f"{name}.jsonl"))
+        assert files
+        for file in files:
+            assert store.load(file)["records"]
