@@ -168,6 +168,8 @@ def main() -> int:
     names = [name for name in PLANTS if not asked.only or any(part in name for part in asked.only)]
     if not names:
         parser.error(f"--only: needs a part of one of {', '.join(PLANTS)}")
+    if asked.out:
+        asked.out.parent.mkdir(parents=True, exist_ok=True)
     machine = describe(torch.device("cpu"))
     about = {key: machine.get(key) for key in ("commit", "dirty", "processor", "torch", "python")}
     about |= {"cores": os.cpu_count(), "rules": rules_digest()}
