@@ -59,6 +59,27 @@ def test_a_submodule_is_that_of_each_commit(with_submodule, install):
     assert not (store / "worktrees").exists()
 
 
+def test_a_submodule_that_keeps_its_store_in_its_own_folder(with_submodule):
+    """As git made them before 1.7.8, and as a clone that was added by hand is."""
+    core = with_submodule.root / "libs" / "core"
+    store = with_submodule.root / ".git" / "modules" / "libs" / "core"
+    git(core, "config", "--unset", "core.worktree")
+    (core / ".git").unlink()
+    store.rename(core / ".git")
+    assert compared(with_submodule) == SEEN
+    assert not (core / ".git" / "worktrees").exists()
+
+
+@pytest.mark.parametrize("folder", ["python", "python/mine"])
+def test_what_runs_in_a_folder_of_the_repository_runs_in_that_of_the_commit(place, monkeypatch, folder):
+    place = place()
+    suite = SUITE.format(imports="from pathlib import Path\n\nTIMES = Path('number').read_text()", times="TIMES")
+    place.write({f"{folder}/number": "1", "speed.py": suite})
+    two_commits(place, f"{folder}/number", "1", "3")
+    monkeypatch.chdir(place.root / folder)
+    assert compared(place) == SEEN
+
+
 def test_what_is_stopped_while_git_checks_out_leaves_nothing(place, monkeypatch):
     place = place()
     place.write(package(".", **{"speed.py": SUITE.format(imports="import mine", times="mine.TIMES")}))

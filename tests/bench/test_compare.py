@@ -11,20 +11,7 @@ from bench import checkouts, children, compare, machine, packages, project, stor
 from bench.cli import main
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.foreign import commit, git
-
-ROWS = {f"kernels/{name}/fp32/1e5": 1.0 + k for k, name in enumerate("abcdefgh")}
-SLOW = "kernels/c/fp32/1e5"
-
-
-def slowed(factor):
-    return ROWS | {SLOW: ROWS[SLOW] * factor}
-
-
-def broken(content, **facts):
-    for record in content["records"]:
-        if record["workload"] == SLOW:
-            record |= facts
-    return content
+from tests.bench.rows import ROWS, SLOW, broken, slowed
 
 
 @pytest.fixture

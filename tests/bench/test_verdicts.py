@@ -5,25 +5,13 @@ import pytest
 from bench.compare import AGAIN
 from bench.verdicts import Thresholds, exit_code, judge, pooled, suspects
 from ddpm.errors import BadInput
+from tests.bench.rows import ROWS, SLOW, broken, slowed
 
-ROWS = {f"kernels/{name}/fp32/1e5": 1.0 + k for k, name in enumerate("abcdefgh")}
-SLOW = "kernels/c/fp32/1e5"
 ROW = f"{SLOW} operator"
 
 
 def statuses(verdicts):
     return {verdict.row: verdict.status for verdict in verdicts}
-
-
-def slowed(factor):
-    return ROWS | {SLOW: ROWS[SLOW] * factor}
-
-
-def broken(content, **facts):
-    for record in content["records"]:
-        if record["workload"] == SLOW:
-            record |= facts
-    return content
 
 
 def counted(content, *values, name="operators", row=SLOW):
