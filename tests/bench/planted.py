@@ -5,7 +5,8 @@
 Each plant (plants.py) is a commit on top of `base` in the repository of foreign.py. The command line runs there as a
 user's would, in an environment that has the package installed, and its exit code and words are known beforehand. The
 last of several repetitions runs beside processes that keep every core busy half of the time. The record has one line
-for each plant and repetition: `make report` makes the table in docs/ci.md of it, test_planted.py says if it is too old.
+for each plant and repetition, and goes on where it was stopped: `make report` makes the table in docs/ci.md of it,
+test_planted.py says if it is too old.
 """
 
 import argparse
@@ -147,6 +148,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def is_stored(path: Path | None, name: str, repetition: int) -> bool:
+    """Whether the record has a line of this plant and repetition, by the rules of today."""
+    lines = read(path) if path is not None and path.exists() else []
+    of = {(line["plant"], line["repetition"]) for line in lines if line["rules"] == rules_digest()}
+    return (name, repetition) in of
+
+
 def stored(path: Path, line: dict[str, Any]) -> None:
     """Put a line into the record, in place of an older one of the same plant and repetition."""
 
@@ -161,7 +169,9 @@ def stored(path: Path, line: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=1, help="of 2 and more, the last is under load")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="plants whose name has this in it")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="plants with this in the name, anew"
+    )
     parser.add_argument("--out", type=Path, metavar="F.jsonl", help="the record, which lines are added to")
     parser.add_argument("--jobs", type=int, default=1, help="comparisons at a time, which disturb each other")
     asked = parser.parse_args()
@@ -188,18 +198,20 @@ def main() -> int:
                     projects.put(project)
                 return {"date": date, "repetition": repetition, "loaded": loaded} | found | about
 
+            left = [name for name in names if asked.only or not is_stored(asked.out, name, repetition)]
             with busy() if loaded else nullcontext(), ThreadPoolExecutor(asked.jobs) as pool:
-                for line in pool.map(one, names):
+                for line in pool.map(one, left):
                     lines.append(line)
                     if asked.out:
                         stored(asked.out, line)
                     print(
-                        f"{len(lines)}/{asked.repeat * len(names)} {'loaded ' * loaded}{line['plant']}: "
+                        f"repetition {repetition + 1} of {asked.repeat} {'loaded ' * loaded}{line['plant']}: "
                         f"{planted_outcome(line)} (exit {line['exit']}, {line['seconds']} s, load {line['load']})",
                         *([] if line["as_expected"] else line["said"]),
                         sep="\n    ",
                         flush=True,
                     )
+    lines = read(asked.out) if asked.out else lines
     planted_table(lines).show([planted_summary(lines)])
     return 0 if all(line["as_expected"] for line in lines) else 1
 

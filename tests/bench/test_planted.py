@@ -9,7 +9,7 @@ import pytest
 
 from bench.report import PLANTED, planted_outcome, planted_summary, planted_table
 from tests.bench.foreign import git, make_repository
-from tests.bench.planted import branch_of, compared, make_project, read, rules_digest, stored
+from tests.bench.planted import branch_of, compared, is_stored, make_project, read, rules_digest, stored
 from tests.bench.plants import PLANTS
 
 REPETITIONS, HARMLESS = 3, 8
@@ -80,6 +80,17 @@ def test_a_line_takes_the_place_of_the_one_of_the_same_repetition(tmp_path):
     assert [(one["repetition"], one["plant"], one["seconds"]) for one in read(path)] == [
         (0, "a hang", 2), (0, "a comment", 2), (1, "a hang", 2), (1, "a comment", 2),
     ]  # fmt: skip
+
+
+def test_a_record_goes_on_where_it_was_stopped_unless_the_rules_are_others(tmp_path):
+    path = tmp_path / "planted.jsonl"
+    assert not is_stored(path, "a hang", 0)
+    assert not is_stored(None, "a hang", 0)
+    stored(path, line("a hang", 0, rules=rules_digest()))
+    stored(path, line("a comment", 0, rules="others"))
+    assert is_stored(path, "a hang", 0)
+    assert not is_stored(path, "a hang", 1)
+    assert not is_stored(path, "a comment", 0)
 
 
 SOME = ("30% in the extension", "the package moved with its configuration")
