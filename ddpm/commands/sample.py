@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 from typer import Argument, Option
 
@@ -12,7 +11,7 @@ from ddpm.commands import sampling_options as given
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput, check_integer
 from ddpm.extras import need
-from ddpm.files import replacing
+from ddpm.files import write_array
 from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
 from kernels import philox
@@ -81,8 +80,7 @@ def sample(
     if out is not None:
         pictures.save_png(out, pictures.render(images, columns, headers, caption))
     if npy is not None:
-        with replacing(npy) as partial:
-            np.save(partial, images.numpy())
+        write_array(npy, images.numpy())
     if gif is not None:
         samples = torch.arange(first_sample, first_sample + n)
         initial = PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, sample_shape(opened.model))

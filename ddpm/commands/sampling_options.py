@@ -12,6 +12,7 @@ from ddpm.data import ALL
 from ddpm.distributed import World
 from ddpm.engines import ENGINES
 from ddpm.errors import BadInput, check_choice, check_integer
+from ddpm.files import check_writable
 from ddpm.networks.protocol import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
 from ddpm.sampling import sample
@@ -39,6 +40,8 @@ def check_output(path: Path | None, option: str, suffix: str) -> None:
         raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
+    if path is not None:
+        check_writable(path)
 
 
 def is_table_file(solver: object) -> bool:
