@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ GIVEN = "given"
 KINDS = ("linear", "quad", "sigmoid", "constant", "cosine", "context_unet")
 COSINE_OFFSET = 0.008
 COSINE_BETA_MAX = 0.999
+TIMESTEPS_MAX = 1_000_000  # what export/run.py reads; a longer table is a damaged file's
 # Above this much signal left at t = T the network never sees what sampling starts from (Lin et al. 2024).
 SIGNAL_LEFT_MAX = 0.05
 
@@ -79,6 +81,8 @@ class NoiseSchedule:
         check_choice("schedule", kind, KINDS)
         check_integer("timesteps", timesteps)
         timesteps = int(timesteps)
+        if timesteps > TIMESTEPS_MAX:
+            raise ValueError(f"timesteps: got {timesteps}, needs at most {TIMESTEPS_MAX}")
         if kind == "cosine":
             if beta_start is not None or beta_end is not None:
                 raise ValueError("beta_start, beta_end: the cosine schedule takes none")
@@ -88,8 +92,8 @@ class NoiseSchedule:
             beta_start = 1e-4 if beta_start is None else beta_start
             beta_end = 0.02 if beta_end is None else beta_end
         for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if beta is not None and not 0 < beta < 1:
-                raise ValueError(f"{name}: got {beta}, needs 0 < {name} < 1")
+            if beta is not None and not (isinstance(beta, Real) and 0 < beta < 1):
+                raise ValueError(f"{name}: got {beta!r}, needs 0 < {name} < 1")
         start, end = (None if beta is None else float(beta) for beta in (beta_start, beta_end))
         if kind == "context_unet":
             grid = np.linspace(start, end, timesteps + 1)
@@ -99,6 +103,8 @@ class NoiseSchedule:
         else:
             betas = np.concatenate([[0.0], _beta_grid(kind, timesteps, start, end)])
             values = np.cumprod(1 - betas)
+        if values[1] == 1:
+            raise ValueError(f"beta_start: got {start}, needs more than 1e-16: 1 - beta is 1 in float64")
         _warn_of_signal(kind, timesteps, values[-1])
         return cls(kind, timesteps, start, end, *map(torch.from_numpy, (betas, 1 - betas, values)))
 

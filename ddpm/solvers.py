@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from numbers import Real
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
 ALPHA_BAR_MIN = 1e-300
+FLOAT32_MAX = torch.finfo(torch.float32).max
 VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
 
@@ -180,13 +182,16 @@ def make_table(
             raise ValueError(f"{name}: got {own[name]!r}, but solver {solver!r} takes only {known}")
     prediction = "eps" if prediction is None else prediction
     check_choice("prediction", prediction, PREDICTIONS)
-    if clip is not None and not 0 < clip < math.inf:
-        raise ValueError(f"clip: got {clip}, needs a finite bound > 0 or None")
+    if clip is not None and not (isinstance(clip, Real) and 0 < clip <= FLOAT32_MAX):
+        raise ValueError(f"clip: got {clip!r}, needs a finite bound > 0 that float32 holds, or None")
     spacing = "trailing" if spacing is None else spacing
     steps = schedule.timesteps if steps is None else steps
     timesteps = timestep_grid(schedule.timesteps, steps, spacing)
     alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
-    rows = SOLVERS[solver](alpha_bars, prediction, **own)
+    try:
+        rows = SOLVERS[solver](alpha_bars, prediction, **own)
+    except ArithmeticError as error:
+        raise ValueError(f"schedule: {solver!r} has no finite coefficients for it ({error}), needs others") from error
     if len(rows) != len(timesteps) or any(len(row) != COLUMNS for row in rows):
         raise ValueError(f"solver: {solver!r} returned {len(rows)} rows, needs {len(timesteps)} of {COLUMNS} numbers")
     coefficients = torch.tensor(rows, dtype=torch.float64)
