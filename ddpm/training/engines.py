@@ -36,6 +36,7 @@ from kernels import philox
 
 logger = logging.getLogger("ddpm")
 
+STEPS_MAX = 100_000_000  # untuned: the losses of so many take 400 MB
 ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -77,6 +78,7 @@ class Trainer:
     moves_data: ClassVar[bool] = False  # to the device, for the whole run, where there is room
     layout: ClassVar[torch.memory_format | None] = None  # of images and weights; None: their own
     warm = True  # nothing is compiled in the first step
+    run_id: str | None = None  # of the folder that keeps the run
 
     def __init__(
         self, network: nn.Module, dataset: Dataset, options: TrainOptions, device: torch.device, world: World
@@ -95,6 +97,8 @@ class Trainer:
         self.optimizer = self._adam()
         self.ema = Ema(self.network, options.ema_decay)
         self.total = math.ceil(options.epochs * len(dataset) / options.batch_size)
+        if self.total > STEPS_MAX:
+            raise BadInput(f"--epochs: got {options.epochs}, which are {self.total} steps, needs at most {STEPS_MAX}")
         self.losses = torch.full((self.total,), math.nan, device=device)
         self.data, self.resident = self._placed_data()
         count, where = len(dataset), self.data[0].device
@@ -193,28 +197,51 @@ class Trainer:
         state = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         state |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
         for name, parameter in self.network.named_parameters():
-            for key, tensor in self.optimizer.state.get(parameter, {}).items():
-                state[f"adam.{name}.{key}"] = tensor
+            held = self.optimizer.state.get(parameter) or {"step": torch.tensor(0.0)}  # it never had a gradient
+            state |= {f"adam.{name}.{key}": tensor for key, tensor in held.items()}
         return state | {"losses": self.losses, "step": torch.tensor(self.index)}
 
+    def _check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError naming the first entry that `state()` of this run could not have."""
+        needed = {name: tensor for name, tensor in self.state().items() if not name.startswith("adam.")}
+        steps = [f"adam.{name}.step" for name, _ in self.network.named_parameters()]
+        for step, (name, parameter) in zip(steps, self.network.named_parameters(), strict=True):
+            needed[step] = torch.tensor(0.0)
+            if step not in state or state[step].any():
+                needed |= {f"adam.{name}.{key}": parameter for key in ADAM_KEYS[1:]}
+        for name in sorted(needed.keys() ^ state.keys()):
+            raise ValueError(f"{'has' if name in state else 'lacks'} {name!r}")
+        for name, tensor in needed.items():
+            found, own = (f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (state[name], tensor))
+            if found != own:
+                raise ValueError(f"{name!r} is {found}, needs {own}")
+        done = int(state["step"])
+        for name, most in {"step": self.total, **dict.fromkeys(steps, done)}.items():
+            if not 0 <= state[name] <= most:
+                raise ValueError(f"{name!r} is {float(state[name]):g}, needs 0..{most}")
+        for name, tensor in state.items():
+            if not (tensor[:done] if name == "losses" else tensor).isfinite().all():
+                raise ValueError(f"{name!r} has NaN or infinite values, needs finite ones")
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`. Raises BadInput if it is of another run."""
+        """Continue from `state()`. Raises BadInput, before anything is changed, if it is of another run."""
         try:
-            self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
-            for name, tensor in self.ema.tensors.items():
-                tensor.copy_(state[f"ema.{name}"])
-            for name, parameter in self.network.named_parameters():
-                moments = {key: state[f"adam.{name}.{key}"] for key in ADAM_KEYS if f"adam.{name}.{key}" in state}
-                if moments:
-                    step = moments.pop("step").to(parameter.device if self.optimizer.defaults["fused"] else "cpu")
-                    # In the parameters' memory layout, which files do not keep and fused Adam takes for granted.
-                    moved = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in moments.items()}
-                    self.optimizer.state[parameter] = {"step": step, **moved}
-            self.losses.copy_(state["losses"])
-            self.index = int(state["step"])
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise BadInput(f"training state does not fit this network or data: {reason}") from error
+            self._check_state(state)
+        except ValueError as error:
+            raise BadInput(f"training state does not fit this network or data: {error}") from error
+        self.network.load_state_dict({name: state[f"network.{name}"] for name in self.network.state_dict()})
+        for name, tensor in self.ema.tensors.items():
+            tensor.copy_(state[f"ema.{name}"])
+        for name, parameter in self.network.named_parameters():
+            moments = {key: state[f"adam.{name}.{key}"] for key in ADAM_KEYS if f"adam.{name}.{key}" in state}
+            step = moments.pop("step")
+            if moments:
+                step = step.to(parameter.device if self.optimizer.defaults["fused"] else "cpu")
+                # In the parameters' memory layout, which files do not keep and fused Adam takes for granted.
+                moved = {key: torch.empty_like(parameter).copy_(tensor) for key, tensor in moments.items()}
+                self.optimizer.state[parameter] = {"step": step, **moved}
+        self.losses.copy_(state["losses"])
+        self.index = int(state["step"])
 
 
 def _call(objective: Objective, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:

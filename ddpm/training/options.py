@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -12,13 +13,17 @@ from ddpm.data import Dataset, load_data
 from ddpm.errors import BadInput
 from ddpm.networks.protocol import NETWORKS, network_for
 from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import FLOAT32_MAX
 from ddpm.table import PREDICTIONS
 from kernels import philox
 
 ENGINES = ("eager", "compile", "graph")
 CHOICES = {"loss": ("mse", "l1", "huber"), "precision": ("fp32", "bf16"), "prediction": PREDICTIONS, "engine": ENGINES}
-RANGES = {"epochs": (1, math.inf), "batch_size": (1, math.inf), "min_snr": (0, math.inf), "clip_grad": (0, math.inf)}
+BATCH_MAX = 1 << 20  # untuned; beyond it a single batch is hundreds of epochs of what fits into memory
+RANGES = {"epochs": (1, math.inf), "batch_size": (1, BATCH_MAX), "min_snr": (0, FLOAT32_MAX)}
+RANGES |= {"clip_grad": (0, FLOAT32_MAX)}
 RANGES |= {"ema_decay": (0, 1), "context_dropout": (0, 1), "seed": (0, philox.SEED_LIMIT - 1)}
+KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class TrainOptions:
     """All that a training run was asked for; stored in config.json, compared by --resume, the options of `ddpm train`.
 
     See `load_data` and `NoiseSchedule`; engine (`ddpm.training.engines`) changes results by rounding only. Raises
-    BadInput for values out of range.
+    BadInput for values of another type or out of range.
     """
 
     data: Annotated[str, Option(help="digits, swiss-roll, images.npy, a folder of images, an idx file")] = "digits"
@@ -54,13 +59,20 @@ class TrainOptions:
     engine: Annotated[str, Option(help="eager, compile (warms up first) or graph (CUDA)")] = "eager"
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(TrainOptions).items():
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            kinds += (int,) if float in kinds else ()
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                needs = " or ".join(KINDS[each] for each in get_args(kind) or (kind,))
+                raise BadInput(f"--{name.replace('_', '-')}: got {value!r}, needs {needs}")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                bounds = f">= {low}" if high == math.inf else f"{low}..{high}"
+                bounds = f"{low}..{high}" if low == 0 and high < FLOAT32_MAX else f">= {low}"
+                bounds += f" and <= {high}" if bounds[0] == ">" and high < math.inf else ""
                 raise BadInput(f"--{name.replace('_', '-')}: got {value}, needs {bounds}")
-        if not 0 < self.lr < math.inf:
-            raise BadInput(f"--lr: got {self.lr}, needs a finite rate > 0")
+        if not 0 < self.lr <= FLOAT32_MAX:
+            raise BadInput(f"--lr: got {self.lr}, needs a finite rate > 0 that float32 holds")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise BadInput(f"--{name}: got {getattr(self, name)!r}, needs one of {', '.join(known)}")
@@ -83,3 +95,6 @@ class TrainOptions:
                 return network_for(self.network, shape, classes, self.n_feat)
             except ValueError as error:
                 raise BadInput(f"--{error}" if str(error).startswith("network") else str(error)) from error
+            except (RuntimeError, MemoryError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise BadInput(f"--n-feat: got {self.n_feat}, needs a network that can be made ({reason})") from error
