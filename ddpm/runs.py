@@ -4,11 +4,15 @@ config.json           network, schedule, prediction, data, training options, sam
 model.safetensors     the weights that sampling uses (the moving average, or imported ones)
 training.safetensors  the training state, for --resume
 loss.csv, loss.png    one row per epoch, and its plot
+
+config.json and the two files of tensors carry the run's id, so that files of two runs are not taken for one.
 """
 
+import hashlib
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +21,33 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.errors import BadInput
-from ddpm.files import digest_of, json_text, read_json, read_tensors, replacing_all, tensor_bytes
-from ddpm.networks.protocol import build_network, condition_shape, fit_state_dict, name_of, one_hot_conditions
+from ddpm.files import (
+    digest_of,
+    json_text,
+    locked,
+    read_json,
+    read_noted,
+    replacing_all,
+    tensor_bytes,
+    warn_if_unchecked,
+)
+from ddpm.networks.protocol import (
+    build_network,
+    check_state_dict,
+    condition_shape,
+    fit_state_dict,
+    name_of,
+    one_hot_conditions,
+)
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import SOLVERS, carried_over, given, make_table, options_of
 
 FORMAT_VERSION = 2
 FILES = ("config.json", "model.safetensors", "training.safetensors", "loss.csv", "loss.png")
 CONFIG, MODEL, TRAINING, LOSS_CSV, LOSS_PNG = FILES
+# What `ddpm-export` makes of a run, by default or with --out RUN: another run's would lie beside this one's files.
+EXPORTS = ("denoiser.pt2", "denoiser.aoti.pt2", "denoiser.onnx", "sampler.onnx", "step.onnx", "manifest.json")
+READS = 3  # of a run that is being replaced: its files may be those of two
 SAMPLING_DEFAULTS = {"solver": "ddpm", "steps": None, "clip": None}
 # Format 1 wrote these whatever the solver took.
 FORMER_DEFAULTS = {"eta": 0.0, "variance": "posterior", "spacing": "trailing"}
@@ -33,40 +56,72 @@ FORMER_DEFAULTS = {"eta": 0.0, "variance": "posterior", "spacing": "trailing"}
 def make_config(
     network: nn.Module, schedule: NoiseSchedule, prediction: str, *, classes: Sequence[str] = (), **more: Any
 ) -> dict[str, Any]:
-    """The content of config.json; `more` is kept (sampling beside its defaults). ValueError: a network without name."""
+    """The content of config.json; `more` is kept (sampling beside its defaults).
+
+    Its run_id is a digest of all this and of the network's weights: the same run, made again, is the same bytes. Raises
+    ValueError for a network without name, or if no table can be made to sample it.
+    """
     described = {"format_version": FORMAT_VERSION, "network": name_of(network), "model": network.config()}
     described |= {"schedule": schedule.config(), "prediction": prediction, "classes": list(classes)}
     more = {"weights": "ema", "sampling": {}} | more
-    return described | more | {"sampling": SAMPLING_DEFAULTS | more["sampling"]}
+    described |= more | {"sampling": SAMPLING_DEFAULTS | more["sampling"]}
+    make_table(schedule, **given(described["sampling"]), prediction=prediction)
+    text = json_text(described) + digest_of(network.state_dict())
+    return described | {"run_id": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def free_folder(folder: Path, overwrite: bool = False) -> None:
-    """Raise BadInput unless a new run may be written there: no file, and no run's files without `overwrite`."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: is a file, needs a folder")
-    found = next((name for name in FILES if (folder / name).exists()), None)
+    """Raise BadInput if the folder, `held`, has a run's files and not `overwrite`."""
+    found = next((name for name in (*FILES, *EXPORTS) if (folder / name).exists()), None)
     if found is not None and not overwrite:
         needs = "--resume (of training), --overwrite or another --out"
         raise BadInput(f"{folder}: already holds a run ({found}), needs {needs}")
 
 
-def make_folder(folder: Path) -> None:
-    """Create the folder and see that it can be written to. Raises BadInput."""
+def make_folder(folder: Path) -> list[Path]:
+    """Create the folder and see that it can be written to; returns the folders that were made. Raises BadInput."""
     try:
+        str(folder).encode()
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"{folder}: is a file, needs a folder")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))
             probe.flush()
+    except UnicodeEncodeError:
+        raise BadInput(f"{str(folder)!a}: is no name in UTF-8, needs one") from None
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written ({error.strerror or error}), needs a writable folder") from error
+    return made
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Be the only process that writes to the folder, from before it is looked at until everything is written.
+
+    The folder is made if it is missing, and removed if nothing comes of it. Raises BadInput if it cannot be written to
+    or if another process has it.
+    """
+    made = make_folder(folder)
+    try:
+        with locked(folder):
+            yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+        raise
 
 
 def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | None = None) -> None:
     """Make the folder this run's: what an earlier one left goes when the new files are whole on the disk."""
     contents = {CONFIG: json_text(config).encode()}
     if network is not None:
-        contents[MODEL] = tensor_bytes(network.state_dict(), format_version=FORMAT_VERSION)
-    with replacing_all([folder / name for name in contents], [folder / name for name in FILES]) as partials:
+        more = {"format_version": FORMAT_VERSION, "run_id": config.get("run_id")}
+        contents[MODEL] = tensor_bytes(network.state_dict(), **more)
+    stale = [folder / name for name in (*FILES, *EXPORTS)]
+    with replacing_all([folder / name for name in contents], stale) as partials:
         for partial, content in zip(partials, contents.values(), strict=True):
             partial.write_bytes(content)
 
@@ -154,19 +209,37 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: its solver is {config['sampling']['solver']!r}, needs a name")
     if not all(isinstance(name, str) for name in config["classes"]):
         raise BadInput(f"{path}: 'classes' is {config['classes']}, needs names")
+    if not isinstance(config.get("run_id"), str | None):
+        raise BadInput(f"{path}: 'run_id' is {config['run_id']!r}, needs a text")
     data = config.get("data")
     if "training" in config and not (isinstance(data, dict) and isinstance(data.get("digest"), str)):
         raise BadInput(f"{path}: 'data' has no digest, which a trained run needs")
     return config
 
 
-def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSchedule]:
-    """Network (untrained) and schedule of a config; its sampling defaults must make a table. Raises BadInput."""
+def is_of_run(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> bool:
+    """Whether tensors with this metadata belong to the config. Other programs' have none, former versions no run_id."""
+    return not metadata or metadata.get("run_id") == config.get("run_id")
+
+
+def _weightless(config: Mapping[str, Any]) -> nn.Module:
     try:
-        network = build_network(config["network"], config["model"])
+        with torch.device("meta"):
+            return build_network(config["network"], config["model"])
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        # A constructor that reads its tensors, which then need memory.
+        return build_network(config["network"], config["model"])
+
+
+def outline(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSchedule]:
+    """(network without memory for its weights, schedule) of a config, from which a table can be made, or BadInput."""
+    try:
+        network = _weightless(config)
         schedule = NoiseSchedule.make(**config["schedule"])
         make_table(schedule, **given(config["sampling"]), prediction=config["prediction"])
-    except (TypeError, ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
+    except Exception as error:  # constructors raise nearly anything on what they were not made for
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{folder / CONFIG}: {reason}") from error
     shape = condition_shape(network) or (0,)
@@ -178,14 +251,25 @@ def build(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSche
 def load_run(folder: str | Path) -> Run:
     """The run in a folder, its model on the CPU in eval mode. Raises BadInput if anything is missing or damaged."""
     folder = Path(folder)
-    config = read_config(folder)
-    network, schedule = build(folder, config)
     path = folder / MODEL
-    if not path.exists():
-        raise BadInput(f"{path}: no such file: training has not saved yet (ddpm train --out {folder} --resume)")
-    tensors = read_tensors(path)
+    for _ in range(READS):
+        config = read_config(folder)
+        if not path.exists() and not path.is_symlink():
+            trained = "training has not saved yet (ddpm train --out {} --resume)"
+            missing = trained if "training" in config else "its import did not end (ddpm import --out {} --overwrite)"
+            raise BadInput(f"{path}: no such file: {missing.format(folder)}")
+        tensors, metadata = read_noted(path)
+        if is_of_run(config, metadata):
+            break
+    else:
+        raise BadInput(f"{path}: is of another run than {CONFIG} beside it, needs both of one")
+    network, schedule = outline(folder, config)
     try:
+        # The file bounds what is allocated, whatever the config says.
+        check_state_dict(network, tensors)
+        network = build_network(config["network"], config["model"])
         fit_state_dict(network, tensors)
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}") from error
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise BadInput(f"{path}: {str(error) or type(error).__name__}") from error
+    warn_if_unchecked(path, metadata)
     return Run(folder, config, network.eval(), schedule)

@@ -65,14 +65,14 @@ def import_weights(
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
     check_class_names(names, "--classes")
     schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
-    runs.free_folder(out, overwrite)
-    try:
-        network = ContextUnet(**found)
-        load_context_unet_weights(network, state)
-    except ValueError as error:
-        raise BadInput(f"{weights}: {error}") from error
-    runs.make_folder(out)
-    more = {"classes": names, "weights": "imported", "sampling": {"variance": "beta"}}
-    runs.start_run(out, runs.make_config(network, schedule, "eps", **more), network)
+    with runs.held(out):
+        runs.free_folder(out, overwrite)
+        try:
+            network = ContextUnet(**found)
+            load_context_unet_weights(network, state)
+        except ValueError as error:
+            raise BadInput(f"{weights}: {error}") from error
+        more = {"classes": names, "weights": "imported", "sampling": {"variance": "beta"}}
+        runs.start_run(out, runs.make_config(network, schedule, "eps", **more), network)
     print(f"imported: {out} ({', '.join(f'{name} {value}' for name, value in found.items())})")
     print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")

@@ -37,20 +37,22 @@ def train(
     else:
         options = TrainOptions(**given)
     target = pick_device(device)
+
+    def plot(trainer: training.Trainer) -> None:
+        epochs, _, losses, _ = zip(*training.loss_table(trainer), strict=True)
+        pictures.save_loss_plot(out / runs.LOSS_PNG, epochs, losses)
+
+    how = {"device": target, "resume": resume, "overwrite": overwrite, "save_every": save_every}
     with world(target) as ranks:
         try:
-            trainer, finished = training.train(
-                options, out, device=target, world=ranks, resume=resume, overwrite=overwrite, save_every=save_every
-            )
+            trainer, finished = training.train(options, out, world=ranks, finish=plot, **how)
         except training.Interrupted as stopped:
             if ranks.is_main:
                 print(f"{stopped}, saved; go on with: ddpm train --out {out} --resume")
             raise typer.Exit(stopped.exit_code) from None
         if ranks.is_main:
-            table = training.loss_table(trainer)
-            pictures.save_loss_plot(out / runs.LOSS_PNG, [row[0] for row in table], [row[2] for row in table])
-            verb = "finished before" if finished else "trained"
-            print(f"{verb}: {out} ({trainer.total} steps, loss of the last epoch {table[-1][2]:.4f})")
+            verb, (*_, last) = "finished before" if finished else "trained", training.loss_table(trainer)
+            print(f"{verb}: {out} ({trainer.total} steps, loss of the last epoch {last[2]:.4f})")
             print(f"sample it with: ddpm sample {out} --n 64 --out grid.png")
 
 

@@ -12,6 +12,7 @@ from ddpm.networks.protocol import ZeroIsNone, check_call, fit_state_dict, netwo
 from kernels.philox import is_integer
 
 GROUPS = 8
+SIDE_MAX = 1 << 16  # of images, which bounds the levels that a damaged file can ask for
 SHORTCUT_PREFIX = "init_conv.shortcut."
 
 
@@ -45,6 +46,8 @@ class ContextUnet(ZeroIsNone):
         if len(sides) != 2:
             raise ValueError(f"height: got {height}, needs one side, or (height, width)")
         in_channels, n_feat, n_cfeat, sides = int(in_channels), int(n_feat), int(n_cfeat), tuple(map(int, sides))
+        if max(sides) > SIDE_MAX:
+            raise ValueError(f"height: got {height}, needs at most {SIDE_MAX}")
         if multipliers is None:
             halvings = max(2, math.ceil(math.log2(max(1, *sides) / 8)))
             multipliers = [min(2**i, 8) for i in range(halvings)]

@@ -171,8 +171,8 @@ def check_call(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> None
         raise ValueError(f"c: got shape {list(c.shape)}, needs {[n, *condition]}")
 
 
-def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly. Raises ValueError naming the first entry that does not."""
+def check_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a state dict fits exactly, naming the first entry that does not."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in given:
@@ -186,4 +186,9 @@ def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
     extra = next((name for name in given if name not in own), None)
     if extra is not None:
         raise ValueError(f"has {extra!r}, which the network does not: from another network?")
+
+
+def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Load a state dict that must fit exactly. Raises ValueError as `check_state_dict` does."""
+    check_state_dict(model, given)
     model.load_state_dict(dict(given))

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from ddpm.command_line import handling
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.files import locked, read_tensors, write_tensors, write_text
+from ddpm.files import json_text, read_noted, warn_if_unchecked, write_tensors, write_text
 from ddpm.progress import Bar
 from ddpm.solvers import given
 from ddpm.training.engines import Trainer, make_trainer
@@ -86,37 +86,56 @@ def loss_table(trainer: Trainer) -> list[tuple[int, int, float, float]]:
 def save_checkpoint(folder: Path, trainer: Trainer) -> None:
     """Write the training state, the weights for sampling and loss.csv, each atomically, in this order.
 
-    The state holds the weights too, so a kill in between costs nothing. Raises WorkFailed if the loss is not finite.
+    The state holds the weights too, so a kill in between costs nothing. Raises WorkFailed, before anything is replaced,
+    if the loss or a tensor is not finite.
     """
     finite = trainer.losses[: trainer.index].isfinite()
     if not finite.all():
         first = int((~finite).nonzero()[0])
         raise WorkFailed(f"loss is not finite since step {first + 1}: try a lower --lr or --clip-grad 1")
-    write_tensors(folder / runs.TRAINING, trainer.state(), step=trainer.index)
+    state = trainer.state()
+    for name, tensor in state.items():
+        if name != "losses" and not tensor.isfinite().all():
+            raise WorkFailed(f"{name} is not finite at step {trainer.index}: try a lower --lr or --clip-grad 1")
+    write_tensors(folder / runs.TRAINING, state, step=trainer.index, run_id=trainer.run_id)
     write_model(folder, trainer)
 
 
 def write_model(folder: Path, trainer: Trainer) -> None:
     """What can be made from the training state: model.safetensors (the moving average) and loss.csv."""
-    write_tensors(folder / runs.MODEL, trainer.ema.tensors, format_version=runs.FORMAT_VERSION, step=trainer.index)
+    more = {"format_version": runs.FORMAT_VERSION, "step": trainer.index, "run_id": trainer.run_id}
+    write_tensors(folder / runs.MODEL, trainer.ema.tensors, **more)
     rows = [f"{epoch},{step},{loss:.6g},{lr:.6g}\n" for epoch, step, loss, lr in loss_table(trainer)]
     write_text(folder / runs.LOSS_CSV, "".join(["epoch,step,loss,lr\n", *rows]))
 
 
 def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
-    """Whether the folder holds a checkpoint to resume from. Raises BadInput if it may not be written to."""
+    """Whether the folder, `held`, has a checkpoint to resume from. Raises BadInput if it may not be written to."""
     runs.free_folder(folder, overwrite=resume or overwrite)
     if resume and (folder / runs.MODEL).exists() and not (folder / runs.TRAINING).exists():
         raise BadInput(f"{folder / runs.TRAINING}: is missing beside a model, needs --overwrite to start from zero")
-    runs.make_folder(folder)
     return resume and (folder / runs.TRAINING).exists()
 
 
 def resume_from(folder: Path, trainer: Trainer) -> None:
-    """Load the training state of the folder. Raises BadInput if it is damaged or the data is not the same."""
-    if runs.read_config(folder)["data"]["digest"] != trainer.dataset.digest():
+    """Load the training state of the folder. Raises BadInput if it is damaged, or of another run or other data."""
+    resumed_options(folder, asdict(trainer.options))
+    config, path = runs.read_config(folder), folder / runs.TRAINING
+    if config["data"]["digest"] != trainer.dataset.digest():
         raise BadInput(f"{folder}: was trained on other data than {trainer.options.data}, needs the same to resume")
-    trainer.load_state(read_tensors(folder / runs.TRAINING))
+    pairs = zip(runs.outline(folder, config), (trainer.network, trainer.schedule), strict=True)
+    if any(json_text(stored.config()) != json_text(own.config()) for stored, own in pairs):
+        needs = "one run's: they make another network or schedule than its training options"
+        raise BadInput(f"{folder / runs.CONFIG}: 'model' and 'schedule', needs {needs}")
+    state, metadata = read_noted(path)
+    if not runs.is_of_run(config, metadata):
+        raise BadInput(f"{path}: training state does not fit {runs.CONFIG} beside it: it is of another run")
+    try:
+        trainer.load_state(state)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+    warn_if_unchecked(path, metadata)
+    trainer.run_id = config.get("run_id")
 
 
 class Interrupted(Exception):
@@ -169,28 +188,31 @@ def train(
     save_every: float = 60.0,
     dataset: Dataset | None = None,
     network: nn.Module | None = None,
+    finish: Callable[[Trainer], object] | None = None,
 ) -> tuple[Trainer, bool]:
     """Train a run into a folder, or continue it; returns the finished trainer and whether it was finished before.
 
     dataset, network: instead of those that the options name; the network's class needs a name (`@network`).
+    finish: what the main process calls at the end, to write more into the folder while no other may.
     Raises BadInput before anything is written, Interrupted and WorkFailed as `run` does.
     """
-    dataset = options.load_data() if dataset is None else dataset
-    network = options.make_network(dataset) if network is None else network
-    trainer = make_trainer(network, dataset, options, device, world)
-    with ExitStack() as held:
-        continued = False
-        if world.is_main:
-            continued = open_folder(folder, resume, overwrite)
-            held.enter_context(locked(folder))
+    with runs.held(folder) if world.is_main else nullcontext():
+        continued = world.is_main and open_folder(folder, resume, overwrite)
+        dataset = options.load_data() if dataset is None else dataset
+        network = options.make_network(dataset) if network is None else network
+        trainer = make_trainer(network, dataset, options, device, world)
         if world.any(continued, device):
             resume_from(folder, trainer)
         elif world.is_main:
-            runs.start_run(folder, make_config(trainer))
+            config = make_config(trainer)
+            runs.start_run(folder, config)
+            trainer.run_id = config["run_id"]
         finished = trainer.done
         if not finished:
             run(trainer, folder, save_every)
         elif world.is_main:
             # A kill may have come between the last training state and what is made from it.
             write_model(folder, trainer)
+        if finish is not None and world.is_main:
+            finish(trainer)
     return trainer, finished
