@@ -1,15 +1,19 @@
-"""Data sets: images (or points) in memory, with one-hot labels or none.
+"""Data sets: images (or points) in memory, with one-hot labels, other conditions, or none.
 
-Sources, by the text that `--data` takes: `digits` (scikit-learn's), `swiss-roll`, a `.npy` of uint8 [N, H, W, C],
-a folder of images (subfolders = classes), or an MNIST idx file of images (`.gz` or not).
+Sources, by the text that `--data` takes: `digits` (scikit-learn's), `swiss-roll`, a `.npy` (or `.npz` of one array) of
+images [N, H, W, C] or grey [N, H, W], a folder of pictures (subfolders = classes), or an MNIST idx file (`.gz` or not).
 """
 
 import gzip
 import hashlib
+import logging
 import math
+import os
 import struct
+import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +23,13 @@ from torch import Tensor
 
 from ddpm.errors import BadInput
 
+logger = logging.getLogger("ddpm")
+
+Range = tuple[float, float]  # the values of black and white
+
 IDX_IMAGES, IDX_LABELS = 2051, 2049
+CHUNK = 1 << 20
+NO_FILE, NOT_REGULAR = "no such file", "is no regular file"
 GENERATED, DIGITS_SIDE = ("digits", "swiss-roll"), 16
 ALL = "all"  # what `--context` takes for every class in turn
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
@@ -27,7 +37,10 @@ CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """values: uint8 [N, C, H, W] or float32 [N, features]; labels: one-hot float32 [N, K] or None; classes: K names."""
+    """values: images [N, C, H, W], uint8 or float32 in [-1, 1], or points float32 [N, features].
+
+    labels: float32 [N, K], one-hot or other conditions, or None; classes: names of the K, or none.
+    """
 
     name: str
     values: Tensor
@@ -39,26 +52,40 @@ class Dataset:
 
     @property
     def is_images(self) -> bool:
-        return self.values.dtype == torch.uint8
+        return self.values.ndim == 4
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether every label is a single 1 among zeros."""
+        return self.labels is not None and _is_one_hot(self.labels)
 
     def digest(self) -> str:
         """sha256 over values and labels: what `--resume` compares."""
         sha = hashlib.sha256(repr(tuple(self.values.shape)).encode())
         for tensor in (self.values, self.labels):
             if tensor is not None:
-                sha.update(tensor.contiguous().numpy().tobytes())
+                sha.update(tensor.contiguous().numpy().reshape(-1).view(np.uint8))
         return sha.hexdigest()
 
 
 def load_data(
-    source: str, labels: str | None = None, image_size: int | None = None, classes: Sequence[str] | None = None
+    source: str,
+    labels: str | None = None,
+    image_size: int | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    value_range: Range | None = None,
+    alpha: bool = False,
 ) -> Dataset:
-    """The data set that `source` names.
+    """The data set that `source` names. What was read, and what was not, is logged.
 
-    source: see the module docstring. labels: a `.npy` (one-hot [N, K] or integer [N]) or an idx file, for a source that
-    has none. image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then
-    resize to this side with Pillow's bicubic filter, which averages when it shrinks. classes: their names in order of
-    their number, default those of the source.
+    source: see the module docstring. labels: a `.npy`, `.npz` or idx file for a source that has none: class numbers
+    [N] or [N, 1] (those that there are become 0..K-1 and are named by the old ones), or conditions [N, K], one-hot or
+    not. image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then resize to
+    this side with Pillow's bicubic filter, which averages when it shrinks. classes: their names in order of their
+    number, default those of the source; more names than numbers name every number from 0.
+    value_range: the values of black and white, for numbers that are neither 8 nor 16 bits, or use less of them.
+    alpha: keep transparency as a fourth channel.
 
     Raises BadInput naming the file, what was found and what is needed.
     """
@@ -67,45 +94,89 @@ def load_data(
     path = Path(source)
     if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
-    if source == "digits":
-        images, one_hot, names = _digits(image_size or DIGITS_SIDE)
-    elif source == "swiss-roll":
+    if value_range is not None and source in GENERATED:
+        raise BadInput(f"--range: {source} has its own values, needs none")
+    labelled, names, note = None, (), ""
+    if source == "swiss-roll":
         if image_size is not None:
             raise BadInput("--image-size: swiss-roll has points, not images")
-        images, one_hot, names = _swiss_roll(), None, ()
+        values = _swiss_roll()
+    elif source == "digits":
+        images, labelled, names = _digits()
+        values = stacked(((source, image) for image in images), len(images), image_size or DIGITS_SIDE)
     elif path.is_dir():
         from ddpm import image_files  # needs Pillow
 
-        images, one_hot, names = image_files.image_folder(path, image_size)
+        values, labelled, names, note = image_files.image_folder(path, image_size, value_range, alpha)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
-        images = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_IMAGES)
-        found = f"{images.dtype} {list(images.shape)}"
-        if images.dtype.kind == "f" and not np.isfinite(images).all():
-            found += " with NaN or infinite values"
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise BadInput(f"{path}: found {found}, needs uint8 [N, H, W, C] with C = 1 or 3")
-        if 0 in images.shape:
-            raise BadInput(f"{path}: found {found}, needs at least one image")
-        if image_size is not None:
-            squeezed = images[..., 0] if images.shape[-1] == 1 else images
-            from ddpm import image_files
-
-            images = image_files.fitted(squeezed, image_size)
-        one_hot = None if labels is None else _read_labels(Path(labels), len(images), path)
-        names = () if one_hot is None else tuple(str(k) for k in range(one_hot.shape[1]))
-    if images.ndim == 4:
-        if images.shape[1] != images.shape[2]:
-            raise BadInput(f"{source}: images are {images.shape[2]}x{images.shape[1]}, needs squares (or --image-size)")
-        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        images = _images_of_array(path, value_range, alpha)
+        if labels is not None:
+            labelled, names = _read_labels(Path(labels), len(images), path, len(classes or ()))
+        values = stacked(((path, _taken(image, path, value_range)) for image in images), len(images), image_size)
+    if alpha and values.shape[1:2] != (4,):
+        raise BadInput(f"--alpha: {source} has no transparency, needs pictures or an array [N, H, W, 4]")
     if classes is not None:
-        if len(classes) != len(names):
-            raise BadInput(f"--classes: got {len(classes)} names, needs {len(names)} for {source}")
-        check_class_names(classes, "--classes")
-        names = tuple(classes)
+        count = 0 if labelled is None else labelled.shape[1]
+        if len(classes) != count:
+            raise BadInput(f"--classes: got {len(classes)} names, needs {count} for {source}")
+        names = tuple(unicodedata.normalize("NFC", name) for name in classes)
+        check_class_names(names, "--classes")
+    if os.environ.get("RANK", "0") == "0":  # under torchrun every rank reads
+        what = "points" if values.ndim == 2 else "pictures"
+        about = f"{len(names)} classes" if labelled is None or names else f"{labelled.shape[1]} conditions"
+        # What was left out is seen without any logging set up.
+        logger.log(logging.WARNING if note else logging.INFO, f"{source}: {len(values)} {what}, {about}{note}")
     name = source if source in GENERATED else path.stem
-    return Dataset(name, torch.from_numpy(images), None if one_hot is None else torch.from_numpy(one_hot), names)
+    return Dataset(name, torch.from_numpy(values), None if labelled is None else torch.from_numpy(labelled), names)
+
+
+def parse_range(text: str) -> Range:
+    """LO,HI of `--range`. Raises BadInput."""
+    with suppress(ValueError):
+        low, high = map(float, text.split(","))
+        if low < high and math.isfinite(high - low):
+            return low, high
+    raise BadInput(f"--range: got {text!r}, needs LO,HI, the values of black and white, LO < HI")
+
+
+def to_unit(values: np.ndarray, value_range: Range, named_by: str) -> np.ndarray:
+    """float32 in [-1, 1] of numbers between black and white. Raises BadInput, naming `named_by`, for others."""
+    low, high = value_range
+    values = values.astype(np.float64)
+    if not (values.min() >= low and values.max() <= high):
+        found = f"{values.min():g}..{values.max():g}"
+        raise BadInput(f"{named_by}: has values {found}, needs {low:g}..{high:g} (--range LO,HI says other ones)")
+    return ((values - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
+
+
+def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, side: int | None) -> np.ndarray:
+    """(where it is from, picture [h, w, c]) -> [count, C, H, W], each brought to `side` before the next one is made.
+
+    One colour picture makes all of them colour, one float32 picture in [-1, 1] makes all of them that.
+    """
+    stack = None
+    for k, (where, picture) in enumerate(pictures):
+        height, width = picture.shape[:2]
+        if side is not None:
+            from ddpm import image_files  # needs Pillow
+
+            picture = image_files.squared(picture, side)
+        elif height != width:
+            raise BadInput(f"{where}: images are {width}x{height}, needs squares (or --image-size)")
+        picture = picture.transpose(2, 0, 1)
+        if stack is None:
+            stack = np.empty((count, *picture.shape), picture.dtype)
+        if picture.shape[1:] != stack.shape[2:]:
+            sizes = f"{width}x{height}, the first image is {stack.shape[3]}x{stack.shape[2]}"
+            raise BadInput(f"{where}: is {sizes}: needs --image-size to bring them to one size")
+        if picture.shape[0] > stack.shape[1]:
+            stack = np.repeat(stack, 3, axis=1)
+        if picture.dtype != stack.dtype:
+            picture, stack = (x.astype(np.float32) / 127.5 - 1 if x.dtype == np.uint8 else x for x in (picture, stack))
+        stack[k] = picture
+    return stack
 
 
 def check_class_names(names: Sequence[str], named_by: str) -> None:
@@ -116,30 +187,63 @@ def check_class_names(names: Sequence[str], named_by: str) -> None:
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array in a .npy file, never unpickling. Raises BadInput if it cannot be read."""
-    if not path.exists():
-        raise BadInput(f"{path}: no such file")
-    if path.is_file() and path.stat().st_size == 0:
+    """The array in a .npy file, or the only one in a .npz, never unpickling. Raises BadInput if it cannot be read."""
+    if not path.is_file():
+        raise BadInput(f"{path}: {NOT_REGULAR if path.exists() else NO_FILE}")
+    if path.stat().st_size == 0:
         raise BadInput(f"{path}: is an empty file, needs a .npy array")
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            with array as archive:
+                names = archive.files
+                array = archive[names[0]] if len(names) == 1 and path.suffix.lower() == ".npz" else None
     except Exception as error:  # NumPy parses the header as Python: damage raises nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"{path}: not a readable .npy array without pickled objects ({reason})") from error
-    if not isinstance(array, np.ndarray):
-        raise BadInput(f"{path}: is an archive of several arrays, needs a .npy of one")
+    if array is None:
+        needs = "a .npz of one array" if path.suffix.lower() == ".npz" else "a .npy"
+        raise BadInput(f"{path}: is an archive of {len(names)} arrays ({', '.join(names[:9])}), needs {needs}")
     return array
 
 
-def _digits(side: int) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """scikit-learn's 1,797 digits, 8x8 of 0..16, brought to side x side of 0..255 by Pillow's bicubic filter."""
-    from sklearn.datasets import load_digits
+def _is_npy(path: Path) -> bool:
+    return path.suffix.lower() in (".npy", ".npz")
 
-    from ddpm import image_files
+
+def _images_of_array(path: Path, value_range: Range | None, alpha: bool) -> np.ndarray:
+    """[N, H, W, C] of a file of one array, its numbers as they are."""
+    images = read_npy(path) if _is_npy(path) else _read_idx(path, IDX_IMAGES)
+    found = f"{images.dtype} {list(images.shape)}"
+    kind, size = images.dtype.kind, images.dtype.itemsize
+    if kind == "f" and not np.isfinite(images).all():
+        found += " with NaN or infinite values"
+    channels = (1, 3, 4) if alpha else (1, 3)
+    if images.ndim == 3 and images.shape[-1] not in (1, 3, 4):  # those would be one image
+        images = images[..., None]
+    known = (kind == "u" and size <= 2) or (value_range is not None and kind in "buif")
+    if not known or images.ndim != 4 or images.shape[-1] not in channels:
+        more = "grey [N, H, W], uint16, other numbers with --range LO,HI, C = 4 with --alpha"
+        raise BadInput(f"{path}: found {found}, needs uint8 [N, H, W, C] with C = 1 or 3 (or {more})")
+    if 0 in images.shape:
+        raise BadInput(f"{path}: found {found}, needs at least one image")
+    return images
+
+
+def _taken(image: np.ndarray, path: Path, value_range: Range | None) -> np.ndarray:
+    """An image of an array: bytes as they are, else float32 in [-1, 1]."""
+    if value_range is None and image.dtype == np.uint8:
+        return image
+    return to_unit(image, value_range or (0, 65535), str(path))
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """scikit-learn's 1,797 digits, [N, 8, 8, 1] of 0..16 brought to 0..255, their one-hot labels, their names."""
+    from sklearn.datasets import load_digits
 
     digits = load_digits()
     small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return image_files.fitted(small, side), np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
+    return small[..., None], np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
 
 
 def _swiss_roll() -> np.ndarray:
@@ -153,39 +257,58 @@ def _swiss_roll() -> np.ndarray:
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:
     """An idx file of unsigned bytes: images [N, H, W, 1] or labels [N] (LeCun's format, big-endian header)."""
+    rank = magic & 0xFF
+    header, data = 4 + 4 * rank, bytearray()
+    if not path.is_file():
+        raise BadInput(f"{path}: {NOT_REGULAR if path.exists() else NO_FILE}")
     try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            start = file.read(header)
+            if len(start) < header or struct.unpack(">i", start[:4])[0] != magic:
+                kind = "images" if magic == IDX_IMAGES else "labels"
+                raise BadInput(f"{path}: not a .npy and not an idx file of {kind} (magic number {magic})")
+            shape = struct.unpack(f">{rank}i", start[4:])
+            size = math.prod(shape) if min(shape) >= 0 else 0
+            # No more than the header says, whatever it unpacks to, and no room before there is something to fill it.
+            while len(data) <= size and (chunk := file.read(min(CHUNK, size + 1 - len(data)))):
+                data += chunk
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from error
-    rank = magic & 0xFF
-    header = 4 + 4 * rank
-    if len(raw) < header or struct.unpack(">i", raw[:4])[0] != magic:
-        kind = "images" if magic == IDX_IMAGES else "labels"
-        raise BadInput(f"{path}: not a .npy and not an idx file of {kind} (magic number {magic})")
-    shape = struct.unpack(f">{rank}i", raw[4:header])
-    if min(shape) < 0 or len(raw) - header != math.prod(shape):
-        raise BadInput(f"{path}: {len(raw) - header} bytes of data, its header {list(shape)} needs {math.prod(shape)}")
-    array = np.frombuffer(raw, np.uint8, offset=header).reshape(shape).copy()
+    if min(shape) < 0 or len(data) != size:
+        found = f"{len(data)} bytes of data" if len(data) <= size else "more data"
+        raise BadInput(f"{path}: {found}, its header {list(shape)} needs {math.prod(shape)}")
+    array = np.frombuffer(data, np.uint8).reshape(shape)
     return array[..., None] if magic == IDX_IMAGES else array
 
 
-def _read_labels(path: Path, n: int, images: Path) -> np.ndarray:
-    """Labels as one-hot float32 [N, K], from one-hot [N, K] or integers [N]."""
-    if path.suffix != ".npy" and not path.exists():
-        raise BadInput(f"{path}: no such file")
-    labels = read_npy(path) if path.suffix == ".npy" else _read_idx(path, IDX_LABELS)
+def _read_labels(path: Path, n: int, images: Path, named: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """(float32 [n, K], names of K classes or none) of class numbers [n] or [n, 1], or of conditions [n, K].
+
+    named: how many names the caller has; more than there are different numbers name every number from 0.
+    """
+    labels = read_npy(path) if _is_npy(path) else _read_idx(path, IDX_LABELS)
     found = f"{labels.dtype} {list(labels.shape)}"
-    if labels.dtype.kind not in {1: "iu", 2: "iufb"}.get(labels.ndim, ""):
-        raise BadInput(f"{path}: found {found}, needs integers [N] or one-hot rows [N, K]")
+    if labels.dtype.kind not in {1: "iu", 2: "iufb"}.get(labels.ndim, "") or 0 in labels.shape:
+        raise BadInput(f"{path}: found {found}, needs integers [N] or [N, 1], or one-hot or other rows [N, K]")
     if len(labels) != n:
         raise BadInput(f"{path}: {len(labels)} labels for {n} images in {images}, needs one each")
-    if labels.ndim == 1:
+    if labels.dtype.kind in "iu" and labels.size == n:
+        labels = labels.reshape(n)
         if labels.min() < 0 or labels.max() >= CLASSES_MAX:
             raise BadInput(f"{path}: classes {labels.min()}..{labels.max()}, needs 0..{CLASSES_MAX - 1}")
-        return np.eye(int(labels.max()) + 1, dtype=np.float32)[labels.astype(np.int64)]
-    bad = np.flatnonzero((np.sort(labels.astype(np.float64), axis=1)[:, :-1] != 0).any(1) | (labels.sum(1) != 1))
+        numbers, positions = np.unique(labels.astype(np.int64), return_inverse=True)
+        if named > numbers[-1] and named != len(numbers):
+            numbers, positions = np.arange(named), labels
+        return np.eye(len(numbers), dtype=np.float32)[positions], tuple(map(str, numbers))
+    with np.errstate(over="ignore"):  # which is refused below
+        rows = labels.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
-        raise BadInput(f"{path}: row {bad[0]} is {labels[bad[0]].tolist()}, needs a one-hot row (a single 1)")
-    return labels.astype(np.float32)
+        raise BadInput(f"{path}: row {bad[0]} is {labels[bad[0]].tolist()}, needs finite numbers, one-hot or others")
+    return rows, tuple(map(str, range(rows.shape[1]))) if _is_one_hot(rows) else ()
+
+
+def _is_one_hot(rows: np.ndarray | Tensor) -> bool:
+    return bool(((rows != 0).sum(1) == 1).all() and (rows.sum(1) == 1).all())

@@ -1,80 +1,250 @@
-"""Images of files for `ddpm.data`: folders of pictures, brought to one size and one mode. Needs Pillow."""
+"""Pictures in files for `ddpm.data`: which files of a folder are pictures, and what they show. Needs Pillow."""
 
-import struct
-from collections.abc import Iterable
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
-from ddpm.data import check_class_names
+from ddpm.data import Range, check_class_names, stacked, to_unit
 from ddpm.errors import BadInput
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"}
-UNREADABLE = (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+# Formats whose suffix Pillow knows and which it cannot draw by itself, beside those it only has stubs of.
+UNDRAWN = {"EPS", "IPTC", "MPEG"}
+# Formats whose further frames belong to one picture: previews of a photo, layers of a drawing.
+ONE_PICTURE = {"MPO", "PSD"}
+# How a picture is turned to be seen, by EXIF's orientation; 1 is as it is stored.
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Of 16 bits a channel Pillow keeps the high byte in all but grey pictures; read in the other byte order, the low one.
+OTHER_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B" if sys.byteorder == "little" else "16L"}
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_PLANES = 258, 262, 284
 
 
-def fitted(images: Iterable[np.ndarray], side: int) -> np.ndarray:
-    """uint8 images [h, w] or [h, w, 3] -> [N, side, side, C]: their central squares, bicubic."""
-    return np.stack([_fit(Image.fromarray(image), side) for image in images])
+def suffixes() -> set[str]:
+    """Of the files that Pillow can draw here."""
+    Image.init()
+    kinds = {name: kind for name, (kind, _) in Image.OPEN.items()}
+    stubs = {
+        name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, ImageFile.StubImageFile)
+    }
+    drawn = kinds.keys() - stubs - UNDRAWN | {"MPO"}  # MPO is opened as JPEG
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in drawn}
 
 
-def _fit(image: Image.Image, side: int) -> np.ndarray:
-    """Central square, bicubic to side x side: uint8 [side, side, C]."""
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    image = image.crop((left, top, left + square, top + square))
-    if square != side:
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(side, side, -1)
+def image_folder(
+    folder: Path, side: int | None, value_range: Range | None, alpha: bool
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...], str]:
+    """(pictures [N, C, H, W], one-hot labels or None, names of classes, a note of what was left out) of a folder.
+
+    One picture is held at its full size at a time.
+    """
+    files, numbers, names, skipped = find_pictures(folder)
+    further = []
+
+    def pictures() -> Iterator[tuple[Path, np.ndarray]]:
+        for path in files:
+            picture, more = read_picture(path, alpha, value_range)
+            further.extend([path] * more)
+            yield path, picture
+
+    values = stacked(pictures(), len(files), side)
+    if value_range is not None and values.dtype == np.uint8:
+        raise BadInput(f"--range: all pictures in {folder} have 8 bits a channel, needs none")
+    note = f"; {len(skipped)} files skipped"
+    note += f" (first: {skipped[0].relative_to(folder)})" if skipped else ""
+    if further:
+        note += f"; of {len(further)} files the first of several frames (first: {further[0].relative_to(folder)})"
+    return values, None if numbers is None else np.eye(len(names), dtype=np.float32)[numbers], names, note
 
 
-def image_folder(folder: Path, side: int | None) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
-    """Images of a folder in sorted order; subfolders are classes. All grey -> 1 channel, else RGB on white."""
-    by_class = {sub: _images_in(sub) for sub in sorted(folder.iterdir()) if sub.is_dir() and sub.name[0] != "."}
-    loose, names = _images_in(folder), tuple(sub.name for sub in by_class)
-    files = [path for paths in by_class.values() for path in paths]
-    if files and loose:
-        raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
-    if files:
-        check_class_names(names, str(folder))
-    elif not loose:
-        known = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise BadInput(f"{folder}: no images found, needs {known} (in class subfolders or not)")
-    opened = {path: _open(path) for path in files or loose}
-    mode = "L" if all(image.mode in ("L", "1") for image in opened.values()) else "RGB"
-    arrays = []
-    for path, image in opened.items():
-        image = image.convert(mode)
-        array = _fit(image, side) if side else np.asarray(image).reshape(image.height, image.width, -1)
-        if arrays and array.shape != arrays[0].shape:
-            sizes = f"{image.width}x{image.height}, the first image is {arrays[0].shape[1]}x{arrays[0].shape[0]}"
-            raise BadInput(f"{path}: is {sizes}: needs --image-size to bring them to one size")
-        arrays.append(array)
+def find_pictures(folder: Path) -> tuple[list[Path], np.ndarray | None, tuple[str, ...], list[Path]]:
+    """(pictures in sorted order, class numbers int64 [N] or None, names of the classes, files that are none).
+
+    Subfolders are the classes, with all that lies below them. Hidden files and folders are no pictures.
+    """
+    known, skipped = suffixes(), []
+
+    def pictures(paths: Iterator[Path]) -> list[Path]:
+        found = []
+        for path in paths:
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            (skipped if hidden or path.suffix.lower() not in known else found).append(path)
+        return found
+
+    try:
+        inside = sorted(folder.iterdir(), key=lambda path: unicodedata.normalize("NFC", path.name))
+        loose = pictures(path for path in sorted(inside) if not path.is_dir())
+        by_class = {path: pictures(_files_below(path)) for path in inside if path.is_dir()}
+    except OSError as error:
+        raise BadInput(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from error
+    by_class = {path: found for path, found in by_class.items() if not path.name.startswith(".")}
+    skipped.sort(key=lambda path: path.relative_to(folder).parts[0].startswith("."))
+    files = [path for found in by_class.values() for path in found]
+    if not files and not loose:
+        raise BadInput(f"{folder}: no images found, needs .png, .jpg, .tif and the like ({len(skipped)} other files)")
     if not files:
-        return np.stack(arrays), None, ()
-    empty = next((sub for sub, paths in by_class.items() if not paths), None)
+        return loose, None, (), skipped
+    if loose:
+        raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
+    # As keyboards type them: macOS and its archives store accents as characters of their own.
+    names = tuple(unicodedata.normalize("NFC", path.name) for path in by_class)
+    check_class_names(names, str(folder))
+    empty = next((path for path, found in by_class.items() if not found), None)
     if empty is not None:
         raise BadInput(f"{empty}: a class folder without images")
-    classes = np.repeat(np.arange(len(names)), [len(paths) for paths in by_class.values()])
-    return np.stack(arrays), np.eye(len(names), dtype=np.float32)[classes], names
+    return files, np.repeat(np.arange(len(names)), [len(found) for found in by_class.values()]), names, skipped
 
 
-def _images_in(folder: Path) -> list[Path]:
-    files = (p for p in folder.iterdir() if not p.name.startswith(".") and p.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(p for p in files if not p.is_dir())
+def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """All files in a folder and, through links too, in those below it."""
+    above |= {folder.resolve()}
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
+            yield from _files_below(path, above)
 
 
-def _open(path: Path) -> Image.Image:
+def squared(picture: np.ndarray, side: int) -> np.ndarray:
+    """The central square of a picture [h, w, c], uint8 or float32 in [-1, 1], bicubic to [side, side, c]."""
+    height, width, channels = picture.shape
+    square = min(height, width)
+    top, left = (height - square) // 2, (width - square) // 2
+    picture = picture[top : top + square, left : left + square]
+    if square == side:
+        return picture
+    if picture.dtype == np.uint8:
+        return _resized(picture[..., 0] if channels == 1 else picture, side).reshape(side, side, channels)
+    if channels == 4:  # as Pillow does with bytes: what is transparent has no colour to give to its neighbours
+        opacity = (picture[..., 3:] + 1) / 2
+        picture = np.concatenate(((picture[..., :3] + 1) * opacity - 1, picture[..., 3:]), axis=2)
+    picture = np.stack([_resized(picture[..., k], side) for k in range(channels)], axis=2)
+    if channels == 4:
+        opacity = (picture[..., 3:] + 1) / 2
+        picture[..., :3] = (picture[..., :3] + 1) / np.where(opacity > 0, opacity, 1) - 1
+    return picture.clip(-1, 1)
+
+
+def _resized(plane: np.ndarray, side: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC))
+
+
+def read_picture(path: Path, alpha: bool, value_range: Range | None) -> tuple[np.ndarray, bool]:
+    """(what a file shows, turned as it is seen, whether it has further frames, which are left out).
+
+    uint8 [h, w, c], or float32 in [-1, 1] of more than 8 bits a channel; grey in any form has one channel, other
+    pictures three. Transparent parts are laid on white, with `alpha` kept as a fourth channel. Raises BadInput.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path}: no such regular file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode in ("L", "1"):
-                return image.copy()
-            if image.mode[0] in "IF":
-                raise BadInput(f"{path}: has more than 8 bits per channel (mode {image.mode}), needs 8")
-            rgba = image.convert("RGBA")
-    except UNREADABLE as error:
-        raise BadInput(f"{path}: not a readable image ({error})") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
+        with warnings.catch_warnings():
+            # A picture of more pixels than Pillow finds safe (89 million) costs gigabytes, however small its file.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            more = image.format not in ONE_PICTURE and getattr(image, "is_animated", False)
+            deep = _deep_values(path, image)
+            values = _eight_bits(_seen(image), alpha) if deep is None else None
+    except BadInput:
+        raise
+    except Exception as error:  # damage raises nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(f"{path}: not a readable image ({reason})") from error
+    if values is not None:
+        return values, more
+    values, known, opacity, inverted = deep
+    if value_range is None and known is None:
+        raise BadInput(f"{path}: holds {values.dtype}, needs --range LO,HI, the values of black and white")
+    values = to_unit(values, value_range or known, str(path)) * np.float32(-1 if inverted else 1)
+    if alpha:
+        opacity = np.ones_like(values[..., :1]) if opacity is None else 2 * opacity - 1
+        return np.concatenate((np.broadcast_to(values, (*values.shape[:2], 3)), opacity), axis=2), more
+    return values if opacity is None else (values - 1) * opacity + 1, more
+
+
+def _seen(image: Image.Image) -> Image.Image:
+    """The picture as viewers show it. TIFF is turned by Pillow, which then no longer names an orientation."""
+    image.load()
+    orientation = 1
+    with suppress(Exception):  # damaged EXIF beside whole pixels: viewers go by the pixels
+        orientation = image.getexif().get(ORIENTATION, 1)
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _eight_bits(image: Image.Image, alpha: bool) -> np.ndarray:
+    """uint8 [h, w, c] of a picture whose channels have at most 8 bits."""
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    if alpha:
+        return np.asarray(image.convert("RGBA"))
+    if image.mode in ("1", "L") and not image.has_transparency_data:
+        return np.asarray(image.convert("L"))[..., None]
+    grey, palette = image.mode in ("1", "L", "LA"), image.mode in ("P", "PA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    values = np.asarray(image.convert("RGB"))
+    return values[..., :1] if grey or (palette and (values == values[..., :1]).all()) else values
+
+
+Deep = tuple[np.ndarray, Range | None, np.ndarray | None, bool]
+
+
+def _deep_values(path: Path, image: Image.Image) -> Deep | None:
+    """Of a picture of more than 8 bits a channel: (values [h, w, 1 or 3], their range if known, opacity, inverted).
+
+    opacity: float32 [h, w, 1] in [0, 1] or None. inverted: the least value is white. None for other pictures.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits, name = max(tags.get(TIFF_BITS, (8,))), image.format
+    codec, arguments = (image.tile[0][0], image.tile[0][3]) if image.tile else ("", "")
+    rawmode = arguments if isinstance(arguments, str) else str((*(arguments or ()), "")[0])
+    kind, _, depth = rawmode.partition(";")
+    numbers = image.mode[0] in "IF"
+    if not numbers and depth not in OTHER_ORDER and bits <= 8 and codec != "SGI16":
+        return None
+    if tags.get(TIFF_PLANES) == 2 or not (numbers or (kind in ("LA", "RGB", "RGBX", "RGBA") and depth in OTHER_ORDER)):
+        needs = "16 bits as grey, RGB or RGBA, its channels together"
+        raise BadInput(f"{path}: has more than 8 bits a channel as {name} {rawmode}, needs {needs}")
+    white = 2**bits - 1 if 8 < bits < 16 else 65535
+    transparent = image.info.get("transparency")
+    if numbers:
+        values = np.asarray(_seen(image))[..., None]
+        known = image.mode.startswith("I;16") or (image.mode == "I" and name in ("PNG", "PPM"))
+        values = values.astype(values.dtype.newbyteorder("="))
+    elif kind == "LA":  # Pillow has no second order of it; four bytes a pixel are also what RGBA has
+        values, known = np.ascontiguousarray(_reread(path, "RGBA")).view(">u2").astype(np.uint16), True
+    else:
+        high, low = (np.asarray(part) for part in (_seen(image), _reread(path, f"{kind};{OTHER_ORDER[depth]}")))
+        values, known = high.astype(np.uint16) << 8 | low, True
+    opacity = None
+    if values.shape[2] in (2, 4):
+        values, opacity = values[..., :-1], (values[..., -1:] / white).astype(np.float32)
+    elif transparent is not None:
+        opacity = (values != np.asarray(transparent)).any(axis=2, keepdims=True).astype(np.float32)
+    return values, (0, white) if known else None, opacity, tags.get(TIFF_PHOTOMETRIC) == 0
+
+
+def _reread(path: Path, rawmode: str) -> np.ndarray:
+    """The picture decoded once more, its bytes taken for another arrangement."""
+    with Image.open(path) as image:
+        tiles = []
+        for tile in image.tile:
+            arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
+            tiles.append(type(tile)(*tile[:3], arguments) if hasattr(tile, "_fields") else (*tile[:3], arguments))
+        image.tile = tiles
+        return np.asarray(_seen(image))

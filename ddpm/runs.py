@@ -11,6 +11,7 @@ config.json and the two files of tensors carry the run's id, so that files of tw
 import hashlib
 import math
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -154,7 +155,9 @@ class Run:
 
     def context(self, text: str) -> Tensor:
         """One condition, float32 [*condition_shape]: a class by name or number, or all its numbers. Raises BadInput."""
-        shape, names = condition_shape(self.model), self.classes
+        # Names of former runs may have accents as macOS stores them.
+        text, *names = (unicodedata.normalize("NFC", name) for name in (text, *self.classes))
+        shape = condition_shape(self.model)
         if shape is None:
             raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
         size, number = math.prod(shape), None

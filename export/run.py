@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
@@ -293,7 +294,9 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
 
     `all` gives sample k the class k % classes.
     """
-    shape, names = condition_shape(metadata), metadata["classes"]
+    # Former files may have accents as macOS stores them.
+    text, *names = (name and unicodedata.normalize("NFC", name) for name in (text, *metadata["classes"]))
+    shape = condition_shape(metadata)
     if shape is None:
         if text is not None:
             raise UsageError(f"--context: got {text!r}, but this model was trained without classes")

@@ -27,7 +27,7 @@ from ddpm.training.options import TrainOptions
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
 # Options that runs from before there were others do not name.
-LATER_OPTIONS = {"engine": "eager", "network": None}
+LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False}
 
 
 class OtherData(BadInput):
@@ -40,6 +40,7 @@ def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
     stored = runs.read_config(folder).get("training")
     if not isinstance(stored, dict):
         raise BadInput(f"{config}: no training options: an imported run cannot be resumed")
+    former = "range" not in stored  # it took every number up to the largest for a class
     stored = LATER_OPTIONS | stored
     odd = set(stored) ^ {field.name for field in fields(TrainOptions)}
     if odd:
@@ -48,6 +49,8 @@ def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
         if name not in MAY_DIFFER and stored[name] != value:
             started = f"{folder} was started with {stored[name]}: resume without it, or start another run"
             raise BadInput(f"--{name.replace('_', '-')}: got {value}, but {started}")
+    if former and stored["labels"] and stored["classes"] is None:
+        stored["classes"] = ",".join(runs.read_config(folder)["classes"])
     try:
         return TrainOptions(**stored | {name: asked[name] for name in MAY_DIFFER & set(asked)})
     except (TypeError, ValueError) as error:

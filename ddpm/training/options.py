@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typer import Option
 
-from ddpm.data import Dataset, load_data
+from ddpm.data import Dataset, load_data, parse_range
 from ddpm.errors import BadInput
 from ddpm.networks.protocol import NETWORKS, network_for
 from ddpm.schedule import NoiseSchedule
@@ -35,9 +35,11 @@ class TrainOptions:
     """
 
     data: Annotated[str, Option(help="digits, swiss-roll, images.npy, a folder of images, an idx file")] = "digits"
-    labels: Annotated[str | None, Option(help="labels.npy (one-hot or integer) or an idx file")] = None
+    labels: Annotated[str | None, Option(help="labels.npy (integers, one-hot, any numbers) or an idx file")] = None
     image_size: Annotated[int | None, Option(help="crop to the central square, resize to this side")] = None
     classes: Annotated[str | None, Option(help="names of the classes, comma-separated")] = None
+    range: Annotated[str | None, Option(help="LO,HI: black and white in other than 8 or 16 bits")] = None
+    alpha: Annotated[bool, Option("--alpha", help="keep transparency as a fourth channel")] = False
     network: Annotated[str | None, Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = None
     n_feat: Annotated[int, Option(help="width of the network")] = 64
     schedule: Annotated[str, Option(help="linear, quad, sigmoid, constant, cosine or context_unet")] = "linear"
@@ -81,14 +83,15 @@ class TrainOptions:
 
     def load_data(self) -> Dataset:
         names = None if self.classes is None else self.classes.split(",")
-        return load_data(self.data, self.labels, self.image_size, names)
+        bounds = None if self.range is None else parse_range(self.range)
+        return load_data(self.data, self.labels, self.image_size, names, value_range=bounds, alpha=self.alpha)
 
     def make_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.make(self.schedule, self.timesteps, self.beta_start, self.beta_end)
 
     def make_network(self, dataset: Dataset) -> nn.Module:
         """A freshly initialised network for the data; the same seed gives the same weights. Raises BadInput."""
-        shape, classes = tuple(dataset.values.shape[1:]), len(dataset.classes)
+        shape, classes = tuple(dataset.values.shape[1:]), 0 if dataset.labels is None else dataset.labels.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             try:

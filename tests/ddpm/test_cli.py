@@ -40,7 +40,7 @@ def make_data(folder: Path) -> None:
     arrays = {
         "good": images,
         "other": images // 2,
-        "rank": images[..., 0],
+        "rank": images[0],
         "float": images.astype(np.float32),
         "nan": np.where(images > 9, np.nan, 0.5),
         "wide": images[:, :8],
@@ -50,7 +50,7 @@ def make_data(folder: Path) -> None:
         "few": np.arange(5),
         "negative": np.arange(8) - 1,
         "enormous": np.arange(8) * 10_000,
-        "halves": np.full((8, 2), 0.5),
+        "infinite": np.full((8, 2), np.inf),
     }
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
@@ -158,7 +158,7 @@ BAD_DATA = [
     ("--data truncated.npy", "truncated.npy", "not a readable .npy"),
     ("--data garbage.npy", "garbage.npy", "not a readable .npy"),
     ("--data object.npy", "object.npy", "Object arrays", "without pickled objects"),
-    ("--data rank.npy", "rank.npy", "uint8 [8, 16, 16]", "[N, H, W, C]"),
+    ("--data rank.npy", "rank.npy", "uint8 [16, 16, 1]", "[N, H, W, C]"),
     ("--data float.npy", "float.npy", "float32", "uint8"),
     ("--data nan.npy", "nan.npy", "NaN", "uint8"),
     ("--data wide.npy", "wide.npy", "16x8", "squares", "--image-size"),
@@ -172,7 +172,7 @@ BAD_DATA = [
     ("--data good.npy --labels few.npy", "few.npy", "5 labels", "8 images", "good.npy"),
     ("--data good.npy --labels negative.npy", "negative.npy", "-1..6", "needs 0"),
     ("--data good.npy --labels enormous.npy", "enormous.npy", "0..70000", "needs 0..9999"),
-    ("--data good.npy --labels halves.npy", "halves.npy", "[0.5, 0.5]", "one-hot"),
+    ("--data good.npy --labels infinite.npy", "infinite.npy", "[inf, inf]", "finite", "one-hot"),
     ("--data good.npy --labels nan.npy", "nan.npy", "needs integers"),
     ("--data good.npy --labels short-idx", "short-idx", "2049"),
     ("--data good.npy --labels classes.npy --classes a,b", "--classes", "2 names", "needs 3"),

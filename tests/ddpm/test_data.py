@@ -2,8 +2,11 @@
 
 import gzip
 import io
+import os
 import pickle
 import struct
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm.data import check_class_names, load_data
+from ddpm.data import check_class_names, load_data, parse_range
 from ddpm.errors import BadInput
 
 RNG = np.random.default_rng(0)
@@ -136,6 +139,141 @@ def test_object_arrays_are_refused_without_unpickling():
     assert not Path("sprung").exists()
 
 
+# --- numbers of other kinds ---------------------------------------------------------------------------------------
+
+
+def test_grey_arrays_need_no_channel():
+    np.save("x.npy", GREY)
+    assert np.array_equal(load_data("x.npy").values[:, 0], GREY)
+
+
+def test_an_archive_of_one_array_is_that_array():
+    np.savez_compressed("x.npz", pictures=IMAGES)
+    np.savez("y.npz", np.arange(6) % 2)
+    data = load_data("x.npz", "y.npz")
+    assert np.array_equal(data.values, IMAGES.transpose(0, 3, 1, 2))
+    assert data.labels.argmax(1).tolist() == [0, 1, 0, 1, 0, 1]
+    np.savez("x.npz", a=IMAGES, b=IMAGES)
+    with pytest.raises(BadInput, match=r"x\.npz: is an archive of 2 arrays \(a, b\), needs a \.npz of one"):
+        load_data("x.npz")
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_sixteen_bits_keep_their_values_in_both_byte_orders(order):
+    values = RNG.integers(0, 65536, (3, 16, 16, 3)).astype(f"{order}u2")
+    np.save("x.npy", values)
+    data = load_data("x.npy")
+    assert (data.values.dtype, data.is_images) == (torch.float32, True)
+    np.testing.assert_allclose(data.values.permute(0, 2, 3, 1), values / 32767.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f8", "<f2", "u1", "<i4", "?"])
+def test_a_stated_range_takes_any_numbers(dtype):
+    values = RNG.integers(0, 2, (3, 16, 16)).astype(dtype)
+    np.save("x.npy", values)
+    data = load_data("x.npy", value_range=(0, 1))
+    assert np.array_equal(data.values[:, 0], values.astype(np.float32) * 2 - 1)
+    np.save("x.npy", values.astype(np.int8) - 1)
+    with pytest.raises(BadInput, match=r"x\.npy: has values -1\.\.0, needs 0\.\.1 \(--range"):
+        load_data("x.npy", value_range=(0, 1))
+
+
+def test_float_images_without_a_range_are_refused():
+    np.save("x.npy", IMAGES / 255)
+    with pytest.raises(BadInput, match=r"float64 .* other numbers with --range"):
+        load_data("x.npy")
+    values = IMAGES / 255
+    values[2, 3, 4, 1] = np.nan
+    np.save("x.npy", values)
+    with pytest.raises(BadInput, match=r"x\.npy: has values nan"):
+        load_data("x.npy", value_range=(0, 1))
+
+
+def test_a_fourth_channel_is_taken_when_asked_for():
+    rgba = np.concatenate((IMAGES, IMAGES[..., :1]), axis=3)
+    np.save("x.npy", rgba)
+    assert np.array_equal(load_data("x.npy", alpha=True).values, rgba.transpose(0, 3, 1, 2))
+    with pytest.raises(BadInput, match="C = 4 with --alpha"):
+        load_data("x.npy")
+    for source in ("digits", "swiss-roll"):
+        with pytest.raises(BadInput, match=f"--alpha: {source} has no transparency"):
+            load_data(source, alpha=True)
+
+
+@pytest.mark.parametrize(("text", "bounds"), [("0,1", (0, 1)), ("-1,1", (-1, 1)), ("-1024,3071", (-1024, 3071))])
+def test_ranges_are_two_numbers(text, bounds):
+    assert parse_range(text) == bounds
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,0", "0,0", "0,1,2", "a,b", "nan,1", "0,inf", "-1e308,1e308"])
+def test_other_ranges_are_refused(text):
+    with pytest.raises(BadInput, match=r"--range: got .* needs LO,HI"):
+        parse_range(text)
+
+
+@pytest.mark.parametrize("source", ["digits", "swiss-roll"])
+def test_a_range_for_what_has_its_own_is_refused(source):
+    with pytest.raises(BadInput, match=f"--range: {source}"):
+        load_data(source, value_range=(0, 1))
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+@pytest.mark.parametrize("dtype", ["u2", ">i4", "<i8"])
+def test_numbers_with_gaps_become_classes_that_all_have_data(dtype, shape):
+    np.save("x.npy", IMAGES)
+    np.save("y.npy", np.array([1992, 1990, 7, 1990, 7, 1992], dtype).reshape(shape))
+    data = load_data("x.npy", "y.npy")
+    assert data.classes == ("7", "1990", "1992")
+    assert data.labels.argmax(1).tolist() == [2, 1, 0, 1, 0, 2]
+    assert data.has_classes
+    assert load_data("x.npy", "y.npy", classes=["a", "b", "c"]).classes == ("a", "b", "c")
+
+
+def test_more_names_than_numbers_name_every_number():
+    np.save("x.npy", IMAGES)
+    np.save("y.npy", np.array([1, 3, 3, 1, 1, 1]))
+    data = load_data("x.npy", "y.npy", classes=list("abcd"))
+    assert np.array_equal(data.labels, np.eye(4)[[1, 3, 3, 1, 1, 1]])
+    with pytest.raises(BadInput, match="--classes: got 3 names, needs 2"):
+        load_data("x.npy", "y.npy", classes=list("abc"))
+
+
+CONDITIONS = {
+    "multi-hot": np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1], [1, 1, 0]]),
+    "continuous": np.linspace(-3, 7, 18).reshape(6, 3),
+    "one-number": np.linspace(0, 1, 6)[:, None],
+    "halves": np.full((6, 2), 0.5),
+}
+
+
+@pytest.mark.parametrize("rows", CONDITIONS.values(), ids=CONDITIONS)
+def test_other_rows_are_conditions_as_they_are(rows, caplog):
+    caplog.set_level("INFO", "ddpm")
+    np.save("x.npy", IMAGES)
+    np.save("y.npy", rows)
+    data = load_data("x.npy", "y.npy")
+    assert np.array_equal(data.labels, rows.astype(np.float32))
+    assert (data.labels.dtype, data.classes, data.has_classes) == (torch.float32, (), False)
+    assert f"x.npy: 6 pictures, {rows.shape[1]} conditions" in caplog.text
+    names = [f"n{k}" for k in range(rows.shape[1])]
+    assert load_data("x.npy", "y.npy", classes=names).classes == tuple(names)
+
+
+def test_what_was_read_is_said(caplog):
+    caplog.set_level("INFO", "ddpm")
+    np.save("x.npy", IMAGES)
+    np.save("y.npy", np.array([1, 5, 1, 5, 1, 5]))
+    load_data("x.npy", "y.npy")
+    load_data("digits", image_size=8)
+    load_data("swiss-roll")
+    assert [record.message for record in caplog.records] == [
+        *("x.npy: 6 pictures, 2 classes", "digits: 1797 pictures, 10 classes", "swiss-roll: 4096 points, 0 classes")
+    ]
+
+
 # --- the --image-size rule --------------------------------------------------------------------------------------
 
 
@@ -232,7 +370,8 @@ def test_idx_images_and_labels(tmp_path, pack):
     (tmp_path / "labels-idx1-ubyte").write_bytes(pack(idx(np.array([0, 1, 2, 0, 1, 9], np.uint8))))
     data = load_data("images-idx3-ubyte", "labels-idx1-ubyte")
     assert np.array_equal(data.values[:, 0], GREY)
-    assert np.array_equal(data.labels, np.eye(10)[[0, 1, 2, 0, 1, 9]])
+    assert np.array_equal(data.labels, np.eye(4)[[0, 1, 2, 0, 1, 3]])
+    assert data.classes == ("0", "1", "2", "9")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -257,10 +396,10 @@ BAD_LABELS = {
     "enormous": (npy(np.array([0, 2**40, 0, 1, 0, 1])), "needs 0"),
     "float-vector": (npy(np.zeros(6)), r"float64 \[6\], needs integers"),
     "rank-3": (npy(np.zeros((6, 2, 2))), "needs integers"),
-    "two-ones": (npy(np.eye(3)[[0, 1, 0, 1, 0, 1]] + np.eye(3)[2]), "row 0 is .* one-hot"),
-    "no-one": (npy(np.eye(3)[[0, 1, 0, 1, 0, 1]] * np.array([1, 0, 1])), "row 1 is .* one-hot"),
-    "halves": (npy(np.full((6, 2), 0.5)), "one-hot"),
-    "nan": (npy(np.full((6, 2), np.nan)), "one-hot"),
+    "nan": (npy(np.full((6, 2), np.nan)), "row 0 is .* one-hot"),
+    "beyond-float32": (npy(np.array([[0, 1.0]] * 5 + [[1e39, 0]])), "row 5 is .* finite"),
+    "no-columns": (npy(np.zeros((6, 0))), r"float64 \[6, 0\], needs integers"),
+    "texts": (npy(np.array(list("abcdef"))), "needs integers"),
 }
 
 
@@ -405,12 +544,6 @@ def test_image_that_claims_to_be_gigantic_is_refused(folder):
         load_data(str(folder))
 
 
-def test_sixteen_bit_image_is_refused_rather_than_saturated(folder):
-    Image.fromarray(np.full((16, 16), 30_000, np.uint16)).save(folder / "a.png")
-    with pytest.raises(BadInput, match=r"a\.png"):
-        load_data(str(folder))
-
-
 BAD_IDX = {
     "wrong-magic": b"\0\0\x0d\x03" + idx(GREY)[4:],
     "labels-for-images": idx(GREY[0, 0]),
@@ -430,6 +563,30 @@ def test_bad_idx_is_refused(tmp_path, content):
     (tmp_path / "x-idx3-ubyte").write_bytes(content)
     with pytest.raises(BadInput, match="x-idx3-ubyte"):
         load_data("x-idx3-ubyte")
+
+
+def test_a_gz_is_unpacked_no_further_than_its_header_says(tmp_path):
+    """What 64 MB unpack to, and what 2^40 bytes are promised in, costs less than 8 MB."""
+    bomb = gzip.compress(idx(GREY)[:16] + bytes(1 << 26), 1)
+    promise = gzip.compress(struct.pack(">iiii", 2051, 2**20, 2**10, 2**10) + bytes(999))
+    for content, found in ((bomb, "more data, its header"), (promise, "999 bytes of data, its header")):
+        (tmp_path / "x.gz").write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(BadInput, match=rf"x\.gz: {found}"):
+            load_data("x.gz")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 8e6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no FIFOs")
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x-idx"])
+def test_what_is_no_regular_file_is_refused_and_does_not_hang(name):
+    os.mkfifo(name)
+    np.save("good.npy", IMAGES)
+    for arguments in ((name,), ("good.npy", name)):
+        with pytest.raises(BadInput, match=f"{name}: is no regular file"):
+            load_data(*arguments)
 
 
 WHOLE = {"x.npy": npy(IMAGES), "x-idx": idx(GREY), "x.gz": gzip.compress(idx(GREY), mtime=0)}
