@@ -4,8 +4,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
 from ddpm import evaluation, runs
@@ -14,6 +16,7 @@ from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.extras import need
 from ddpm.files import write_json
+from ddpm.networks.protocol import one_hot_conditions
 from ddpm.training import training_data
 
 
@@ -39,14 +42,20 @@ def evaluate(
         raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
     dataset = training_data(opened, data, labels)
     options, table = given.table_of(opened, {"solver": solver, "steps": steps})
-    classes = given.cycled_classes(opened, 0, n) if given.class_count(opened) else None
-    need(*(() if classes is None else ("sklearn",)))
-    contexts = None if classes is None else given.contexts_of(opened, given.ALL, 0, n)
+    classes = contexts = None
+    if dataset.has_classes:
+        need("sklearn")
+        present = dataset.labels.any(dim=0).nonzero().flatten()
+        classes = present[torch.arange(n) % len(present)]
+        contexts = one_hot_conditions(opened.model, classes)
+    elif dataset.labels is not None:
+        contexts = dataset.labels[torch.arange(n) % len(dataset)]
     more = {"guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, table, World(), **more)
-    result = evaluation.evaluate(images, dataset, classes)
+    result = evaluation.evaluate(images, dataset, classes, quiet=False)
     how = f"{options['solver']}, {len(table)} steps, guidance {guidance:g}, {precision}"
-    shown = Table("", title=f"{run}: {n} samples, {how}")
+    name = str(run).encode(errors="replace").decode()  # as Text: square brackets are no markup
+    shown = Table("", title=Text(f"{name}: {n} samples, {how}", style="italic"))
     for heading in ("samples", "real data"):
         shown.add_column(heading, justify="right")
     shown.add_row("Frechet distance of pixel features", f"{result.frechet:.3f}", f"{result.frechet_real:.3f}")

@@ -1,11 +1,15 @@
 """Evaluation: the Frechet distance against other forms of it, and figures that mean what they say."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from sklearn.svm import SVC
 
 from ddpm.data import Dataset, load_data
+from ddpm.errors import BadInput, WorkFailed
 from ddpm.evaluation import evaluate, features, frechet_distance
 
 RNG = np.random.default_rng(7)
@@ -83,6 +87,71 @@ def test_real_data_column_depends_on_the_data_alone(digits):
     assert one.frechet_real == other.frechet_real
     assert 0.95 < one.accuracy_real < 1
     assert 0 < one.frechet_real < 1
+
+
+def test_perfect_samples_get_full_marks_whatever_was_asked_without_data(digits):
+    """A class that no picture has is not counted, neither among one-hot labels nor among what was asked for."""
+    kept = digits.labels.argmax(1) != 3
+    data = Dataset("gap", digits.values[kept], digits.labels[kept], digits.classes)
+    asked = data.labels.argmax(1)
+    asked[::5] = 3
+    result = evaluate(data.values, data, asked)
+    assert result.accuracy > 0.99
+    assert evaluate(data.values, data, torch.full_like(asked, 3)).accuracy is None
+
+
+def test_other_conditions_have_no_accuracy(digits):
+    data = Dataset("conditions", digits.values, digits.labels * 0.5, ())
+    assert evaluate(digits.values[:50], data, torch.arange(50) % 10).accuracy is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_that_are_not_finite_are_refused(digits, bad):
+    samples = torch.zeros(4, 1, 16, 16)
+    samples[1, 0, 3, 3] = bad
+    with pytest.raises(WorkFailed, match="samples have NaN or infinite values"):
+        evaluate(samples, digits, torch.arange(4))
+
+
+def test_too_few_real_items_are_refused(digits):
+    few = Dataset("few", digits.values[:3], None, ())
+    with pytest.raises(BadInput, match="few: has 3 items, evaluation needs at least 4"):
+        evaluate(digits.values[:9], few, None)
+
+
+def test_one_class_is_always_right(digits):
+    data = Dataset("one", digits.values[:40], torch.ones(40, 1), ("x",))
+    result = evaluate(digits.values[:9], data, torch.zeros(9, dtype=torch.int64))
+    assert (result.accuracy, result.accuracy_real) == (1.0, 1.0)
+
+
+def test_the_classifier_learns_from_so_many_at_most(digits, monkeypatch):
+    learned = []
+
+    class Reader(SVC):
+        def fit(self, values, labels):
+            learned.append(len(values))
+            return super().fit(values, labels)
+
+    monkeypatch.setattr("sklearn.svm.SVC", Reader)
+    monkeypatch.setattr("ddpm.evaluation.LEARNED_MAX", 500)
+    result = evaluate(digits.values[:300], digits, digits.labels[:300].argmax(1))
+    assert learned == [500, 500]
+    assert result.accuracy > 0.9
+    assert result.accuracy_real > 0.9
+
+
+def test_features_do_not_depend_on_how_many_are_made_at_a_time(digits, monkeypatch):
+    whole = features(digits.values[:50])
+    monkeypatch.setattr("ddpm.evaluation.CHUNK", 7)
+    assert np.array_equal(features(digits.values[:50]), whole)
+
+
+def test_its_bar_is_shown_when_asked_for(digits, capsys):
+    evaluate(digits.values[:9], digits, None)
+    assert capsys.readouterr().err == ""
+    evaluate(digits.values[:9], digits, None, quiet=False)
+    assert "evaluate 100%" in capsys.readouterr().err
 
 
 def test_data_without_classes_have_no_accuracy():
