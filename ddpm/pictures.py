@@ -2,7 +2,12 @@
 
 import io
 import math
-from collections.abc import Callable, Sequence
+import struct
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddpm.files import replacing
+from ddpm.files import replacing, replacing_all
 
 # Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
 CELL_PIXELS, GIF_CELL_PIXELS = 64, 48
@@ -19,11 +24,22 @@ INK, PAPER, FRAME = "#202020", "#ffffff", "#d0d0d0"
 GIF_FRAME_MS, GIF_LAST_MS = 60, 2500
 GIF_FRAMES_MAX, GIF_COLOURS = 40, 128
 POINTS_LIMIT = 2.5
+CHANNELS = (1, 3, 4)  # grey, colour, colour and opacity
+PNG_COLOURS = {1: 0, 3: 2, 4: 6}
+
+
+def to_values(images: Tensor, depth: int = 8) -> np.ndarray:
+    """[n, C, H, W] in [-1, 1], clamped -> uint8 or, of 16 bits, uint16 [n, H, W, C]."""
+    values = (images.clamp(-1, 1) + 1) * ((2**depth - 1) / 2)
+    return values.round().permute(0, 2, 3, 1).cpu().numpy().astype(f"u{depth // 8}")
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """[n, C, H, W] in [-1, 1], clamped -> uint8 [n, H, W, 3]."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """[n, C, H, W] in [-1, 1], clamped -> uint8 [n, H, W, 3], what is transparent on white."""
+    if images.shape[1] == 4:
+        colour, opacity = images.clamp(-1, 1).split((3, 1), dim=1)
+        images = (colour - 1) * (opacity + 1) / 2 + 1
+    pixels = to_values(images)
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
@@ -33,6 +49,7 @@ def render(
     """A picture of samples: a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
 
     columns defaults to a square grid; headers name the columns; caption stands below; cell is the side of an image.
+    Where no installed font has a text, the characters that are missing are shown as code points.
     """
     if samples.ndim == 2:
         return _scatter(samples, caption)
@@ -42,18 +59,24 @@ def render(
     rows = math.ceil(n / columns)
     scale = max(1, cell // height)
     size = 14 if cell >= CELL_PIXELS else 10
-    font = ImageFont.load_default(size)
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
-    top = MARGIN + (size + GAP if headers else 0)
+    titles = [_legible(header, size) for header in headers[:columns]]
+    caption, font = _legible(caption, size)
+    # Code points stand below each other: a column is about one of them wide.
+    lines = [shown.split("\n") for shown, _ in titles]
+    most = max(map(len, lines), default=0)
+    top = MARGIN + most * (size + GAP)
     bottom = MARGIN + (size + 2 * GAP if caption else 0)
     wide = columns * cell_w - GAP
     if caption:
+        caption = caption.replace("\n,", ",").replace("\n", " ")
         wide = max(wide, math.ceil(font.getlength(caption)))
     canvas = Image.new("RGB", (wide + 2 * MARGIN, rows * cell_h - GAP + top + bottom), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for column, header in enumerate(headers[:columns]):
-        text = _shorten(header, font, cell_w - 2)
-        draw.text((MARGIN + column * cell_w + (cell_w - GAP) // 2, MARGIN + size - 2), text, INK, font, anchor="ms")
+    for column, (_, own) in enumerate(titles):
+        for row, line in enumerate(lines[column], most - len(lines[column])):
+            place = MARGIN + column * cell_w + (cell_w - GAP) // 2, MARGIN + size - 2 + row * (size + GAP)
+            draw.text(place, _shorten(line, own, cell_w - 2), INK, own, anchor="ms")
     for k in range(n):
         x, y = MARGIN + k % columns * cell_w, top + k // columns * cell_h
         tile = Image.fromarray(pixels[k]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
@@ -62,6 +85,60 @@ def render(
     if caption:
         draw.text((MARGIN, canvas.height - MARGIN), caption, INK, font, anchor="lb")
     return canvas
+
+
+def header_of(name: str, number: int) -> str:
+    """What stands above a class: its name, after its number where no installed font has all of its characters."""
+    return name if _font_of(name, 14) is not None else f"{number} {name}"
+
+
+def _legible(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """(the text, or a line for each of its characters that no font has: U+72AC, and the font that has it)."""
+    font = _font_of(text, size)
+    if font is not None:
+        return text, font
+    plain, shown = ImageFont.load_default(size), ""
+    for character in text:
+        shown += character if _has(plain, character) else f"\nU+{ord(character):04X}\n"
+    return "\n".join(line.strip() for line in shown.split("\n") if line.strip()), plain
+
+
+@lru_cache(maxsize=256)
+def _font_of(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """Pillow's own font if it has all characters, else one of matplotlib's or the system's, else None."""
+    font = ImageFont.load_default(size)
+    if all(_has(font, character) for character in text):
+        return font
+    for path in _installed_fonts():
+        try:
+            font = ImageFont.truetype(path, size)
+            if all(_has(font, character) for character in text):
+                return font
+        except OSError:  # of bitmaps in other sizes, or no font after all
+            continue
+    return None
+
+
+@lru_cache(maxsize=1)
+def _installed_fonts() -> list[str]:
+    """The last resort of macOS has a box for everything."""
+    if find_spec("matplotlib") is None:
+        return []
+    import matplotlib
+    from matplotlib import font_manager
+
+    own = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return [str(own), *sorted(path for path in font_manager.findSystemFonts() if "LastResort" not in path)]
+
+
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether a font draws a character as something else than what it draws for U+FFFF, which is none."""
+    if character.isspace() or unicodedata.category(character) == "Cf":
+        return True
+    if unicodedata.category(character) in ("Cc", "Cs"):
+        return False
+    drawn, missing = font.getmask(character), font.getmask("\uffff")
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -90,21 +167,26 @@ def _scatter(points: Tensor, caption: str) -> Image.Image:
     return _plotted(4, 4, plot)
 
 
+def frames_of(steps: int) -> list[int]:
+    """The steps, of so many, whose estimates a GIF shows: at most GIF_FRAMES_MAX, the last one among them."""
+    return np.unique(np.linspace(0, steps - 1, GIF_FRAMES_MAX).round().astype(int)).tolist()
+
+
 def trajectory(estimates: Sequence[Tensor], alpha_bars: Sequence[float], initial: Tensor) -> list[Tensor]:
     """Frames of noise becoming data: at most GIF_FRAMES_MAX, the last one the final estimate.
 
     estimates: x0 after every step; alpha_bars: of the timestep each was made at; initial: x_T. A frame is the estimate
     under the initial noise that is left at that step, sqrt(ab) x0 + sqrt(1 - ab) x_T.
     """
-    picks = np.unique(np.linspace(0, len(estimates) - 1, GIF_FRAMES_MAX).round().astype(int))
+    picks = frames_of(len(estimates))
     noisy = [math.sqrt(alpha_bars[i]) * estimates[i] + math.sqrt(1 - alpha_bars[i]) * initial for i in picks]
     return [initial, *noisy, estimates[-1]]
 
 
-def save_gif(path: Path, frames: Sequence[Image.Image]) -> None:
+def save_gif(path: Path, frames: Iterable[Image.Image]) -> None:
     """A looping GIF that rests on its last frame."""
-    durations = [GIF_FRAME_MS] * (len(frames) - 1) + [GIF_LAST_MS]
     first, *rest = [frame.quantize(GIF_COLOURS, dither=Image.Dither.NONE) for frame in frames]
+    durations = [GIF_FRAME_MS] * len(rest) + [GIF_LAST_MS]
     with replacing(path) as partial:
         first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
@@ -112,6 +194,25 @@ def save_gif(path: Path, frames: Sequence[Image.Image]) -> None:
 def save_png(path: Path, picture: Image.Image) -> None:
     with replacing(path) as partial:
         picture.save(partial, format="PNG")
+
+
+def png_bytes(values: np.ndarray) -> bytes:
+    """A PNG file of uint8 or uint16 [h, w, C], C = 1, 3 or 4. Pillow writes no colour of 16 bits."""
+    height, width, channels = values.shape
+    header = struct.pack(">2I5B", width, height, 8 * values.itemsize, PNG_COLOURS[channels], 0, 0, 0)
+    rows = values.astype(values.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())  # a zero before each row: not filtered
+    chunks = (b"IHDR" + header, b"IDAT" + data, b"IEND")
+    packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def save_each(folder: Path, samples: Tensor, first_sample: int = 0, depth: int = 8) -> None:
+    """Each image [n, C, H, W] as a PNG of its own, named by its global index; all or, if one fails, none."""
+    names = [folder / f"{first_sample + k:06d}.png" for k in range(len(samples))]
+    with replacing_all(names) as partials:
+        for partial, sample in zip(partials, samples, strict=True):
+            partial.write_bytes(png_bytes(to_values(sample[None], depth)[0]))
 
 
 def save_loss_plot(path: Path, epochs: Sequence[float], losses: Sequence[float]) -> None:

@@ -24,6 +24,8 @@ def sample(
     n: Annotated[int, Option(help="how many")] = 64,
     out: Annotated[Path | None, Option(help="picture of all samples, .png")] = None,
     npy: Annotated[Path | None, Option(help="samples as float32 [n, C, H, W], not clamped")] = None,
+    png_dir: Annotated[Path | None, Option(help="folder for a .png of each sample, named by its global index")] = None,
+    depth: Annotated[int | None, Option(help="bits a channel in --png-dir, 8 or 16 [8]")] = None,
     gif: Annotated[Path | None, Option(help="noise becoming pictures")] = None,
     context: Annotated[str | None, Option(help=CONTEXT)] = None,
     guidance: given.Guidance = 1.0,
@@ -42,16 +44,26 @@ def sample(
     device: given.Device = "auto",
 ) -> None:
     """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""
-    if out is npy is gif is None:
-        raise BadInput("--out, --npy, --gif: got none, needs at least one to write")
+    if out is npy is gif is png_dir is None:
+        raise BadInput("--out, --npy, --gif, --png-dir: got none, needs at least one to write")
     for path, option, suffix in ((out, "--out", ".png"), (npy, "--npy", ".npy"), (gif, "--gif", ".gif")):
         given.check_output(path, option, suffix)
+    if png_dir is not None:
+        given.check_output_folder(png_dir, "--png-dir")
+    if depth is not None and (png_dir is None or depth not in (8, 16)):
+        raise BadInput(f"--depth: got {depth}, needs 8 or 16, and --png-dir, whose pictures it is of")
     if columns is not None:
         check_integer("--columns", columns)
     opened = runs.load_run(run)
-    if out is not None or gif is not None:
-        need("PIL", *(() if len(sample_shape(opened.model)) == 3 else ("matplotlib",)))
+    shape = sample_shape(opened.model)
+    if out or gif or png_dir:
+        need("PIL", *(() if len(shape) == 3 else ("matplotlib",)))
         from ddpm import pictures
+
+        if len(shape) == 3 and shape[0] not in pictures.CHANNELS:
+            raise BadInput(f"--out, --gif, --png-dir: samples have {shape[0]} channels, needs 1, 3 or 4 (or use --npy)")
+        if len(shape) != 3 and png_dir is not None:
+            raise BadInput(f"--png-dir: samples are of shape {list(shape)}, needs images")
     target = pick_device(device)
     opened.model.to(target)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
@@ -67,12 +79,12 @@ def sample(
         if not ranks.is_main:
             return
     headers: list[str] = []
-    if context == given.ALL:
+    if context == given.ALL and (out or gif):
         count = given.class_count(opened)
         columns = columns or count
         if columns == count:
-            names = opened.classes or range(count)
-            headers = [str(names[k]) for k in given.cycled_classes(opened, first_sample, count)]
+            names, numbers = opened.classes or range(count), given.cycled_classes(opened, first_sample, count)
+            headers = [pictures.header_of(str(names[k]), k) for k in numbers.tolist()]
     caption = f"{options['solver']}, {table.steps} steps"
     caption += f", context {context}" if context not in (None, given.ALL) else ""
     caption += f", guidance {guidance:g}" if guidance != 1.0 else ""
@@ -83,11 +95,17 @@ def sample(
         write_array(npy, images.numpy())
     if gif is not None:
         samples = torch.arange(first_sample, first_sample + n)
-        initial = PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, sample_shape(opened.model))
-        alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps.tolist()]
+        initial = PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, shape)
+        alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps[pictures.frames_of(len(table))].tolist()]
         frames = pictures.trajectory(estimates, alpha_bars, initial)
         cell = pictures.GIF_CELL_PIXELS
-        pictures.save_gif(gif, [pictures.render(frame, columns, headers, caption, cell) for frame in frames])
+        pictures.save_gif(gif, (pictures.render(frame, columns, headers, caption, cell) for frame in frames))
+    if png_dir is not None:
+        png_dir.mkdir(exist_ok=True)
+        pictures.save_each(png_dir, images, first_sample, depth or 8)
     for path in (out, npy, gif):
         if path is not None:
             print(f"wrote {path}")
+    if png_dir is not None:
+        others = sum(1 for _ in png_dir.iterdir()) - n
+        print(f"wrote {n} pictures into {png_dir}" + (f", which holds {others} other files" if others else ""))

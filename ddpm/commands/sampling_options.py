@@ -36,12 +36,27 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def check_output(path: Path | None, option: str, suffix: str) -> None:
     """Raise BadInput, before hours of work, if a file of this name could not be written."""
-    if path is not None and path.suffix.lower() != suffix:
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
         raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
-    if path is not None:
+    _check_writable(path, option)
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Raise BadInput if files could not be written to this folder, which there need not be yet."""
+    if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+        raise BadInput(f"{option}: cannot write to {folder}, needs a folder, or a name in an existing one")
+    _check_writable(folder / "0.png" if folder.is_dir() else folder, option)
+
+
+def _check_writable(path: Path, option: str) -> None:
+    try:
         check_writable(path)
+    except BadInput as error:
+        raise BadInput(f"{option}: {error}, needs a place that can be written to") from error
 
 
 def is_table_file(solver: object) -> bool:
@@ -118,33 +133,34 @@ def sample_run(
     keep: bool = False,
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 after every step: S tensors [n, ...]."""
+    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 [n, ...] after each step that a GIF shows."""
     if batch_size is not None:
         check_integer("--batch-size", batch_size)
     check_choice("--precision", precision, PRECISIONS)
     shape, part, steps = sample_shape(run.model), world.share(n), len(table)
     count = part.stop - part.start
     batch_size = batch_size or chunk_size(shape)
-    chunk: list[Tensor] = []
-    chunks: list[tuple[Tensor, ...]] = []
-    done, total = 0, steps * -(-count // batch_size)
+    done, start, total = 0, 0, steps * -(-count // batch_size)
+    kept: dict[int, Tensor] = {}
+    if keep:
+        from ddpm.pictures import frames_of  # needs Pillow
+
+        kept = {step: torch.empty(count, *shape) for step in frames_of(steps)}
     images = torch.zeros(0, *shape)
     with Bar("sample", total, "steps/s", quiet=not (world.is_main and count)) as bar:
 
         def callback(step: int, x0: Tensor) -> None:
-            nonlocal done
+            nonlocal done, start
             done += 1
             bar.update(min(done, total))
-            if keep:
-                if step == 0:  # of the next chunk, or again of one that ran out of memory
-                    chunk.clear()
-                chunk.append(x0.cpu().clone())
-                if step == steps - 1:
-                    chunks.append(tuple(chunk))
+            if step in kept:  # again, of fewer samples, after a chunk that ran out of memory
+                kept[step][start : start + len(x0)] = x0
+            if step == steps - 1:
+                start += len(x0)
 
         if count:
             context = None if context is None else context[part]
             more |= {"context": context, "first_sample": first_sample + part.start, "batch_size": batch_size}
             dtype = PRECISIONS[precision]
             images = sample(run.model, run.schedule, count, table=table, dtype=dtype, callback=callback, **more)
-    return world.gather(images, n).cpu(), [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+    return world.gather(images, n).cpu(), list(kept.values())

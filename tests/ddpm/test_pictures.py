@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from ddpm import pictures
+from ddpm.data import load_data
 from ddpm.errors import BadInput
 
 
@@ -52,6 +53,64 @@ def test_headers_and_caption_are_drawn_around_the_same_tiles():
     assert ink[-pictures.MARGIN - 14 :].any(), "no caption"
 
 
+def test_what_no_font_has_is_shown_as_number_and_code_points(monkeypatch):
+    """Never one box for two classes: the headers are those of the texts that stand for them, and differ."""
+    monkeypatch.setattr(pictures, "_installed_fonts", list)
+    pictures._font_of.cache_clear()
+    names = ["cat", "\u72ac", "\u732b", "\u0e20\u0e32", "\udcff", "a\u0301"]
+    headers = [pictures.header_of(name, k) for k, name in enumerate(names)]
+    assert headers == ["cat", "1 \u72ac", "2 \u732b", "3 \u0e20\u0e32", "4 \udcff", "5 a\u0301"]
+    shown = ["cat", "1\nU+72AC", "2\nU+732B", "3\nU+0E20\nU+0E32", "4\nU+DCFF", "5 a\nU+0301"]
+    assert [pictures._legible(header, 14)[0] for header in headers] == shown
+    images = torch.ones(6, 1, 16, 16)
+    grid = np.asarray(pictures.render(images, 6, headers, "context \u72ac, seed 0"))
+    columns = [grid[: pictures.MARGIN + 54, pictures.MARGIN + k * (64 + pictures.GAP) :][:, :64] for k in range(6)]
+    assert len({column.tobytes() for column in columns}) == 6
+    assert pictures._legible("context \u72ac, seed 0", 14)[0] == "context\nU+72AC\n, seed 0"
+    pictures._font_of.cache_clear()
+
+
+def test_a_font_that_has_the_glyphs_is_found():
+    """matplotlib brings DejaVu Sans, Pillow's own font has neither of these."""
+    for name in ("caf\u00e9", "\u041f\u0440\u0438\u0432\u0435\u0442", "\u03bb"):
+        assert pictures.header_of(name, 3) == name
+        assert pictures._legible(name, 14)[0] == name
+
+
+def test_what_is_transparent_is_drawn_on_white():
+    image = torch.tensor([0.5, -0.5, 0.0, 0.0]).reshape(1, 4, 1, 1).repeat(4, 1, 1, 1)
+    image[:, 3, 0, 0] = torch.tensor([-1.0, 1.0, 0.0, 7.0])
+    colours = pictures.to_pixels(image)[:, 0, 0].tolist()
+    assert colours == [[255, 255, 255], [191, 64, 128], [223, 159, 191], [191, 64, 128]]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_each_sample_is_a_png_of_its_own(tmp_path, channels, depth):
+    images = torch.rand(3, channels, 5, 7, generator=torch.manual_seed(0)) * 2.4 - 1.2
+    pictures.save_each(tmp_path, images, 41, depth)
+    names = ["000041.png", "000042.png", "000043.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    expected = np.rint((images.clamp(-1, 1).double().numpy() + 1) / 2 * (2**depth - 1)).transpose(0, 2, 3, 1)
+    for name, values in zip(names, expected, strict=True):
+        content = (tmp_path / name).read_bytes()
+        assert (content[24], content[25]) == (depth, {1: 0, 3: 2, 4: 6}[channels])  # of IHDR: depth, kind of colour
+        assert np.abs(pictures.to_values(images, depth)[int(name[:6]) - 41] - values).max() <= 1  # rounded in float32
+        with Image.open(tmp_path / name) as picture:
+            picture.verify()
+        with Image.open(tmp_path / name) as picture:
+            read = np.asarray(picture).reshape(5, 7, channels)
+        # Of colours of 16 bits Pillow reads the high byte.
+        high = values if depth == 8 or channels == 1 else values // 256
+        assert np.abs(read.astype(float) - high).max() <= 1
+
+
+def test_sixteen_bits_come_back_as_they_were_written(tmp_path):
+    images = torch.rand(2, 3, 16, 16, generator=torch.manual_seed(1)) * 2 - 1
+    pictures.save_each(tmp_path, images, depth=16)
+    assert (load_data(str(tmp_path)).values - images).abs().max() < 1.1 / 65535
+
+
 def test_points_become_a_scatter_plot():
     points = torch.tensor([[1.5, 1.5]]).repeat(50, 1)
     dark = (np.asarray(pictures.render(points).convert("L")) < 200).astype(float)
@@ -71,6 +130,13 @@ def test_gif_has_every_frame_and_rests_on_the_last(tmp_path):
         assert gif.info["loop"] == 0
     assert [colour for colour, _ in shown] == [(40 * k, 0, 0) for k in range(5)]
     assert [duration for _, duration in shown] == [pictures.GIF_FRAME_MS] * 4 + [pictures.GIF_LAST_MS]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 39, 40, 41, 1000])
+def test_frames_are_few_and_the_last_is_among_them(steps):
+    frames = pictures.frames_of(steps)
+    assert (frames[0], frames[-1], len(frames)) == (0, steps - 1, min(steps, pictures.GIF_FRAMES_MAX))
+    assert pictures.frames_of(len(frames)) == list(range(len(frames)))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 500])
