@@ -56,7 +56,7 @@ def image_folder(
 
     def pictures() -> Iterator[tuple[Path, np.ndarray]]:
         for path in files:
-            picture, more = read_picture(path, alpha, value_range)
+            picture, more = read_picture(path, side, value_range, alpha)
             further.extend([path] * more)
             yield path, picture
 
@@ -120,33 +120,34 @@ def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator
 
 def squared(picture: np.ndarray, side: int) -> np.ndarray:
     """The central square of a picture [h, w, c], uint8 or float32 in [-1, 1], bicubic to [side, side, c]."""
-    height, width, channels = picture.shape
-    square = min(height, width)
-    top, left = (height - square) // 2, (width - square) // 2
-    picture = picture[top : top + square, left : left + square]
-    if square == side:
-        return picture
+    channels = picture.shape[2]
     if picture.dtype == np.uint8:
-        return _resized(picture[..., 0] if channels == 1 else picture, side).reshape(side, side, channels)
+        image = Image.fromarray(picture[..., 0] if channels == 1 else picture)
+        return np.asarray(_squared(image, side)).reshape(side, side, channels)
     if channels == 4:  # as Pillow does with bytes: what is transparent has no colour to give to its neighbours
         opacity = (picture[..., 3:] + 1) / 2
         picture = np.concatenate(((picture[..., :3] + 1) * opacity - 1, picture[..., 3:]), axis=2)
-    picture = np.stack([_resized(picture[..., k], side) for k in range(channels)], axis=2)
+    picture = np.stack([_squared(Image.fromarray(picture[..., k]), side) for k in range(channels)], axis=2)
     if channels == 4:
         opacity = (picture[..., 3:] + 1) / 2
         picture[..., :3] = (picture[..., :3] + 1) / np.where(opacity > 0, opacity, 1) - 1
     return picture.clip(-1, 1)
 
 
-def _resized(plane: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(plane).resize((side, side), Image.Resampling.BICUBIC))
+def _squared(image: Image.Image, side: int) -> Image.Image:
+    square = min(image.size)
+    left, top = (image.width - square) // 2, (image.height - square) // 2
+    if image.width != image.height:
+        image = image.crop((left, top, left + square, top + square))
+    return image if square == side else image.resize((side, side), Image.Resampling.BICUBIC)
 
 
-def read_picture(path: Path, alpha: bool, value_range: Range | None) -> tuple[np.ndarray, bool]:
+def read_picture(path: Path, side: int | None, value_range: Range | None, alpha: bool) -> tuple[np.ndarray, bool]:
     """(what a file shows, turned as it is seen, whether it has further frames, which are left out).
 
-    uint8 [h, w, c], or float32 in [-1, 1] of more than 8 bits a channel; grey in any form has one channel, other
-    pictures three. Transparent parts are laid on white, with `alpha` kept as a fourth channel. Raises BadInput.
+    uint8 [h, w, c], brought to `side` if there is one, or of more than 8 bits float32 in [-1, 1] at its full size;
+    grey in any form has one channel, other pictures three. Transparent parts are laid on white, with `alpha` kept as a
+    fourth channel. Raises BadInput.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such regular file")
@@ -158,7 +159,7 @@ def read_picture(path: Path, alpha: bool, value_range: Range | None) -> tuple[np
         with image:
             more = image.format not in ONE_PICTURE and getattr(image, "is_animated", False)
             deep = _deep_values(path, image)
-            values = _eight_bits(_seen(image), alpha) if deep is None else None
+            values = _eight_bits(_seen(image), side, alpha) if deep is None else None
     except BadInput:
         raise
     except Exception as error:  # damage raises nearly anything
@@ -185,20 +186,27 @@ def _seen(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _eight_bits(image: Image.Image, alpha: bool) -> np.ndarray:
-    """uint8 [h, w, c] of a picture whose channels have at most 8 bits."""
+def _eight_bits(image: Image.Image, side: int | None, alpha: bool) -> np.ndarray:
+    """uint8 [h, w, c] of a picture whose channels have at most 8 bits, brought to `side` if there is one."""
+
+    def fitted(image: Image.Image) -> np.ndarray:
+        return np.atleast_3d(np.asarray(image if side is None else _squared(image, side)))
+
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     if alpha:
-        return np.asarray(image.convert("RGBA"))
+        return fitted(image.convert("RGBA"))
     if image.mode in ("1", "L") and not image.has_transparency_data:
-        return np.asarray(image.convert("L"))[..., None]
+        return fitted(image.convert("L"))
     grey, palette = image.mode in ("1", "L", "LA"), image.mode in ("P", "PA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    values = np.asarray(image.convert("RGB"))
-    return values[..., :1] if grey or (palette and (values == values[..., :1]).all()) else values
+    image = image.convert("RGB")
+    if palette:
+        red, green, blue = (band.tobytes() for band in image.split())
+        grey = red == green == blue
+    return fitted(image)[..., : 1 if grey else 3]
 
 
 Deep = tuple[np.ndarray, Range | None, np.ndarray | None, bool]

@@ -5,12 +5,14 @@ import os
 import struct
 import sys
 import unicodedata
+import weakref
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
+from ddpm import image_files
 from ddpm.data import load_data, to_unit
 from ddpm.errors import BadInput
 from ddpm.image_files import squared, suffixes
@@ -429,12 +431,9 @@ def test_a_folder_holds_one_photo_at_a_time(folder, monkeypatch):
 
     for k in range(6):
         Image.new("L", (16, 16), k).save(folder / f"{k}.png")
-    from ddpm import image_files
 
-    def read(path, alpha, value_range):
+    def read(path, *_):
         nonlocal most
-        import weakref
-
         photo = np.full((600, 600, 3), int(path.stem), np.uint8).view(Photo)
         alive.append(weakref.ref(photo))
         most = max(most, sum(1 for ref in alive if ref() is not None))
