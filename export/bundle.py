@@ -18,7 +18,16 @@ from export import models, run
 from export.models import RNG, describe, sha256, versions
 from export.precision import PRECISIONS, in_precision
 from export.traced import trace
-from export.verification import Parity, Quality, dataset_of, parities, quality, require, require_quality
+from export.verification import (
+    Parity,
+    Quality,
+    dataset_of,
+    nothing_written,
+    parities,
+    quality,
+    require,
+    require_quality,
+)
 
 NAMES = ("denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json")
 DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = NAMES
@@ -39,12 +48,15 @@ def write(
     *,
     precision: str = "fp32",
     noise: str = "philox",
+    open_table: bool = False,
     verify: bool = True,
     evaluate: int = 100,
     data: str | None = None,
     labels: str | None = None,
 ) -> dict[str, Any]:
     """Export a run into the folder `out`, with the table that was asked for (see `table_of`), and return the manifest.
+
+    open_table makes the table and its clip inputs of sampler.onnx and step.onnx, constants otherwise.
 
     Everything is written beside its place, opened and measured there, and renamed only if it passed; otherwise the
     folder is left as it was. Raises BadInput for what cannot be exported, before any work, or WorkFailed if a
@@ -58,12 +70,18 @@ def write(
     if noise == "none" and any(table.noisy):
         solver = options["solver"]
         raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
+    if open_table and not models.opens(table):
+        raise BadInput(
+            f"--open-table: {options['solver']} is more than its rows, needs one of whole timesteps, each once"
+        )
     if precision == "fp32" and (data or labels):
         raise BadInput("--data, --labels: got them with --precision fp32, needs fp16 or int8, which are judged by data")
     dataset = dataset_of(opened, data, labels) if verify and precision != "fp32" else (None, None)
     # A table by the options of `make_table` that make it, or whole.
     described = {"options": options, "steps": len(table), "clip": table.clip}
     described |= {"stored": table.asdict()} if is_table_file(asked.get("solver")) else {}
+    if open_table:  # from which run.py makes other tables
+        described["alpha_bars"] = opened.schedule.alpha_bars.tolist()
     with_rows = described | {"rows": table.rows().tolist()}
 
     def note(kind: str, **more: Any) -> str:
@@ -72,15 +90,17 @@ def write(
     made = not out.exists()
     make_folder(out)
     try:
-        with locked(out), replacing_all([out / name for name in NAMES]) as partials:
+        with nothing_written(), locked(out), replacing_all([out / name for name in NAMES]) as partials:
             paths = dict(zip(NAMES, partials, strict=True))
             model, count = opened.model, opened.schedule.timesteps
             traced = in_precision(trace(model), precision, opened)
             onnx.save(models.denoiser(model, traced, note("denoiser")), paths[DENOISER])
-            noted = note("sampler", noise=noise, rng=RNG, table=with_rows if noise == "input" else described)
-            onnx.save(models.sampler(model, traced, table, count, noise, noted), paths[SAMPLER])
+            noted = note(
+                "sampler", noise=noise, rng=RNG, table=with_rows if noise == "input" or open_table else described
+            )
+            onnx.save(models.sampler(model, traced, table, count, noise, noted, open_table), paths[SAMPLER])
             noted = note("step", noise="input", rng=RNG, table=with_rows)
-            onnx.save(models.step(model, traced, table, count, noted), paths[STEP])
+            onnx.save(models.step(model, traced, table, count, noted, open_table), paths[STEP])
             shutil.copyfile(run.__file__, paths[RUNNER])
             files = {kind: paths[f"{kind}.onnx"] for kind in run.KINDS}
             parity, measured = _judged(files, opened, precision, evaluate, *dataset) if verify else ([], None)

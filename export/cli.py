@@ -1,6 +1,5 @@
 """The command line `ddpm-export`: one function per command. `run` lives in export/run.py, which needs no PyTorch."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from ddpm.command_line import run as run_app
 from ddpm.commands.sampling_options import Clip, Eta, Solver, Spacing, Steps, Variance, check_output
 from ddpm.runs import Run
 from export import bundle, packages, run
+from export.info import rows_of
 from export.verification import FLOORS, Parity, Quality, require
 
 LIMITS = ("measured", "allowed")
@@ -41,6 +41,9 @@ def onnx(
     spacing: Spacing = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8")] = "fp32",
     noise: Annotated[str, typer.Option(help="philox (in the graph), input, or none (x_T alone)")] = "philox",
+    open_table: Annotated[
+        bool, typer.Option("--open-table", help="make the solver's table an input: one file runs any steps")
+    ] = False,
     verify: Verify = True,
     evaluate: Evaluate = 100,
     data: Data = None,
@@ -48,7 +51,7 @@ def onnx(
 ) -> None:
     """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    how = {"precision": precision, "noise": noise, "verify": verify}
+    how = {"precision": precision, "noise": noise, "open_table": open_table, "verify": verify}
     judged = {"evaluate": evaluate, "data": data, "labels": labels}
     manifest = bundle.write(runs.load_run(folder), out, asked, **how, **judged)
     print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
@@ -68,48 +71,12 @@ def run_model(context: typer.Context) -> int:
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported .onnx")]) -> None:
+def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported .onnx or .pt2, or a table")]) -> None:
     """What an exported file tells of itself."""
-    session = run.open_session(file)
-    metadata = run.metadata_of(session, file)
-
-    def pairs(name: str) -> str:
-        return ", ".join(f"{key} {value}" for key, value in metadata[name].items())
-
-    rows = {
-        "kind": metadata["kind"],
-        "size": f"{file.stat().st_size:,} bytes",
-        "image": "x".join(str(metadata[side]) for side in ("channels", "height", "width")),
-        "values": "-1..1, not clamped",
-        "condition": str(list(run.condition_shape(metadata) or ())),
-        "classes": ", ".join(metadata["classes"]),
-        "network": f"{metadata.get('network', '')}, {pairs('model')}",
-        "schedule": pairs("schedule"),
-        "prediction": metadata["prediction"],
-        "precision": metadata["precision"],
-    }
-    if "table" in metadata:
-        steps, clip = (metadata["table"][name] for name in ("steps", "clip"))
-        rows["solver"] = f"{metadata['table']['options']['solver']}, {steps} steps, clip {clip}"
-        rows["noise"] = f"{metadata['noise']} ({metadata['rng']})"
-    rows |= {
-        "inputs": _values(session.get_inputs()),
-        "overridable": _values(session.get_overridable_initializers()),
-        "outputs": _values(session.get_outputs()),
-        "weights": f"sha256 {metadata['weights_sha256']}",
-        "made with": pairs("versions"),
-    }
     table = Table("", Column(overflow="fold"), title=Text(str(file)), show_header=False)
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, value)
+    for name, value in rows_of(file).items():
+        table.add_row(name, value)
     Console().print(table, markup=False)
-
-
-def _values(values: Sequence[object]) -> str:
-    """A line for each input or output: x float [batch, 3, 16, 16]."""
-    kinds = ((v.name, re.sub(r"tensor\((.*)\)", r"\1", v.type), ", ".join(map(str, v.shape))) for v in values)
-    return "\n".join(f"{name} {kind} [{shape}]" for name, kind, shape in kinds)
 
 
 @app.command()

@@ -22,7 +22,8 @@ class StepLoop:
     """Samples a fixed batch with step.onnx.
 
     Args:
-        path: step.onnx. rows: float32 [steps, 8], the table to run (and its clip, None = none); None: the file's own.
+        path: step.onnx. rows: float32 [steps, 8], the table to run (and its clip, None = none); None: the file's own,
+        and the only one unless it was exported with --open-table.
         batch: samples per call. guided: whether the unconditional half is computed too.
         provider: cuda, or cpu. Raises ProviderError where it is missing.
     """
@@ -43,13 +44,21 @@ class StepLoop:
         self.session = run.open_session(path, provider, cuda_graph=graphs)
         self.metadata = run.metadata_of(self.session, path, "step")
         self.device, self.batch, self.guided = provider, batch, guided
-        self.rows = np.ascontiguousarray(self.metadata["table"]["rows"] if rows is None else rows, np.float32)
-        if self.rows.ndim != 2 or self.rows.shape[1] != run.COLUMNS or not len(self.rows):
-            raise run.UsageError(f"rows: got {list(self.rows.shape)}, needs [steps, {run.COLUMNS}]")
+        if type(batch) is not int or batch < 1:
+            raise run.UsageError(f"batch: got {batch!r}, needs a whole number >= 1")
+        own = np.asarray(self.metadata["table"]["rows"], np.float32), self.metadata["table"]["clip"]
+        self.rows, clip = own if rows is None else (run.check_table(rows, self.metadata, "rows"), clip)
+        required = {value.name for value in self.session.get_inputs()}
+        overridable = {value.name for value in self.session.get_overridable_initializers()}
+        given = rows is not None and not (np.array_equal(self.rows, own[0]) and clip == own[1])
+        if given and "table" not in required | overridable:
+            raise run.UsageError(
+                f"rows: got other ones than the model's, which are constants, needs {run.OPEN['table']}"
+            )
         self.shape = tuple(self.metadata[side] for side in ("channels", "height", "width"))
         images = np.zeros((batch, *self.shape), np.float32)
         fixed = {"noise": np.zeros((WINDOW, *images.shape), np.float32), "noise_start": np.zeros(1, np.int64)}
-        if rows is not None:  # the clip is a scalar input of the graph: rank 0
+        if given or "table" in required:  # the clip is a scalar input of the graph: rank 0
             fixed |= {"table": self.rows, "clip": np.array(np.inf if clip is None else clip, np.float32)}
         condition = run.condition_shape(self.metadata)
         if condition is not None:

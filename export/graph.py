@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 OPSET = 20  # keeps GroupNorm as Reshape + InstanceNormalization (21 expands it) and has Gelu
 IR_VERSION = 10  # what goes with opset 20-22: every onnxruntime since 1.18 reads it
 FLOAT, FLOAT16, DOUBLE = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE
-INT64, UINT64 = onnx.TensorProto.INT64, onnx.TensorProto.UINT64
+INT64, UINT64, BOOL = onnx.TensorProto.INT64, onnx.TensorProto.UINT64, onnx.TensorProto.BOOL
 
 
 class Builder:
@@ -30,10 +30,10 @@ class Builder:
         self._count += 1
         return f"{self.prefix}{kind}_{self._count}"
 
-    def many(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> list[str]:
-        """An operator with several outputs: their names."""
+    def many(self, kind: str, *inputs: str, outputs: int, name: str | None = None, **attributes: Any) -> list[str]:
+        """An operator with several outputs: their names. name: the node's own, which errors of it show."""
         names = [self._name(kind) for _ in range(outputs)]
-        self.nodes.append(helper.make_node(kind, inputs, names, name=names[0], **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, names, name=name or names[0], **attributes))
         return names
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
@@ -57,18 +57,23 @@ class Builder:
         """Left to right, as the eager path adds."""
         return reduce(partial(self.op, "Add"), terms)
 
-    def input(self, name: str, dtype: int, shape: Sequence[int | str], default: Any = None) -> str:
-        """A graph input; with a default it is also an initialiser, which a caller may override."""
-        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
-        if default is not None:
-            array = np.asarray(default, helper.tensor_dtype_to_np_dtype(dtype))
-            self.initialisers.append(numpy_helper.from_array(array, name))
+    def refused(self, value: str, wrong: str, says: str, dtype: Any) -> str:
+        """The value; where `wrong` (bool) is true the graph fails, in a node that is named what it says.
+
+        Nothing is gathered from outside of a list of one number. Clients that do not check indices do not fail.
+        """
+        index = self.op("Cast", wrong, to=INT64)
+        return self.op("Add", value, self.op("Gather", self.constant([0], dtype), index, axis=0, name=says))
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str | None], doc: str = "") -> str:
+        """A graph input."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape, doc))
         return name
 
-    def output(self, value: str, name: str, dtype: int, shape: Sequence[int | str]) -> None:
+    def output(self, value: str, name: str, dtype: int, shape: Sequence[int | str | None], doc: str = "") -> None:
         """A graph output of this name."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"{self.prefix}{name}"))
-        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        self.outputs.append(helper.make_tensor_value_info(name, dtype, shape, doc))
 
     def inline(self, graph: onnx.GraphProto, arguments: Sequence[str], prefix: str) -> list[str]:
         """Copy a flat graph with its weights into this one, its inputs bound in order: the names of its outputs."""
@@ -91,18 +96,19 @@ class Builder:
             self.nodes.append(plain)
         return [names[value.name] for value in graph.output]
 
-    def graph(self, name: str) -> onnx.GraphProto:
-        return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initialisers)
+    def graph(self, name: str, doc: str = "") -> onnx.GraphProto:
+        return helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.initialisers, doc)
 
 
-def model_of(builder: Builder, name: str, metadata: str) -> onnx.ModelProto:
-    """The model of a finished graph, checked; `metadata` is stored under the key `fused_ddpm`."""
+def model_of(builder: Builder, name: str, metadata: str, doc: str = "") -> onnx.ModelProto:
+    """The model of a finished graph, checked; `metadata` is stored under the key `fused_ddpm`, doc is for readers."""
     model = helper.make_model(
-        builder.graph(name),
+        builder.graph(name, doc),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="fused-ddpm",
         model_version=1,
+        doc_string=doc,
     )
     helper.set_model_props(model, {"fused_ddpm": metadata})
     onnx.checker.check_model(model)

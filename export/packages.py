@@ -1,8 +1,12 @@
 """PyTorch without Python: a torch.export program, and an AOTInductor package compiled for this machine's CPU."""
 
+import io
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
@@ -14,7 +18,7 @@ from ddpm.networks import condition_shape, sample_shape
 from ddpm.runs import Run
 from export.models import describe
 from export.traced import Denoiser, example_times, quiet
-from export.verification import Parity, denoiser_parity, require
+from export.verification import Parity, denoiser_cases, denoiser_parity, nothing_written, require
 
 
 def program_of(run: Run) -> ExportedProgram:
@@ -32,12 +36,13 @@ def program_of(run: Run) -> ExportedProgram:
     return program
 
 
-def _written(
-    run: Run, path: Path, save: Callable[[Path], object], load: Callable[[str], Callable], verify: bool
-) -> Parity | None:
-    """Save, read back and compare; the file is there if it passed."""
-    with replacing(path) as partial, torch.no_grad(), quiet():
-        save(partial)
+def _written(run: Run, path: Path, content: bytes, load: Callable[[str], Callable], verify: bool) -> Parity | None:
+    """Write, read back and compare; the file is there if it passed.
+
+    PyTorch writes into memory, not to the disk: on a full one its writer ends the process.
+    """
+    with nothing_written(), replacing(path) as partial, torch.no_grad(), quiet():
+        partial.write_bytes(content)
         if not verify:
             return None
         call = load(str(partial))
@@ -48,28 +53,93 @@ def _written(
 
 def write_torch(run: Run, path: Path, verify: bool = True) -> Parity | None:
     """torch.export's .pt2, checked after reading it back. Raises WorkFailed if it differs from the run."""
-    program, metadata = program_of(run), describe(run, "denoiser", "fp32")
+    content = io.BytesIO()
+    with quiet():
+        noted = {"fused_ddpm.json": json.dumps(describe(run, "denoiser", "fp32"))}
+        torch.export.save(program_of(run), content, extra_files=noted)
+    return _written(run, path, content.getvalue(), lambda name: torch.export.load(name).module(), verify)
 
-    def save(partial: Path) -> None:
-        with partial.open("wb") as file:  # given a name, PyTorch would write it into the archive
-            torch.export.save(program, file, extra_files={"fused_ddpm.json": json.dumps(metadata)})
 
-    return _written(run, path, save, lambda name: torch.export.load(name).module(), verify)
+@contextmanager
+def _checked_inputs() -> Iterator[None]:
+    """AOTInductor's generated code checks what it is called with.
+
+    It has the checks (dtypes, sizes, strides, devices), but only does them where the environment says
+    AOTI_RUNTIME_CHECK_INPUTS=1, without the number of axes and without the batches' being the same: both are added.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
+
+    generate = CppWrapperCpu.generate_input_output_runtime_checks
+
+    def always(self: Any) -> None:
+        generate(self)
+        checks = ["int64_t axes;"]
+        for k, tensor in enumerate(V.graph.graph_inputs.values()):
+            handle, rank = f"input_handles[{k}]", len(tensor.get_size())
+            checks.append(f"AOTI_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim({handle}, &axes));")
+            batch = "ConstantHandle({}).sizes()[0]".format
+            for wrong, needs in (
+                (f"axes != {rank}", f"{rank} axes"),
+                (f"{batch(handle)} != {batch('input_handles[0]')}", "the batch of input 0"),
+            ):
+                checks.append(f'if ({wrong}) throw std::runtime_error("{handle}: needs {needs}");')
+        lines = self.prefix._lines
+        for number, line in enumerate(lines):
+            text = str(line).replace('getenv("AOTI_RUNTIME_CHECK_INPUTS")', '"1"')
+            if text.strip() == "check_input_0(input_handles);":
+                text = "\n".join([*checks, text])
+            if text != str(line):
+                lines[number] = text
+
+    CppWrapperCpu.generate_input_output_runtime_checks = always
+    try:
+        yield
+    finally:
+        CppWrapperCpu.generate_input_output_runtime_checks = generate
+
+
+def _require_checks(call: Callable, run: Run, path: Path) -> None:
+    """Raise WorkFailed unless a package refuses inputs that it would read wrongly."""
+    _, x, t, c = next(case for case in denoiser_cases(run.model, run.schedule.timesteps) if len(case[1]) > 1)
+    more = () if c is None else (c,)
+    wrong = {
+        "of another batch": (x, t[:1], *more),
+        "of other strides": (torch.cat([x, x], dim=-1)[..., : x.shape[-1]], t, *more),
+        "that is expanded": (x[:1].expand(x.shape), t, *more),
+        "of another size": (torch.cat([x, x], dim=-1), t, *more),
+        "of fewer axes": (x[0], t, *more),
+    }
+    for what, given in wrong.items():
+        try:
+            call(*given)
+        except RuntimeError:
+            continue
+        raise WorkFailed(f"{path}: this PyTorch's package computes with an input {what}, needs one that refuses it")
 
 
 def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     """An AOTInductor package (C++ compiled here, run from C++ or `torch._inductor.aoti_load_package`), checked.
 
-    It is for this machine and names its folders. What it is called with goes unchecked, so a t of one row is broadcast,
-    unless the environment says AOTI_RUNTIME_CHECK_INPUTS=1.
+    It is for this machine and names its folders. It refuses inputs of other dtypes, sizes or strides than contiguous.
     Raises WorkFailed without a C++ compiler, or if it differs from the run.
     """
     lack = compiler_missing()
     if lack is not None:
         raise WorkFailed(f"{path}: AOTInductor needs {lack}")
     program, inductor = program_of(run), torch._inductor
+    options = {"aot_inductor.metadata": {"fused_ddpm": json.dumps(describe(run, "denoiser", "fp32"))}}
+    if hasattr(inductor.config.aot_inductor, "check_lowerbound"):  # else its checks take no batch of one
+        options["aot_inductor.check_lowerbound"] = False
+    # The name of the file is that of the folder inside the archive.
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet(), _checked_inputs():
+        package = Path(folder) / path.name
+        inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
+        content = package.read_bytes()
 
-    def save(partial: Path) -> None:
-        inductor.aoti_compile_and_package(program, package_path=str(partial))
+    def load(name: str) -> Callable:
+        call = inductor.aoti_load_package(name)
+        _require_checks(call, run, path)
+        return call
 
-    return _written(run, path, save, inductor.aoti_load_package, verify)
+    return _written(run, path, content, load, verify)

@@ -1,37 +1,51 @@
 """Draw samples from a sampler.onnx of `ddpm-export`, without PyTorch: numpy, pillow and onnxruntime are all it needs.
 
     python run.py --n 64 --seed 7 --out grid.png          the copy of this file beside sampler.onnx
-    ddpm-export run DIR/sampler.onnx --n 64 --seed 7 --context 3 --out grid.png
+    ddpm-export run DIR --n 64 --seed 7 --context 3 --out grid.png
 
 Exit codes: 2 usage, 3 a bad model file, 4 the provider is missing, 1 the run failed. Errors are one line on stderr.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import math
 import os
 import re
+import secrets
 import sys
 import time
 import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 try:
     import numpy as np
     import onnxruntime as ort
     from PIL import Image
-except ModuleNotFoundError as missing:
+except ImportError as missing:
     if __name__ != "__main__":
         raise
-    print(f"error: {missing.name} is not installed, needs: pip install numpy pillow onnxruntime", file=sys.stderr)
+    absent = isinstance(missing, ModuleNotFoundError)
+    found = (
+        f"{missing.name} is not installed" if absent else f"numpy, pillow or onnxruntime cannot be loaded ({missing})"
+    )
+    print(f"error: {found}, needs: pip install {'' if absent else '-U '}numpy pillow onnxruntime", file=sys.stderr)
     sys.exit(4)
 
 KEY, FORMAT_VERSION, FORMER_VERSION = "fused_ddpm", 2, 1  # of the metadata
+RUNTIME = "1.21.1"  # the oldest onnxruntime that has every operator of a sampler.onnx on the CPU
+SAMPLER, MANIFEST = "sampler.onnx", "manifest.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
 PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
@@ -42,6 +56,10 @@ MOST_STEPS = 1_000_000
 FLOAT_MAX = float(np.finfo(np.float32).max)
 COLUMNS = 8  # of a table's row: seven coefficients and t
 NOISE_MODES = ("philox", "input", "none")
+# What simplifiers make constants of in files of format 1, and what tells the others apart.
+FIXED = {"first_sample": 0, "guidance": 1}
+OPEN = dict.fromkeys(("table", "clip"), "a model of `ddpm-export onnx --open-table`")
+MADE_HERE, SPACINGS = ("ddpm", "ddim", "dpmpp_2m"), ("trailing", "leading", "linspace")  # of tables, see `make_rows`
 FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
 
 
@@ -71,13 +89,32 @@ _TOO_NEW = {
     "opset": r"Opset (\d+) is under development.* till opset (\d+)",
     "IR version": r"IR version: (\d+), max supported IR version: (\d+)",
 }
-# Files of version 0.1.0 take the cosine in double, which the CPU has from 1.29 on; later ones need what pyproject says.
-_CAME_WITH = {"Cos": "onnxruntime 1.29 or newer"}
+# Files of version 0.1.0 take the cosine in double, which the CPU has from 1.29 on.
+_CAME_WITH = {"Cos": "1.29"}
 
 
 def _reason(error: Exception) -> str:
     """onnxruntime's reason in one line."""
     return " ".join(_PREAMBLE.sub("", str(error).strip().split("\n")[0]).split())[:300]
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def known_digest(path: Path) -> object:
+    """The sha256 of a file by the manifest.json beside it, None where there is none or it is not about the file."""
+    manifest = path.with_name(MANIFEST)
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["files"][path.name]["sha256"]
+    except (FileNotFoundError, KeyError, TypeError):
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{manifest}: cannot be read ({type(error).__name__}), needs to be exported again") from error
 
 
 def open_session(
@@ -104,6 +141,9 @@ def open_session(
         raise ModelError(f"{path}: {found}, needs a model that `ddpm-export onnx` wrote")
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: is empty, needs to be exported again")
+    known = known_digest(path)
+    if known is not None and known != _digest(path):
+        raise ModelError(f"{path}: its sha256 is not the one in {MANIFEST}: damaged or exchanged, export it again")
     name, cpu = PROVIDERS[provider], PROVIDERS["cpu"]
     if name not in ort.get_available_providers() and not allow_fallback:
         raise ProviderError(
@@ -149,7 +189,7 @@ def _model_error(path: Path, error: Exception) -> ModelError:
             return ModelError(f"{path}: needs a newer runtime: {known}; upgrade it")
     if found := re.search(r"Could not find an implementation for (\w+)\(\d+\)", str(error)):
         lacks = f"has the operator {found[1]}, which onnxruntime {ort.__version__} lacks"
-        return ModelError(f"{path}: {lacks}; needs {_CAME_WITH.get(found[1], 'a newer one')}")
+        return ModelError(f"{path}: {lacks}; needs onnxruntime {_CAME_WITH.get(found[1], RUNTIME)} or newer")
     return ModelError(
         f"{path}: not a whole ONNX model ({_reason(error)}); damaged or another kind of file, export it again"
     )
@@ -204,9 +244,13 @@ def _claims(metadata: dict[str, Any], session: ort.InferenceSession) -> Iterator
         bound = clip is None or (type(clip) in (int, float) and 0 < clip <= FLOAT_MAX)
         yield bound, f"table has clip {clip!r}"
         yield type(options) is dict and type(options.get("solver")) is str, f"table has options {options!r}"
-        if noise == "input" or "rows" in table:
+        if noise == "input" or "rows" in table or "table" in inputs:
             shape = np.asarray(table["rows"], np.float32).shape
             yield shape == (steps, COLUMNS), f"table has rows {list(shape)} for {steps} steps"
+        if "alpha_bars" in table:
+            bars = np.asarray(table["alpha_bars"], np.float64)
+            falls = bars.shape == (count + 1,) and bars[0] == 1 and bars[-1] >= 0 and (np.diff(bars) <= 0).all()
+            yield falls, f"table has alpha_bars {table['alpha_bars']!s:.60} for {count} timesteps"
     first = 2 if kind == "step" else 1  # copies and batch, or batch alone
     taken = [list(shape[first:]) for name, shape in inputs.items() if name.startswith("context")]
     condition = condition_shape(metadata)
@@ -327,18 +371,96 @@ def check_draw(
 ) -> None:
     """Raise UsageError for values that onnxruntime would take silently."""
     samples, shape = np.asarray(samples), condition_shape(metadata)
-    if not len(samples) or samples[0] < 0 or (samples != samples[0] + np.arange(len(samples))).any():
-        raise UsageError(f"samples: got {samples.tolist()[:9]}, needs consecutive numbers >= 0")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: got {seed}, needs 0..{2**63 - 1}")
-    if not abs(guidance) <= FLOAT_MAX:
-        raise UsageError(f"guidance: got {guidance}, needs a finite float32")
+    whole = samples.ndim == 1 and samples.dtype.kind in "iu" and len(samples)
+    if not whole or samples[0] < 0 or (samples != samples[0] + np.arange(len(samples))).any():
+        raise UsageError(f"samples: got {samples.tolist()!r:.80}, needs consecutive whole numbers >= 0")
+    if type(seed) is bool or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
+        raise UsageError(f"seed: got {seed!r}, needs a whole number in 0..{2**63 - 1}")
+    if not _is_finite(guidance) or np.ndim(guidance):
+        raise UsageError(f"guidance: got {guidance!r}, needs a finite float32")
     needs = None if shape is None else [len(samples), *shape]
-    found = None if context is None else list(context.shape)
+    found = None if context is None else list(np.shape(context))
     if found != needs:
         raise UsageError(f"context: got {found or 'none'}, this model needs {needs or 'none'}")
-    if context is not None and not (np.abs(context) <= FLOAT_MAX).all():
+    if context is not None and not _is_finite(context):
         raise UsageError("context: got NaN, infinite or huge values, needs finite float32")
+
+
+def _is_finite(values: Any) -> bool:
+    """Whether these are numbers that float32 holds."""
+    array = np.asarray(values)
+    return array.dtype.kind in "iuf" and bool((np.abs(array) <= FLOAT_MAX).all())
+
+
+def check_table(table: Any, metadata: dict[str, Any], name: str = "table") -> np.ndarray:
+    """float32 [steps, 8], if these rows are a table for this model. Raises UsageError."""
+    rows, last = np.asarray(table), metadata["schedule"]["timesteps"]
+    if rows.dtype.kind != "f" or rows.shape[1:] != (COLUMNS,) or not len(rows):
+        raise UsageError(f"{name}: got {rows.dtype} {list(rows.shape)}, needs floats [steps, {COLUMNS}]")
+    if not _is_finite(rows):
+        raise UsageError(f"{name}: has NaN, infinite or huge values, needs finite float32")
+    times = rows[:, -1]
+    if not ((times == times.round()) & (times >= 1) & (times <= last)).all():
+        raise UsageError(
+            f"{name}: has times {times.min():g}..{times.max():g} (column 7), needs whole ones in 1..{last}"
+        )
+    if metadata["noise"] == "none" and (rows[:, 6] != 0).any():
+        raise UsageError(f"{name}: has noise (column 6), but the model was exported with --noise none")
+    return rows.astype(np.float32)
+
+
+def _coefficients(solver: str, bars: list[float], prediction: str, options: dict[str, Any]) -> list[list[float]]:
+    """The seven numbers of every step, as ddpm/solvers.py has them: alpha_bars of its timesteps and of 0."""
+    rows, h_previous = [], None
+    for a, s in pairwise(bars):
+        root, sigma = math.sqrt(a), math.sqrt(1 - a)
+        to_x0 = {"eps": (1 / root, -sigma / root), "v": (root, -sigma), "x0": (0.0, 1.0)}[prediction]
+        if solver == "ddpm":
+            alpha, beta = a / s, 1 - a / s
+            noise = beta if options.get("variance") == "beta" else beta * (1 - s) / (1 - a)
+            c2, c3 = math.sqrt(alpha) * (1 - s) / (1 - a), math.sqrt(s) * beta / (1 - a)
+            rest = [c2, c3, 0.0, 0.0, math.sqrt(noise)]
+        elif solver == "ddim":
+            noise = (options.get("eta") or 0.0) * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
+            way = math.sqrt(max(1 - s - noise**2, 0.0))
+            p, q = {"eps": (0.0, 1.0), "v": (sigma, root), "x0": (1 / sigma, -root / sigma)}[prediction]
+            rest = [way * p, math.sqrt(s), way * q, 0.0, noise]
+        elif s == 1:  # dpmpp_2m from here on: its last step lands on x0
+            rest = [0.0, 1.0, 0.0, 0.0, 0.0]
+        else:
+            h = 0.5 * (math.log(s / (1 - s)) - math.log(a / (1 - a)))
+            weight = -math.sqrt(s) * math.expm1(-h)
+            memory = 0.0 if h_previous is None else h / (2 * h_previous)
+            rest, h_previous = [math.sqrt((1 - s) / (1 - a)), weight * (1 + memory), 0.0, -weight * memory, 0.0], h
+        rows.append([*to_x0, *rest])
+    rows[-1][6] = 0.0
+    return rows
+
+
+def make_rows(metadata: dict[str, Any], solver: str | None, steps: int | None) -> np.ndarray:
+    """The rows [steps, 8] of another solver or number of steps, for a model exported with --open-table.
+
+    The model's own options hold for its own solver; another one takes over the spacing alone. Raises UsageError.
+    """
+    own, last = metadata["table"]["options"], metadata["schedule"]["timesteps"]
+    spacing = own.get("spacing") or "trailing"
+    if solver in (None, own["solver"]):
+        solver, steps, options = own["solver"], steps or metadata["table"]["steps"], own
+    else:
+        steps, options = steps or last, {}
+    if solver not in MADE_HERE or spacing not in SPACINGS:
+        given = f"{solver!r} with spacing {spacing!r}"
+        raise UsageError(f"--solver: got {given}, needs {', '.join(MADE_HERE)} with {', '.join(SPACINGS)}, or --table")
+    if not 1 <= steps <= last or (spacing == "leading" and last % steps):
+        raise UsageError(f"--steps: got {steps}, needs 1..{last}{', a divisor of it' * (spacing == 'leading')}")
+    k = np.arange(steps)
+    if spacing == "trailing" or steps == 1:
+        times = np.round(last - k * last / steps)
+    else:
+        times = (last // steps * k if spacing == "leading" else np.round(np.linspace(0, last - 1, steps)))[::-1] + 1
+    bars = np.asarray(metadata["table"]["alpha_bars"], np.float64)[np.append(times, 0).astype(int)]
+    rows = _coefficients(solver, bars.clip(min=1e-300).tolist(), metadata["prediction"], options)
+    return np.column_stack([rows, times])
 
 
 def draw(
@@ -354,30 +476,41 @@ def draw(
 ) -> np.ndarray:
     """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n].
 
-    table [steps, 8] replaces the model's, together with clip (None = none). Raises UsageError for values that
-    onnxruntime would take silently, Failure if the model fails.
+    table [steps, 8] replaces the model's, together with clip (None = none), where the model keeps its table open.
+    Raises UsageError for values that onnxruntime would take silently, Failure if the model fails.
     """
     samples = np.asarray(samples)
     check_draw(metadata, samples, context, seed, guidance)
-    if table is not None and metadata["noise"] == "none" and (np.asarray(table)[:, 6] != 0).any():
-        raise UsageError("table: has noise (column 6), but the model was exported with --noise none")
     if clip is not None and table is None:
         raise UsageError(f"clip: got {clip} without a table, whose steps it belongs to")
+    if clip is not None and not (_is_finite(clip) and clip > 0):
+        raise UsageError(f"clip: got {clip!r}, needs a finite bound > 0 or None")
+    own, taken = metadata["table"], {value.name for value in session.get_inputs()}
+    if table is None and "table" in taken:
+        table, clip = np.asarray(own["rows"], np.float32), own["clip"]
+    taken |= {value.name for value in session.get_overridable_initializers()}
     shape = (metadata["channels"], metadata["height"], metadata["width"])
     feeds: dict[str, np.ndarray] = {}
     if table is not None:
-        feeds["table"] = np.asarray(table, np.float32)
-        feeds["clip"] = np.array(np.inf if clip is None else clip, np.float32)
+        feeds["table"] = check_table(table, metadata)
+        if "clip" in taken or clip != own["clip"]:
+            feeds["clip"] = np.array(np.inf if clip is None else clip, np.float32)
     if context is not None:
-        feeds |= {"context": context.astype(np.float32), "guidance": np.array(guidance, np.float32)}
+        feeds |= {"context": np.asarray(context, np.float32), "guidance": np.array(guidance, np.float32)}
     if metadata["noise"] == "input":
-        rows = np.asarray(metadata["table"]["rows"] if table is None else table, np.float32)
         feeds["x_T"] = normals(seed, samples, 0, 0, shape)
+        rows = feeds.get("table", np.asarray(own["rows"], np.float32))
         feeds["noise"] = step_noise(rows, seed, samples, shape)
     else:
         feeds |= {"seed": np.array(seed, np.int64), "first_sample": np.array(samples[0], np.int64)}
         if context is None:
             feeds["n"] = np.array(len(samples), np.int64)
+    for name in sorted(feeds.keys() - taken):  # a constant of this model, or made one by a program that simplified it
+        given = feeds.pop(name)
+        if name not in FIXED or given != FIXED[name]:
+            got = f"got {list(given.shape)}" if given.ndim else f"got {given:g}"
+            needs = OPEN.get(name, "one that no program simplified")
+            raise UsageError(f"{name}: {got}, but it is a constant of this model, needs {needs}")
     try:
         (images,) = session.run(["images"], feeds)
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
@@ -399,8 +532,6 @@ def _show_progress(start: int, done: int, total: int, began: float) -> None:
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
     """A picture of images [n, C, H, W] in [-1, 1], clamped; square unless columns says otherwise."""
     pixels = np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-    if pixels.shape[-1] not in (1, 3):
-        raise UsageError(f"--out: images have {pixels.shape[-1]} channels, a picture needs 1 or 3 (use --npy)")
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     n, height, width = pixels.shape[:3]
     columns = columns or math.ceil(math.sqrt(n))
@@ -413,13 +544,29 @@ def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
     return canvas
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left half-written: a writer locks its file, and a lock ends with its holder."""
+    for path in folder.glob(".fused-ddpm-*.partial.*") if fcntl else ():
+        with suppress(OSError), path.open("rb") as file:  # its writer lives, or it is somebody else's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def _write(path: Path, suffix: str, save: Any) -> None:
     """Write beside the file, then rename over it: never half a file."""
-    partial = path.with_name(f".{os.getpid()}.partial{suffix}")
+    partial = path.with_name(f".fused-ddpm-{secrets.token_hex(8)}.partial{suffix}")
     try:
+        _sweep(path.parent)
         try:
-            save(partial)
-            partial.replace(path)
+            with partial.open("xb") as file:
+                with suppress(OSError):  # a file system without locks: there nobody can sweep
+                    fcntl and fcntl.flock(file, fcntl.LOCK_EX)
+                save(file)
+                file.flush()
+                if fcntl:
+                    partial.replace(path)
+            if not fcntl:  # Windows renames no open file
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
@@ -429,21 +576,33 @@ def _write(path: Path, suffix: str, save: Any) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """argparse's messages in the form of ours."""
+        if found := re.fullmatch(r"argument (\S+): invalid (\w+) value: (.*)", message, re.DOTALL):
+            kind = "a whole number" if found[2] == "int" else "a number"
+            message = f"{found[1]}: got {found[3]:.60}, needs {kind}"
+        elif found := re.fullmatch(r"argument (\S+): expected one argument", message):
+            message = f"{found[1]}: got nothing, needs a value ({found[1]}=-1,.. where it begins with -)"
+        elif found := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+            message = f"{found[1]:.60}: no such option, needs one of those that --help lists"
         raise UsageError(message)
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     made = _Parser(prog=prog, description="Draw samples from a sampler.onnx, without PyTorch.")
-    beside = Path(__file__).with_name("sampler.onnx")
-    made.add_argument("model", nargs="?", type=Path, default=beside, help="sampler.onnx [the one beside this file]")
+    beside = Path(__file__).with_name(SAMPLER)
+    model = "sampler.onnx, or the folder of an export [the one beside this file]"
+    made.add_argument("model", nargs="?", type=Path, default=beside, help=model)
     made.add_argument("--n", type=int, default=64, help="how many [64]")
     made.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^63; the same seed gives the same pictures [0]")
     made.add_argument("--context", help="class by name or number, v1,v2,.., or all (sample k: class k %% K)")
     made.add_argument("--guidance", type=float, default=1.0, help="w of classifier-free guidance [1 = none]")
     made.add_argument("--first-sample", type=int, default=0, help="global index of the first sample [0]")
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"changes nothing but memory [{BATCH_SIZE}]")
-    made.add_argument("--table", type=Path, help="another solver table: .npy, float [steps, 8]")
-    made.add_argument("--clip", type=float, help="bound of x0 with --table, 0 = none [the model's]")
+    opened = "for a model exported with --open-table"
+    made.add_argument("--solver", help=f"{', '.join(MADE_HERE)}, {opened} [the model's]")
+    made.add_argument("--steps", type=int, help=f"1..T, {opened} [the model's]")
+    made.add_argument("--table", type=Path, help=f"another solver table: .npy, float [steps, 8], {opened}")
+    made.add_argument("--clip", type=float, help="bound of x0 with another table, 0 = none [the model's]")
     made.add_argument("--out", type=Path, help="picture of all samples, .png")
     made.add_argument("--npy", type=Path, help="samples as float32 [n, C, H, W], not clamped")
     made.add_argument("--columns", type=int, help="of the picture [square, or one per class]")
@@ -474,8 +633,13 @@ def _check(given: argparse.Namespace) -> None:
         raise UsageError(f"--guidance: got {given.guidance}, needs a finite number")
     if given.guidance != 1.0 and given.context is None:
         raise UsageError(f"--guidance: got {given.guidance} without --context, needs a context to guide towards")
-    if given.clip is not None and (not 0 <= given.clip <= FLOAT_MAX or given.table is None):
-        raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 (or 0 = none) and a --table")
+    made = given.solver is not None or given.steps is not None
+    if given.clip is not None and (not 0 <= given.clip <= FLOAT_MAX or (given.table is None and not made)):
+        raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 (or 0 = none) and --table, --solver or --steps")
+    if made and given.table is not None:
+        raise UsageError(f"--table: got {given.table} beside --solver or --steps, needs one of the two")
+    if given.steps is not None and given.steps < 1:
+        raise UsageError(f"--steps: got {given.steps}, needs 1..T of the model's schedule")
 
 
 def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
@@ -485,32 +649,39 @@ def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         why = f" ({error.strerror or 'cut off'})" if isinstance(error, OSError) else ""
         raise UsageError(f"{path}: not a .npy file of numbers{why}, needs floats [steps, {COLUMNS}]") from error
-    if not isinstance(table, np.ndarray) or table.dtype.kind != "f" or table.shape[1:] != (COLUMNS,) or not len(table):
-        found = f"{table.dtype} {list(table.shape)}" if isinstance(table, np.ndarray) else "an archive"
-        raise UsageError(f"{path}: got {found}, needs floats [steps, {COLUMNS}]")
-    if not (np.abs(table) <= FLOAT_MAX).all():
-        raise UsageError(f"{path}: has NaN, infinite or huge values, needs finite float32")
-    times, last = table[:, -1], metadata["schedule"]["timesteps"]
-    if not ((times == times.round()) & (times >= 1) & (times <= last)).all():
-        raise UsageError(
-            f"{path}: has times {times.min():g}..{times.max():g} (column 7), needs whole ones in 1..{last}"
-        )
-    return table
+    if not isinstance(table, np.ndarray):
+        raise UsageError(f"{path}: got an archive, needs floats [steps, {COLUMNS}]")
+    return check_table(table, metadata, str(path))
 
 
 def sample(given: argparse.Namespace) -> None:
     """The command."""
     _check(given)
-    session = open_session(given.model, given.provider, given.threads, given.allow_fallback)
-    metadata = metadata_of(session, given.model, "sampler")
+    path = given.model
+    if path.is_dir():
+        path /= SAMPLER
+        if not path.exists():
+            raise ModelError(f"{given.model}: has no {SAMPLER}, needs a folder that `ddpm-export onnx RUN --out` wrote")
+    session = open_session(path, given.provider, given.threads, given.allow_fallback)
+    metadata = metadata_of(session, path, "sampler")
+    if known_digest(path) is None:
+        print(f"note: no {MANIFEST} knows the sha256 of {path.name}: damage would go unnoticed", file=sys.stderr)
+    if given.out is not None and metadata["channels"] not in (1, 3):
+        raise UsageError(f"--out: images have {metadata['channels']} channels, a picture needs 1 or 3 (use --npy)")
     if session.get_providers()[0] != PROVIDERS["cpu"] and metadata["noise"] == "philox":
         print("note: this model draws its noise on the CPU; `--noise input` exports run faster here", file=sys.stderr)
     samples = np.arange(given.first_sample, given.first_sample + given.n)
     context = contexts(given.context, metadata, samples)
     options = {"seed": given.seed, "guidance": given.guidance}
-    if given.table is not None:
+    table = None if given.table is None else read_table(given.table, metadata)
+    if given.solver is not None or given.steps is not None:
+        if "alpha_bars" not in metadata["table"]:
+            asked = f"--solver: got {given.solver}" if given.steps is None else f"--steps: got {given.steps}"
+            raise UsageError(f"{asked}, but the table is a constant of this model, needs {OPEN['table']}")
+        table = make_rows(metadata, given.solver, given.steps)
+    if table is not None:
         clip = metadata["table"]["clip"] if given.clip is None else given.clip
-        options |= {"table": read_table(given.table, metadata), "clip": clip or None}
+        options |= {"table": table, "clip": clip or None}
     drawn, began = [], time.monotonic()
     try:
         for start in range(0, given.n, given.batch_size):
@@ -522,11 +693,11 @@ def sample(given: argparse.Namespace) -> None:
             print(file=sys.stderr)
     images = np.concatenate(drawn)
     if given.npy is not None:
-        _write(given.npy, ".npy", lambda path: np.save(path, images))
+        _write(given.npy, ".npy", lambda file: np.save(file, images))
     if given.out is not None:
         columns = given.columns or (condition_shape(metadata)[0] if given.context == "all" else None)
         picture = grid(images, columns)
-        _write(given.out, ".png", lambda path: picture.save(path, format="PNG"))
+        _write(given.out, ".png", lambda file: picture.save(file, format="PNG"))
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

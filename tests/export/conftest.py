@@ -122,7 +122,18 @@ def exported(run_folder, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def exported_open(run_folder, tmp_path_factory) -> Path:
+    """The export of run_folder with an open table, verified."""
+    out = tmp_path_factory.mktemp("exported") / "open"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kernels.backend.INTERPRETED", False)
+        assert main(["onnx", str(run_folder), "--out", str(out), "--open-table"]) == 0
+    return out
+
+
 @pytest.fixture
 def copied(exported, tmp_path) -> Path:
-    """A copy of the export, to be damaged."""
-    return Path(shutil.copytree(exported, tmp_path / "copied"))
+    """A copy of the export, to be changed: without its manifest, which would tell (see test_digest.py)."""
+    without = shutil.ignore_patterns("manifest.json")
+    return Path(shutil.copytree(exported, tmp_path / "copied", ignore=without))

@@ -100,9 +100,9 @@ def test_a_sample_does_not_depend_on_its_batch(exported):
         ({"steps": 1}, 0.5),
     ],
 )
-def test_one_file_runs_any_table(exported, opened, options, clip):
-    session = run.open_session(exported / "sampler.onnx", threads=1)
-    metadata = run.metadata_of(session, exported)
+def test_one_open_file_runs_any_table(exported_open, opened, options, clip):
+    session = run.open_session(exported_open / "sampler.onnx", threads=1)
+    metadata = run.metadata_of(session, exported_open)
     options = opened.options(**options) | {"clip": clip}
     table = make_table(opened.schedule, **options)
     context = np.eye(3, dtype=np.float32)[:2]
@@ -122,7 +122,7 @@ def test_networks_without_classes(unconditional, tmp_path, noise):
 @pytest.mark.long
 def test_noise_as_an_input_is_the_same_noise(opened, tmp_path):
     session, metadata = sampler_of(opened, tmp_path, "input")
-    assert {value.name for value in session.get_inputs()} == {"x_T", "noise", "context"}
+    assert {value.name for value in session.get_inputs()} == {"x_T", "noise", "context", "guidance"}
     context = np.eye(3, dtype=np.float32)[:2]
     images = run.draw(session, metadata, np.arange(2), context, seed=9, guidance=3.0)
     reference = eager(opened, 2, context=torch.eye(3)[:2], seed=9, guidance=3.0)
