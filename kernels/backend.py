@@ -4,7 +4,7 @@ Triton is optional: without it the operators run their references on CPU tensors
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -106,6 +106,13 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name}: got {least}..{int(tensor.max())}, needs {low}..{high}")
 
 
+def check_tensors(optional: Mapping[str, object] | None = None, /, **needed: object) -> None:
+    """Raise TypeError unless all are tensors; those that are optional may be None."""
+    for name, value in (needed | (optional or {})).items():
+        if not isinstance(value, Tensor) and (value is not None or name in needed):
+            raise TypeError(f"{name}: got a {type(value).__name__}, needs a tensor")
+
+
 def same_device(first: Tensor, **others: Tensor | None) -> None:
     """Raise ValueError unless all tensors live where the first does."""
     for name, other in others.items():
@@ -141,7 +148,7 @@ def scalar(name: str, value: float | Tensor, dtype: torch.dtype, device: torch.d
     Raises ValueError for a tensor elsewhere (copying it would stop the device) or of more than one element.
     """
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=dtype, device=device)
+        return torch.full((), float(value) if dtype.is_floating_point else value, dtype=dtype, device=device)
     if value.device != device or value.numel() != 1:
         needs = f"one on {device} like the first argument"
         raise ValueError(f"{name}: got {value.numel()} elements on {value.device}, needs {needs}")

@@ -93,7 +93,7 @@ def _kernel() -> ctypes._CFuncPtr:
     run = native.load(SOURCE).winograd
     run.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] + [ctypes.c_int64] * 2
     run.argtypes += [ctypes.c_int] * 2
-    run.restype = None
+    run.restype = ctypes.c_int
     return run
 
 
@@ -111,7 +111,7 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: 
     """The kernel in native/winograd.cpp."""
     (n, _, h, w), threads = x.shape, torch.get_num_threads()
     widths = [x.shape[1], *map(_columns, weights)]
-    out = torch.empty((n, widths[-1], h, w), dtype=x.dtype, memory_format=torch.channels_last)
+    out = _fake(x, weights)
     x = x.contiguous(memory_format=torch.channels_last)
     plus = None if plus is None else plus.contiguous(memory_format=torch.channels_last)
     image = h * w * max(widths[1:])
@@ -121,7 +121,8 @@ def launch(x: Tensor, weights: list[Tensor], biases: list[Tensor | None], plus: 
     several = ctypes.c_void_p * len(weights)
     u_at, bias_at = several(*map(_address, weights)), several(*map(_address, biases))
     counts = (n, h, w, (ctypes.c_int64 * len(widths))(*widths), len(weights), 1 if plus is None else plus.shape[0])
-    _kernel()(_address(x), u_at, bias_at, *map(_address, (plus, out, scratch)), *counts, gelu, threads)
+    if _kernel()(_address(x), u_at, bias_at, *map(_address, (plus, out, scratch)), *counts, gelu, threads):
+        raise MemoryError(f"winograd: no memory for the {threads} threads of a convolution of {list(x.shape)}")
     return out
 
 
@@ -157,6 +158,7 @@ operator = torch.ops.fused_ddpm.winograd.default
 
 
 def _check(name: str, tensor: Tensor | None) -> None:
+    backend.check_tensors({name: tensor})
     if tensor is not None and tensor.dtype != torch.float32:
         raise TypeError(f"{name}: got {tensor.dtype}, needs float32")
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -182,10 +184,12 @@ def winograd(
 
     On a CPU with AVX2 or AVX-512 and a C++ compiler by the kernel (see `missing`), elsewhere by the reference.
 
-    Returns: float32 [n, C, h, w], channels_last. Not differentiable.
+    Returns: float32 [n, C, h, w], channels_last. Not differentiable. Raises MemoryError where threads find no room.
     """
-    if isinstance(weights, Tensor) or isinstance(biases, Tensor):
-        raise TypeError("weights, biases: got a tensor, needs a list of them, one for each convolution")
+    for name, several in (("weights", weights), ("biases", biases)):
+        if not isinstance(several, list | tuple):
+            raise TypeError(f"{name}: got a {type(several).__name__}, needs a list of tensors, one a convolution")
+    backend.check_tensors(x=x, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     if not weights or len(weights) != len(biases):
         raise ValueError(f"weights: got {len(weights)} with {len(biases)} biases, needs one or more, each with its own")
     _check("x", x)
@@ -213,7 +217,7 @@ def winograd(
         rows = plus.shape[0] if plus.ndim == 4 else 0
         if plus.shape[1:] != (channels, h, w) or not (rows == n or (rows and n % rows == 0)):
             raise ValueError(f"plus: got {list(plus.shape)}, needs [{n} or a divisor, {channels}, {h}, {w}]")
-    return operator(x, list(weights), list(biases), plus, gelu)
+    return operator(x, list(weights), list(biases), plus, bool(gelu))
 
 
 def cost(channels: int, columns: int, area: int, batch: int) -> Cost:

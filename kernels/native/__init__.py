@@ -1,7 +1,8 @@
 """Kernels in C++ for the CPU: built by the machine's compiler at first use, kept on disk, loaded.
 
 A library is named by what it is made from (source and headers, compiler, instruction set), so it is never stale and may
-be shared by processes. Built by g++ it runs on the threads of the OpenMP runtime that PyTorch has loaded.
+be shared by processes. Behind the code stands its digest: a file that was cut off or damaged would end the process as
+it is loaded, so it is built again. Built by g++ it runs on the threads of the OpenMP runtime that PyTorch has loaded.
 """
 
 import ctypes
@@ -10,6 +11,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from functools import cache
@@ -23,6 +25,8 @@ INSTRUCTIONS = {
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }
 COMPILERS = ("g++", "clang++", "c++")
+PATIENCE = 60  # seconds that a compiler may take: it takes two (one core of a Xeon at 2.5 GHz)
+DIGEST = hashlib.sha256().digest_size
 LANGUAGE = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -48,19 +52,40 @@ def instructions() -> tuple[str, ...]:
 
 def compiler() -> list[str]:
     """The command CXX, or the first of COMPILERS that is there. Raises Unavailable if none is."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    program, *options = named or [next(filter(shutil.which, COMPILERS), "")]
+    named = os.environ.get("CXX", "").strip()
+    try:
+        program, *options = shlex.split(named) or [next(filter(shutil.which, COMPILERS), "")]
+    except ValueError as error:
+        raise Unavailable(f"native kernels: CXX is {named!r}, needs a command: {error}") from error
     if shutil.which(program) is None:
-        raise Unavailable(f"native kernels need a C++ compiler: found no {program or ', '.join(COMPILERS)} (set CXX)")
+        found = program or named or ", ".join(COMPILERS)
+        raise Unavailable(f"native kernels need a C++ compiler: found no {found} (set CXX)")
     return [program, *options]
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)  # noqa: S603
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    # In a session of its own: what the compiler started ends with it.
+    started = subprocess.Popen(  # noqa: S603
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with started:
+        try:
+            out, err = started.communicate(timeout=PATIENCE)
+        except BaseException as stop:
+            os.killpg(started.pid, signal.SIGKILL)
+            if not isinstance(stop, subprocess.TimeoutExpired):
+                raise
+            raise Unavailable(f"native kernels: {command[0]} did not end in {PATIENCE} seconds") from stop
+    if started.returncode:
+        said = err.strip().splitlines() or [f"exit code {started.returncode}"]
         raise Unavailable(f"native kernels: {command[0]} failed: {said[0]}")
-    return done.stdout
+    return out
 
 
 def source_of(operator: str) -> Path:
@@ -68,25 +93,52 @@ def source_of(operator: str) -> Path:
     return Path(__file__).with_name(f"{operator}.cpp")
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether the file is there and ends in the digest of what stands before."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return content[-DIGEST:] == hashlib.sha256(content[:-DIGEST]).digest()
+
+
+def _build(source: Path, command: list[str], library: Path) -> ctypes.CDLL:
+    """The library, loaded before anybody else may find it."""
+    library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        built = Path(folder) / library.name
+        _run(*command, str(source), "-o", str(built))
+        with built.open("rb+") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        loaded = _loaded(source, built)
+        built.replace(library)
+    return loaded
+
+
+def _loaded(source: Path, library: Path) -> ctypes.CDLL:
+    """Raises Unavailable if it has no function of the source's name."""
+    loaded = ctypes.CDLL(str(library))
+    if not hasattr(loaded, source.stem):
+        raise Unavailable(f"native kernels: {library} has no function {source.stem}, needs another compiler (set CXX)")
+    return loaded
+
+
 @cache
 def load(source: Path) -> ctypes.CDLL:
-    """The library of a C++ source, built if it, the headers beside it, compiler and machine have none yet (seconds).
+    """The library of a C++ source, whose function has the file's name.
 
+    Built if it, the headers beside it, compiler and machine have none yet, or a damaged one (seconds).
     Raises: Unavailable if the machine lacks something, or the cache folder cannot be written.
     """
-    command = [*compiler(), *LANGUAGE, *instructions()]
     try:
+        command = [*compiler(), *LANGUAGE, *instructions()]
         texts = (file.read_text() for file in (source, *sorted(source.parent.glob("*.h"))))
         made_from = "\n".join((*texts, *command, _run(*compiler(), "--version")))
         library = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-        if not library.exists():
-            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                built = Path(folder) / library.name
-                _run(*command, str(source), "-o", str(built))
-                built.replace(library)
-        return ctypes.CDLL(str(library))
+        return _loaded(source, library) if _is_whole(library) else _build(source, command, library)
     except Unavailable:
         raise
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder
-        raise Unavailable(f"native kernels: {error}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: nobody's home folder
+        raise Unavailable(f"native kernels: {' '.join(str(error).split())}") from error

@@ -6,6 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
+#include <mutex>
+#include <omp.h>
+#include <thread>
 #include <vector>
 
 #include "vectors.h"
@@ -22,6 +26,8 @@ constexpr int64_t BLOCK = 32;  // tiles. 16 to 40 are within 5% at 64 channels; 
 constexpr int64_t CHUNK = 16;
 constexpr int64_t LINE = 64 / sizeof(float);  // of a cache
 constexpr int64_t STAGGER = LINE;  // points that are a multiple of 4096 bytes apart would share cache sets
+
+int64_t split(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
 
 struct Shape {
     int64_t n, h, w;
@@ -158,11 +164,48 @@ void scatter(const float* m, int64_t row, int64_t stride, const Shape& s, const 
     }
 }
 
-// A thread's memory, kept: fresh memory would be cleared page by page. Aligned, so that no vector spans two lines.
-float* workspace(int64_t floats) {
-    static thread_local std::vector<float> memory;
-    memory.resize(std::max<size_t>(memory.size(), floats + LINE));
-    return memory.data() + LINE - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % LINE;
+// The memory of `threads` threads, kept: fresh memory would be cleared page by page. Made by their caller, since whatever
+// a thread of OpenMP throws ends the process. Aligned, so that no vector spans two lines.
+class Workspaces {
+  public:
+    Workspaces(int64_t floats, int threads) {
+        static thread_local std::vector<float> memory;
+        static thread_local int64_t most = 0;
+        stride = std::max(most, split(floats, LINE) * LINE);
+        const size_t size = stride * threads + LINE;
+        if (memory.size() < size) {
+            std::vector<float>().swap(memory);  // before there are both
+            most = 0;
+            memory.resize(size);
+        }
+        most = stride;
+        first = memory.data() + LINE - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % LINE;
+    }
+    float* own() const { return first + stride * omp_get_thread_num(); }
+
+  private:
+    float* first;
+    int64_t stride;
+};
+
+// As many of these threads as can be had: OpenMP's runtime ends the process where it cannot start one.
+int startable(int threads) {
+    static thread_local int known = 1;  // each thread of Python has a team of its own
+    if (threads > known) {
+        std::vector<std::thread> tried;
+        tried.reserve(threads);
+        std::mutex gate;
+        {
+            std::lock_guard<std::mutex> held(gate);
+            try {
+                while (int(tried.size()) + 1 < threads) tried.emplace_back([&] { std::lock_guard<std::mutex> pass(gate); });
+            } catch (const std::exception&) {  // there are no more
+            }
+        }
+        for (std::thread& each : tried) each.join();
+        known = 1 + int(tried.size());
+    }
+    return std::min(threads, known);
 }
 
 int64_t block_floats(const Layer& layer, int64_t block) {
@@ -188,8 +231,6 @@ void convolve(const Layer& layer, const float* x, float* y, const Shape& s, int6
     }
 }
 
-int64_t split(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
-
 // All tiles of one layer, dealt out to threads.
 void run_layer(const Layer& layer, const float* x, float* y, const Shape& s, int threads) {
     const int64_t tiles = s.tiles(), panels = layer.k / PANEL;
@@ -197,9 +238,10 @@ void run_layer(const Layer& layer, const float* x, float* y, const Shape& s, int
     const int64_t block = split(share, ROWS) * ROWS, blocks = split(tiles, block);
     // With fewer blocks than threads each block's output channels are split too, and its points computed by each.
     const int64_t parts = blocks < threads ? std::min(panels, split(threads, blocks)) : 1;
+    const Workspaces workspaces(block_floats(layer, block), threads);
 #pragma omp parallel num_threads(threads)
     {
-        float* memory = workspace(block_floats(layer, block));
+        float* memory = workspaces.own();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t work = 0; work < blocks * parts; ++work) {
             const int64_t first = work / parts * block, part = work % parts;
@@ -218,9 +260,10 @@ void run_images(const std::vector<Layer>& layers, const float* x, float* y, cons
     for (const Layer& layer : layers) {
         floats = std::max(floats, block_floats(layer, std::min(count * per_image, BLOCK)));
     }
+    const Workspaces workspaces(floats + 2 * count * between, threads);
 #pragma omp parallel num_threads(threads)
     {
-        float* memory = workspace(floats + 2 * count * between);
+        float* memory = workspaces.own();
         float* halves[2] = {memory + floats, memory + floats + count * between};
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < s.n; start += count) {
@@ -244,10 +287,11 @@ void run_images(const std::vector<Layer>& layers, const float* x, float* y, cons
 // `count` convolutions one after the other, GELU after each if asked: x [n, h, w, widths[0]] -> y [n, h, w,
 // widths[count]]. u[i] [widths[i + 1] / 32, 36, widths[i], 32], bias[i] [widths[i + 1]] or null, plus [plus_images, h,
 // w, widths[count]] or null, added to y alone. Widths are multiples of 32. scratch: two tensors [n, h, w, the largest
-// width] to go layer by layer; null to go image by image.
-extern "C" void winograd(const float* x, const float* const* u, const float* const* bias, const float* plus, float* y,
-                         float* scratch, int64_t n, int64_t h, int64_t w, const int64_t* widths, int64_t count,
-                         int64_t plus_images, int gelu, int threads) {
+// width] to go layer by layer; null to go image by image. -> 0, or 1 if there was no memory.
+extern "C" int winograd(const float* x, const float* const* u, const float* const* bias, const float* plus, float* y,
+                        float* scratch, int64_t n, int64_t h, int64_t w, const int64_t* widths, int64_t count,
+                        int64_t plus_images, int gelu, int threads) try {
+    threads = startable(threads);
     const Shape s{n, h, w};
     std::vector<Layer> layers;
     int64_t widest = 0;
@@ -257,10 +301,16 @@ extern "C" void winograd(const float* x, const float* const* u, const float* con
         widest = std::max(widest, widths[i + 1]);
     }
     const int64_t between = h * w * widest;
-    if (count > 1 && !scratch) return run_images(layers, x, y, s, between, threads);
+    if (count > 1 && !scratch) {
+        run_images(layers, x, y, s, between, threads);
+        return 0;
+    }
     for (int64_t i = 0; i < count; ++i) {
         float* to = i + 1 < count ? scratch + i % 2 * n * between : y;
         run_layer(layers[i], x, to, s, threads);
         x = to;
     }
+    return 0;
+} catch (const std::exception&) {  // bad_alloc, or length_error: none may pass into C
+    return 1;
 }

@@ -1,6 +1,8 @@
 """Native kernels: built once, kept, and what is said where they cannot be."""
 
 import os
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,36 @@ def test_a_library_is_built_once_and_kept(folder, tmp_path):
     assert built.stat().st_mtime_ns == before.st_mtime_ns
 
 
+@pytest.mark.parametrize("size", [0, 31, 4096, 8192])
+@pytest.mark.parametrize("damage", ["cut", "zeroed"])
+def test_a_damaged_library_is_built_again(folder, tmp_path, damage, size):
+    """Cut off or zeroed the dynamic loader ends the process, so that nothing less than the right answer will do."""
+    assert answer(tmp_path, 1) == 1
+    (built,) = folder.iterdir()
+    whole = built.read_bytes()
+    content = whole[:size] if damage == "cut" else bytes(size + 1) + whole[size + 1 :]
+    built.unlink()  # the loaded one is still mapped
+    built.write_bytes(content)
+    native.load.cache_clear()
+    assert answer(tmp_path, 1) == 1
+    assert len(built.read_bytes()) == len(whole)
+    assert list(folder.iterdir()) == [built]
+
+
+def test_another_compiler_s_garbage_is_not_kept(folder, monkeypatch, tmp_path):
+    """A compiler that leaves out the function, or writes what is no library."""
+    script = tmp_path / "writes"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\necho no library > "$last"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    with pytest.raises(native.Unavailable, match=r"native kernels: .*(ELF|file too short)"):
+        native.load(SOURCE)
+    monkeypatch.delenv("CXX")
+    with pytest.raises(native.Unavailable, match="has no function answer"):
+        native.load(source(tmp_path, 'extern "C" int other() { return 0; }'))
+    assert list(folder.iterdir()) == []
+
+
 def test_another_source_is_another_library(folder, tmp_path):
     assert answer(tmp_path, 1) == 1
     native.load.cache_clear()
@@ -69,6 +101,34 @@ def test_no_compiler(folder, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(native.Unavailable, match="found no no-such-compiler"):
         native.load(SOURCE)
+
+
+@pytest.mark.parametrize("named", ["g++ 'x", "''", "g++ \\", "/", "true", "false"])
+def test_what_is_no_compiler_is_one_line(folder, monkeypatch, named):
+    monkeypatch.setenv("CXX", named)
+    with pytest.raises(native.Unavailable, match=r"^native kernels.*") as error:
+        native.load(SOURCE)
+    assert "\n" not in str(error.value)
+    assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_a_compiler_that_hangs_is_ended_with_what_it_started(folder, monkeypatch, tmp_path):
+    script, pid = tmp_path / "hangs", tmp_path / "pid"
+    script.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {pid}\nwait\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setattr(native, "PATIENCE", 0.3)
+    with pytest.raises(native.Unavailable, match=r"hangs did not end in 0\.3 seconds"):
+        native.load(SOURCE)
+    deadline = time.monotonic() + 10
+    while _runs(int(pid.read_text())):
+        assert time.monotonic() < deadline
+
+
+def _runs(pid):
+    """Whether the process is there and no zombie that nobody has asked about."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def test_a_compiler_with_arguments(folder, monkeypatch, tmp_path):

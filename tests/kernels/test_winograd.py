@@ -238,6 +238,60 @@ def test_without_the_kernel_it_is_the_reference(monkeypatch):
     assert torch.equal(y, reference(x, [transform(weight)], [bias], plus, True))
 
 
+@needs_kernel
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_memory_for_the_threads_is_a_memory_error(monkeypatch, count):
+    """2^40 channels ask for petabytes before anything is read, layer by layer and (two of them) by images."""
+    module, seen = import_module("kernels.winograd"), []
+
+    def wider(*arguments):
+        *before, widths, layers, repeats, gelu, threads = arguments
+        seen.append(kernel(*before, type(widths)(*[1 << 40] * (count + 1)), layers, repeats, gelu, threads))
+        return seen[-1]
+
+    kernel = module._kernel()
+    monkeypatch.setattr(module, "_kernel", lambda: wider)
+    x, weight, bias, _ = arguments(4, 32, 32, 8, 8)
+    with pytest.raises(MemoryError, match=r"winograd: no memory for the \d+ threads of .*\[4, 32, 8, 8\]"):
+        winograd(x, [transform(weight)] * count, [bias] * count)
+    assert seen == [1]
+
+
+# In a new thread of Python OpenMP starts threads of its own: without room for them its runtime ends the process.
+STARVED = """
+import resource, threading, torch
+from kernels.winograd import winograd, missing, transform
+assert missing() is None
+torch.set_num_threads(2)
+x, w = torch.ones(16, 512, 8, 8).contiguous(memory_format=torch.channels_last), transform(torch.ones(512, 512, 3, 3))
+ratios = []
+
+def work():
+    for room in [*range(0, 8000, 500), 1 << 20]:
+        size = int(open("/proc/self/statm").read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (size + (room << 10), -1))
+        try:
+            ratios.append(float(winograd(x, [w, w], [None, None])[0, 0, 4, 4]) / 4608**2)
+        except (MemoryError, RuntimeError):  # the latter is PyTorch's own
+            continue
+
+thread = threading.Thread(target=work) if IN_THREAD else None
+thread.start() if thread else work()
+thread and thread.join()
+assert ratios and all(abs(ratio - 1) < 1e-5 for ratio in ratios), ratios
+print("alive")
+"""
+
+
+@needs_kernel
+@pytest.mark.long
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_no_room_leaves_the_process_alive(in_thread):
+    code = STARVED.replace("IN_THREAD", str(in_thread))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
+
+
 def test_which_weights_fit():
     assert fits(torch.empty(64, 32, 3, 3))
     for shape in ((64, 32, 1, 1), (64, 3, 3, 3), (3, 64, 3, 3), (48, 64, 3, 3)):
@@ -278,7 +332,7 @@ def test_lists_of_different_lengths_and_tensors_alone():
     for weights, biases in (([], []), ([weight], []), ([weight], [None, None])):
         with pytest.raises(ValueError, match=r"weights: got \d with \d biases"):
             winograd(x, weights, biases)
-    with pytest.raises(TypeError, match="got a tensor, needs a list"):
+    with pytest.raises(TypeError, match="got a Tensor, needs a list"):
         winograd(x, weight, None)
 
 
