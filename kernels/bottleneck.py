@@ -230,8 +230,9 @@ def bottleneck(
 
     Returns: [n, C, s, s] like x; of k copies [k * n, C, s, s], all images of copy 0 first. Not differentiable.
     """
-    check_images(x, groups, eps)
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    backend.check_tensors({"film_scale": film_scale}, x=x, up_weight=up_weight, film_shift=film_shift, **vectors)
+    check_images(x, groups, eps)
     check_vectors(x.shape[1], **vectors)
     shape = (x.shape[1], *x.shape[1:])
     if up_weight.shape != shape or up_weight.dtype != x.dtype:

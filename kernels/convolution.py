@@ -229,8 +229,8 @@ def _on_cpu(*arguments: Any) -> Tensor:
 def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
     if x.ndim != 4 or x.dtype != dtype or x.shape[2:] != sides:
         raise ValueError(f"{name}: got {x.dtype} {list(x.shape)}, needs {dtype} [n, C, {sides[0]}, {sides[1]}]")
-    channels, size = x.shape[1], weight.shape[-1]
-    if weight.dtype != dtype or weight.shape != (weight.shape[0], channels, size, size) or size not in (1, 3):
+    channels, size = x.shape[1], weight.shape[-1] if weight.ndim else 0
+    if weight.dtype != dtype or weight.shape[1:] != (channels, size, size) or size not in (1, 3):
         needs = f"{dtype} [C', {channels}, k, k] with k 1 or 3"
         raise ValueError(f"{name}'s weight: got {weight.dtype} {list(weight.shape)}, needs {needs}")
 
@@ -282,18 +282,22 @@ def convolution(
         film_scale, film_shift: [n, C'] or [1, C'].
         onto: [n, C', h, w], added at last.
         then: "keep"; "pool", the maximum of 2x2 pixels (h and w even); "spread", channels (dy, dx, c) to 2x2 pixels.
-        kernel: by one Triton kernel, where Triton runs (on a CPU it does not, nor under torch.export), with products
-            of float32 in float32; else by the library.
+        kernel: by one Triton kernel, where Triton runs (on a CPU it does not, nor under torch.export), on CUDA for
+            float16 and bfloat16 alone; else by the library.
 
     Sums are float32, rounded once (by the library: to x's type after every operator).
 
     Returns: [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type; channels_last if x is, and by the kernel
     always. Not differentiable.
     """
+    others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
+    others |= {"bias": bias, "onto": onto}
+    backend.check_tensors(others, x=x, weight=weight)
     if x.ndim != 4 or x.dtype not in FLOATS:
         raise ValueError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, h, w]")
-    if kernel and x.is_cuda and x.dtype == torch.float64:
-        raise ValueError("x: got float64 on CUDA, needs float32, float16 or bfloat16 there, or kernel=False")
+    if kernel and x.is_cuda and x.dtype not in (torch.float16, torch.bfloat16):
+        # Products of float32 without tensor cores: 4,104 bytes of registers spilled a thread (sm_90).
+        raise ValueError(f"x: got {x.dtype} on CUDA, needs float16 or bfloat16 there, or kernel=False")
     _check_source("x", x, weight, x.dtype, x.shape[2:])
     if (skip is None) != (skip_weight is None):
         raise ValueError("skip and skip_weight: got one of them, needs both or none")
@@ -308,8 +312,7 @@ def convolution(
         raise ValueError(f"x: got {list(x.shape)}, needs even sides to pool")
     if then == SPREAD and weight.shape[0] % 4:
         raise ValueError(f"weight: got {weight.shape[0]} outputs, needs a multiple of 4 to spread")
-    others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
-    backend.same_device(x, weight=weight, bias=bias, onto=onto, **others)
+    backend.same_device(x, weight=weight, **others)
     if kernel and backend.is_opaque(x):
         return operator(*arguments)
     y = reference(*arguments)

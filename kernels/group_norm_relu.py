@@ -162,10 +162,10 @@ def check_images(x: Tensor, groups: int, eps: float) -> None:
     if 0 in x.shape[1:] or x.shape[1] * x.shape[2] * x.shape[3] >= IMAGE_LIMIT:
         raise ValueError(f"x: got {list(x.shape)}, needs 1 to 2^31 - 1 elements per image")
     backend.check_layout("x", x)
-    if groups < 1 or x.shape[1] % groups:
-        raise ValueError(f"groups: got {groups}, needs a divisor of x's {x.shape[1]} channels")
-    if not eps > 0:
-        raise ValueError(f"eps: got {eps}, needs a number > 0")
+    if not isinstance(groups, int) or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: got {groups!r}, needs a divisor of x's {x.shape[1]} channels")
+    if not (isinstance(eps, int | float) and 0 < eps < 1e38):
+        raise ValueError(f"eps: got {eps!r}, needs a number > 0")
 
 
 def check_vectors(channels: int, **vectors: Tensor) -> None:
@@ -188,6 +188,7 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, ep
 
     Returns: [n, C, H, W] like x.
     """
+    backend.check_tensors(x=x, weight=weight, bias=bias)
     check_images(x, groups, eps)
     check_vectors(x.shape[1], weight=weight, bias=bias)
     backend.same_device(x, weight=weight, bias=bias)

@@ -137,6 +137,7 @@ def noise_mse(pred: Tensor, seed: int | Tensor, samples: Tensor, weight: Tensor 
     Returns: the loss, a float32 scalar (float64 for float64 pred), differentiable in pred; the same call gives the
     same bits.
     """
+    backend.check_tensors({"weight": weight}, pred=pred, samples=samples)
     fits = pred.ndim > 1 and pred.shape[0] > 0
     backend.check_floats("pred", pred, fits, "a floating tensor [n, ...] with n >= 1")
     n = pred.shape[0]

@@ -83,6 +83,7 @@ def check_samples(samples: Tensor, n: int | None = None, of: str = "") -> None:
 
     Their values are read where `backend.reads_values` is true.
     """
+    backend.check_tensors(samples=samples)
     if samples.ndim != 1 or samples.is_floating_point() or samples.dtype == torch.bool:
         raise TypeError(f"samples: got {samples.dtype} {list(samples.shape)}, needs an int64 tensor [n]")
     if not torch.compiler.is_compiling():
@@ -97,7 +98,9 @@ def words(seed: int, sample: int, step: int, stream: int, numel: int) -> np.ndar
     Raises ValueError for a seed, sample, step or stream outside its range.
     """
     check_integer("sample", sample, SAMPLE_LIMIT)
-    return word_tensor(seed, torch.tensor([int(sample)]), step, stream, numel)[0].numpy().astype(np.uint32)
+    check_integer("numel", numel, SAMPLE_LIMIT)
+    samples = torch.tensor([int(sample)], device="cpu")
+    return word_tensor(seed, samples, step, stream, numel)[0].numpy().astype(np.uint32)
 
 
 def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int, numel: int) -> Tensor:
@@ -160,8 +163,15 @@ def normal(
 
     Returns: tensor [n, *shape] on `device`. Raises ValueError or TypeError for arguments out of range.
     """
+    if not isinstance(shape, Sequence) or not all(is_integer(size) and size >= 0 for size in shape):
+        raise TypeError(f"shape: got {shape!r}, needs the sizes of one sample")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {dtype!r}, needs a type of torch")
     numel = math.prod(shape)
-    samples = torch.as_tensor(samples).to(device)
+    try:
+        samples = torch.as_tensor(samples, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"samples: got {samples!r:.80}, needs an int64 tensor [n] ({error})") from error
     values = box_muller(word_tensor(seed, samples, step, stream, numel + numel % 2))
     return values[:, :numel].reshape(samples.shape[0], *shape).to(dtype)
 

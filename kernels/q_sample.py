@@ -148,7 +148,7 @@ operator.register_autograd(_backward, setup_context=_setup_context)
 def check_diffusion(x0: Tensor, alpha_bars: Tensor, dtype: torch.dtype) -> None:
     """Raise TypeError for alpha_bars on the device of x0 and a type of x_t that kernels cannot take."""
     types = (torch.float32,) if x0.is_cuda else (torch.float32, torch.float64)
-    if alpha_bars.ndim != 1 or alpha_bars.dtype not in types:
+    if alpha_bars.ndim != 1 or alpha_bars.shape[0] < 2 or alpha_bars.dtype not in types:
         raise TypeError(f"alpha_bars: got {alpha_bars.dtype} {list(alpha_bars.shape)}, needs float32 [T+1]")
     if dtype not in FLOATS or (x0.is_cuda and dtype == torch.float64):
         raise TypeError(f"dtype: got {dtype}, needs float32, float16 or bfloat16 (float64 on the CPU)")
@@ -169,6 +169,7 @@ def q_sample(
 
     Returns: (x_t, noise), both [n, ...] of `dtype`. Differentiable in x0.
     """
+    backend.check_tensors(x0=x0, t=t, alpha_bars=alpha_bars, samples=samples)
     dtype = torch.float32 if dtype is None else dtype
     types = (*FLOATS, torch.uint8)
     backend.check_floats("x0", x0, x0.ndim > 0, "a floating or uint8 tensor [n, ...]", types)

@@ -92,6 +92,7 @@ def q_sample_rows(
 
     Returns: (x_t [n, ...], t int64 [n], noise [n, ...] or None); `noise_mse` needs no noise.
     """
+    backend.check_tensors(data=data, rows=rows, alpha_bars=alpha_bars, samples=samples)
     backend.check_floats("data", data, data.ndim > 1, "uint8 or floating [N, ...]", (*FLOATS, torch.uint8))
     backend.check_layout("data", data)
     if rows.dtype != torch.int64 or rows.ndim != 1:

@@ -19,6 +19,7 @@ from kernels.items import COUNTS, Items, access, launch_items, place
 from kernels.philox import Stream, tl_item_normals
 
 COLUMNS = 8
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def guide(m: Tensor, m_uncond: Tensor | None, guidance: float | Tensor) -> Tensor:
@@ -164,6 +165,10 @@ operator = backend.register(
 
 def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
     """float32 [] or [S] on the table's device."""
+    if not isinstance(guidance, Tensor | int | float):
+        raise TypeError(f"guidance: got {guidance!r}, needs a number or a tensor of them")
+    if not isinstance(guidance, Tensor) and not abs(guidance) <= FLOAT32_MAX:
+        raise ValueError(f"guidance: got {guidance!r}, needs a finite number in float32")
     if not isinstance(guidance, Tensor) or guidance.numel() == 1:
         return backend.scalar("guidance", guidance, torch.float32, table.device)
     rows = table.shape[0]
@@ -202,6 +207,7 @@ def solver_step(
 
     Returns: x.
     """
+    backend.check_tensors({"m_uncond": m_uncond, "x0_prev": x0_prev}, x=x, m=m, table=table, samples=samples)
     backend.check_floats("x", x, x.ndim > 1, "a floating tensor [n, ...]")
     for name, other in (("m", m), ("m_uncond", m_uncond), ("x0_prev", x0_prev)):
         if other is not None and (other.shape != x.shape or other.dtype not in FLOATS):
@@ -221,8 +227,8 @@ def solver_step(
     backend.same_device(x, m=m, table=table, samples=samples, m_uncond=m_uncond, x0_prev=x0_prev)
     seed = philox.seed_tensor(seed, x.device)
     philox.check_integer("index", index, table.shape[0])
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: got {clip}, needs a bound > 0 or None")
+    if clip is not None and not (isinstance(clip, int | float) and 0 < clip <= FLOAT32_MAX):
+        raise ValueError(f"clip: got {clip!r}, needs a bound > 0 in float32, or None")
     index = backend.scalar("index", index, torch.int64, x.device)
     weight = None if m_uncond is None else _weights(guidance, table)
     operator(x, m, table, index, seed, samples, m_uncond, weight, x0_prev, clip)

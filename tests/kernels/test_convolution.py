@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from bench.kernels import TOLERANCE
 from kernels import convolution
@@ -14,16 +15,19 @@ from kernels.backend import recording
 from kernels.convolution import MOST_COLUMNS, MOST_ROWS, launch, operator, tile
 
 LAST = torch.channels_last
+# What the kernel takes: on CUDA float32 would spill.
+TYPES = [torch.float16] if torch.cuda.is_available() else [torch.float32, torch.float16]
 many = settings(
     max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
 def arguments(
-    shape, columns, size=3, dtype=torch.float32, device="cpu", *, skip=None, films=(None, None), onto=False, **options
+    shape, columns, size=3, dtype=None, device="cpu", *, skip=None, films=(None, None), onto=False, **options
 ):
     """(x, weight, bias), keywords; skip: (images, channels); films: "rows", "one" or None for scale and shift."""
     n, channels, height, width = shape
+    dtype = dtype or (TYPES[0] if device != "cpu" else torch.float32)
     generator = torch.Generator().manual_seed(sum(shape) + columns)
 
     def randn(*shape):
@@ -88,7 +92,7 @@ def close(actual, expected, dtype, factor=1.0, layout=LAST):
     columns=st.sampled_from([3, 16, 72]),
     sides=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     size=st.sampled_from([1, 3]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from(TYPES),
     skip=st.sampled_from([None, (1, 8), (1, 19)]),
     films=st.sampled_from([(None, None), ("rows", "one"), ("one", "rows"), (None, "one")]),
     onto=st.booleans(),
@@ -101,7 +105,7 @@ def test_the_kernel(triton_device, n, channels, columns, sides, size, dtype, ski
     close(convolution(*positional, **keywords, kernel=True), mathematics(*positional, **keywords), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("then", ["pool", "spread"])
 @pytest.mark.parametrize(("shape", "size"), [((2, 16, 4, 6), 3), ((2, 20, 4, 2), 1)])
 def test_pooled_and_spread(triton_device, dtype, then, shape, size):
@@ -116,7 +120,7 @@ def test_guided_halves_share_their_skip(triton_device):
     """Rows k n + i read image i of the skip."""
     positional, keywords = arguments((6, 16, 4, 4), 16, device=triton_device, skip=(3, 24))
     expected = mathematics(*positional, **keywords)
-    close(convolution(*positional, **keywords, kernel=True), expected, torch.float32)
+    close(convolution(*positional, **keywords, kernel=True), expected, TYPES[0])
     keywords["skip"] = keywords["skip"].roll(1, 0)
     assert (convolution(*positional, **keywords, kernel=True).double().cpu() - expected).abs().max() > 0.1
 
@@ -133,7 +137,7 @@ def test_vectors_are_read_with_their_strides(triton_device):
     x, weight, bias = positional
     bias, keywords["film_scale"] = bias.repeat_interleave(2)[::2], keywords["film_scale"][:, :1].expand(1, 8)
     expected = mathematics(x, weight, bias, **keywords)
-    close(convolution(x, weight, bias, **keywords, kernel=True), expected, torch.float32)
+    close(convolution(x, weight, bias, **keywords, kernel=True), expected, TYPES[0])
 
 
 def test_large_tiles(triton_device, monkeypatch):
@@ -242,6 +246,15 @@ def test_bad_keywords(name):
     positional, keywords = arguments(**GOOD)
     with pytest.raises(ValueError, match=message):
         convolution(*positional, **keywords | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kernel_takes_16_bits_on_cuda(dtype):
+    """Asked of tensors without memory: products of float32 without tensor cores would spill."""
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((1, 8, 4, 4), (8, 8, 3, 3)))
+        with pytest.raises(ValueError, match=f"x: got {dtype} on CUDA, needs float16 or bfloat16"):
+            convolution(x, weight, kernel=True)
 
 
 def test_bad_shapes_for_what_follows():
