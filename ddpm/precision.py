@@ -2,6 +2,8 @@
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,3 +34,23 @@ def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     emulated = dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16()
     return torch.float32 if emulated else dtype
+
+
+def float32_on_cuda() -> tuple[str, str]:
+    """What convolutions and products of float32 are computed in on CUDA, "tf32" or another.
+
+    The older flags `allow_tf32` cannot be read where the newer ones were set.
+    """
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+@contextmanager
+def reproducible_convolutions() -> Iterator[None]:
+    """cuDNN takes the same algorithms every time, and those that sum in one order: a resumed run repeats its bits."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

@@ -50,6 +50,8 @@ def choose(
         lacks = {known: unavailable_reason(known, device, dtype, custom_noise) for known in candidates}
         name = next((known for known, lack in lacks.items() if lack is None), "eager")
         better = "; ".join(f"{known} needs {lack}" for known, lack in lacks.items() if lack is not None)
+        if plain and device.type == "cuda":
+            better = "; ".join(filter(None, ("graph, where asked for: this network has no form of its own", better)))
         logger.info("engine auto: %s on %s (%s)", name, device, better or "the fastest")
     check_choice("engine", name, ("auto", *ENGINES))
     lack = unavailable_reason(name, device, dtype, custom_noise)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, Engine, FormOf, engine
-from ddpm.inference import at, halves
+from ddpm.inference import at, halves, hooks_every_module
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise, RowNoise
 from kernels import backend, solver_step
@@ -33,6 +33,8 @@ class FusedEngine(Engine):
             return "another type than float64 on CUDA, which its kernels do not compute in: take eager"
         if device.type == "cuda" and backend.triton is None:
             return "Triton, which is not installed"
+        if hooks_every_module():
+            return "a process without forward hooks on every module: take eager"
         return None
 
     def refresh(self, model: nn.Module) -> None:

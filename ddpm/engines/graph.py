@@ -7,6 +7,8 @@ reads the folded weights where they lie, so `refresh` reaches it.
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +18,24 @@ from ddpm.engines.fused import FusedEngine
 from ddpm.inference import at, halves
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
+from ddpm.precision import float32_on_cuda
 from kernels import solver_step
 
 STEPS_PER_GRAPH = 10  # untuned
 WARM_UP_STEPS = 3
 CAPTURES_KEPT = 4  # batch sizes whose captures are kept per network: full and last chunk, guided and not
+_capturing = Lock()  # a stream takes one capture at a time
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps 32 MiB for every stream that it was called on."""
+    return torch.cuda.Stream(device)
 
 
 def warm_up(device: torch.device, step: Callable[[], None]) -> torch.cuda.Stream:
     """Run what shall be captured a few times, as PyTorch asks for: it allocates, compiles and tunes. -> the stream."""
-    side = torch.cuda.Stream(device)
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(WARM_UP_STEPS):
@@ -54,14 +64,16 @@ class Capture:
             self.index.zero_()  # a table may have fewer rows
             self._step()
 
-        side = warm_up(x.device, first)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        pool = torch.cuda.graph_pool_handle()
-        for steps in (1, STEPS_PER_GRAPH):
-            self.graphs[steps] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                for _ in range(steps):
-                    self._step()
+        with _capturing:
+            side = warm_up(x.device, first)
+            pool = torch.cuda.graph_pool_handle()
+            for steps in (1, STEPS_PER_GRAPH):
+                self.graphs[steps] = graph = torch.cuda.CUDAGraph()
+                # What other threads do meanwhile is no part of it, and no error.
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    for _ in range(steps):
+                        self._step()
 
     def _step(self) -> None:
         m, *uncond = self.form(self.x, at(self.tables, self.index), self.rows).chunk(halves(self.rows))
@@ -109,8 +121,14 @@ class GraphEngine(FusedEngine):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
         tables, rows = self.tables(x.device), self.rows(chunk)
         weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
+        key, captures = self._key(x, rows, self.memory or callback is not None), self.form.captures
         with torch.cuda.device(x.device):
-            capture = self._capture(x, tables, rows, self.memory or callback is not None)
+            # Nobody else's while its buffers are in use: neither another thread's nor a callback's that samples.
+            capture = captures.pop(key, None)
+            if capture is None:
+                while len(captures) >= CAPTURES_KEPT:
+                    captures.popitem(last=False)
+                capture = Capture(self, x, tables, rows, self.memory or callback is not None)
             capture.load(chunk, rows, (weights, self.table.rows(x.device), *tables))
             done, count = 0, len(self.table)
             while done < count:
@@ -119,19 +137,13 @@ class GraphEngine(FusedEngine):
                 done += some
                 if callback is not None:
                     callback(done - 1, capture.x0)
-            return capture.x.clone()
+            x = capture.x.clone()
+        captures[key] = capture
+        return x
 
-    def _capture(self, x: Tensor, tables: tuple[Tensor, ...], rows: Rows, keeps_x0: bool) -> Capture:
-        captures = self.form.captures
+    def _key(self, x: Tensor, rows: Rows, keeps_x0: bool) -> tuple[object, ...]:
+        """What a capture serves."""
         shapes = None if rows is None else tuple(row.shape for row in rows)
         # Where the weights lie: a graph reads the memory that it was captured with.
         weights = tuple(tensor.data_ptr() for tensor in (*self.form.parameters(), *self.form.buffers()))
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        key = (x.shape, shapes, self.room, keeps_x0, self.table.clip, weights, tf32)
-        if key in captures:
-            captures.move_to_end(key)
-        else:
-            while len(captures) >= CAPTURES_KEPT:
-                captures.popitem(last=False)
-            captures[key] = Capture(self, x, tables, rows, keeps_x0)
-        return captures[key]
+        return x.shape, shapes, self.room, keeps_x0, self.table.clip, weights, float32_on_cuda()

@@ -7,6 +7,7 @@ benchmarks), and by the bytes: PyTorch's version counters miss writes through `.
 import ctypes
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from functools import cache
 from operator import itemgetter
@@ -26,6 +27,7 @@ logger = logging.getLogger("ddpm")
 # What changes nothing in a forward pass in eval mode.
 IRRELEVANT_SETTINGS = {"training", "momentum", "inplace"}
 HOOKS = "_forward_hooks", "_forward_pre_hooks"
+EVERYWHERE = nn.modules.module  # where PyTorch keeps the hooks of every module
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -118,10 +120,15 @@ def _described(model: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {path: (type(each), settings_of(each), absent(each)) for path, each in model.named_modules()}
 
 
+def hooks_every_module() -> bool:
+    """Whether a hook was registered for the forward of every module."""
+    return bool(EVERYWHERE._global_forward_hooks or EVERYWHERE._global_forward_pre_hooks)
+
+
 def has_form(model: nn.Module) -> bool:
     """Whether the model has a form of its own: a network as built, nothing exchanged, set otherwise or hooked."""
     hooks = (each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each) for each in model.modules())
-    if type(model) not in FORMS or any(hooks):
+    if type(model) not in FORMS or hooks_every_module() or any(hooks):
         return False
     return _described(model) == _as_built(name_of(model), json.dumps(model.config()))
 
@@ -160,6 +167,16 @@ def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
     if not form.live:
         forms[key] = form, Snapshot(model)
     return form
+
+
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def lock_of(model: nn.Module) -> threading.RLock:
+    """Held by who samples the model: its mode, its kept form and what was captured of that are there once."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got a {type(model).__name__}, needs a torch.nn.Module")
+    return _locks.setdefault(model, threading.RLock())
 
 
 def release(model: nn.Module) -> None:

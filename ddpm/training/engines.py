@@ -30,6 +30,7 @@ from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines.graph import warm_up
 from ddpm.errors import BadInput
+from ddpm.precision import reproducible_convolutions
 from ddpm.training.objective import Objective
 from ddpm.training.options import TrainOptions
 from kernels import philox
@@ -179,7 +180,8 @@ class Trainer:
         began, logs = time.perf_counter(), self.world.is_main and not self.warm
         if logs:
             logger.info("engine %s: compiling in the first step", self.engine)
-        self._step()
+        with reproducible_convolutions():
+            self._step()
         self.warm = True
         if logs:
             logger.info("engine %s: ready after %.1f s", self.engine, time.perf_counter() - began)
@@ -297,7 +299,7 @@ class GraphTrainer(CompileTrainer):
             self.k.fill_(self.index)
             self._body()
 
-        warm_up(self.device, again)
+        side = warm_up(self.device, again)
         with torch.no_grad():
             for name, tensor in self.state().items():
                 # Adam's moments did not exist before a run's first step: they begin at zero.
@@ -306,7 +308,8 @@ class GraphTrainer(CompileTrainer):
         # The graph's own memory must hold the gradients: none of an earlier step may be added to.
         self.optimizer.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # On the stream of the warm-up: gradients are accumulated on the one that their graph was made on.
+        with torch.cuda.graph(self.graph, stream=side):
             self._body()
 
     def _step(self) -> None:

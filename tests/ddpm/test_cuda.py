@@ -21,13 +21,6 @@ WAYS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_tf32(monkeypatch):
-    """PyTorch's default convolves float32 in TF32, which a CPU does not have."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.fixture(scope="module")
 def draw(unet):
     """draw(device, engine, ...): with one network, so that what was compiled for it serves all tests."""

@@ -194,7 +194,7 @@ class FakeStream:
 @pytest.fixture
 def fake_cuda(monkeypatch):
     """CUDA graphs without CUDA: a capture leaves no trace in the trainer, a replay runs its body."""
-    made = []
+    made, warm = [], []
 
     def prepare(trainer: GraphTrainer) -> GraphTrainer:
         class FakeGraph:
@@ -205,7 +205,8 @@ def fake_cuda(monkeypatch):
                 trainer._body()
 
         @contextmanager
-        def capturing(graph: FakeGraph):
+        def capturing(graph: FakeGraph, stream: FakeStream):
+            assert stream is warm[-1]
             before = {name: tensor.clone() for name, tensor in trainer.state().items()}
             yield
             for name, tensor in trainer.state().items():
@@ -215,9 +216,9 @@ def fake_cuda(monkeypatch):
         for name, fake in {
             "Stream": lambda device: FakeStream(),
             "current_stream": lambda device: FakeStream(),
-            "stream": lambda stream: nullcontext(),
+            "stream": lambda stream: warm.append(stream) or nullcontext(),
             "CUDAGraph": FakeGraph,
-            "graph": torch.no_grad()(lambda graph: capturing(graph)),
+            "graph": torch.no_grad()(capturing),
         }.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         # capturable: only for CUDA, and only there of any effect on fused Adam.
@@ -251,6 +252,15 @@ def test_a_loaded_state_is_captured_anew(make, points, fake_cuda):
     run(trainer, 6, warm=4)
     assert len(fake_cuda.made) == 2
     assert (trainer.losses[:6] - expected).abs().max() <= 1e-4
+
+
+def test_a_step_takes_algorithms_that_repeat_their_bits(make, points, monkeypatch):
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(Trainer, "_step", lambda self: seen.append((cudnn.deterministic, cudnn.benchmark)))
+    make(points, "eager").step()
+    assert seen == [(True, False)]
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
 
 
 @CUDA
