@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Callback
-from ddpm.inference import kept_form
+from ddpm.inference import kept_form, lock_of
 from ddpm.noise import Noise
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import given, make_table
@@ -36,7 +36,8 @@ def sample(
     """Draw n samples: a `Trajectory` prepared and run once, always with the model's present weights.
 
     solver, steps, table_options: see `make_table`. table: a StepTable instead of them. engine, dtype: see `Trajectory`;
-    the rest: see `Trajectory.__call__`. The model runs in eval mode, on its device.
+    the rest: see `Trajectory.__call__`. The model runs in eval mode, on its device. Threads that sample one model take
+    turns; none may train it or change its weights meanwhile.
 
     Returns and raises as a `Trajectory` does.
     """
@@ -47,5 +48,7 @@ def sample(
         if beside:
             name, value = next(iter(beside.items()))
             raise ValueError(f"{name}: got {value!r} beside a table, which has its own, needs one of the two")
-    trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=guidance != 1.0, form=kept_form)
-    return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, callback=callback)
+    with lock_of(model):
+        guided = guidance != 1.0
+        trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=guided, form=kept_form)
+        return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, callback=callback)

@@ -19,7 +19,7 @@ import torch
 
 from ddpm.errors import check_choice, register
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import COLUMNS, PREDICTIONS, StepTable
+from ddpm.table import COLUMNS, PREDICTIONS, StepTable, check_number
 from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
@@ -68,7 +68,7 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
     elif spacing == "linspace":
         grid = (np.round(np.linspace(0, timesteps - 1, steps)) + 1)[::-1]
     else:
-        grid = torch.linspace(-1, timesteps - 1, steps + 1).long().numpy()[:0:-1] + 1
+        grid = torch.linspace(-1, timesteps - 1, steps + 1, dtype=torch.float32, device="cpu").long().numpy()[:0:-1] + 1
     return grid.astype(np.int64)
 
 
@@ -106,8 +106,7 @@ def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior
 @solver("ddim")
 def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0) -> Rows:
     """Song, Meng, Ermon 2021, equations 12 and 16, with the network's own eps; eta: noise, 0 (deterministic) to 1."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: got {eta}, needs 0 <= eta <= 1")
+    eta = check_number("eta", eta, 0, 1, "0 <= eta <= 1")
     rows = []
     for a, s in pairwise(alpha_bars):
         noise = eta * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
@@ -172,6 +171,8 @@ def make_table(
 
     Raises: ValueError naming the argument; also for an option that is given and that the solver does not take.
     """
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: got a {type(schedule).__name__}, needs a NoiseSchedule")
     own = given({"eta": eta, "variance": variance} | options)
     # Tables are stored with numbers of Python's, not with NumPy's or tensors.
     own = {name: value.item() if hasattr(value, "item") else value for name, value in own.items()}
@@ -182,8 +183,6 @@ def make_table(
             raise ValueError(f"{name}: got {own[name]!r}, but solver {solver!r} takes only {known}")
     prediction = "eps" if prediction is None else prediction
     check_choice("prediction", prediction, PREDICTIONS)
-    if clip is not None and not (isinstance(clip, Real) and 0 < clip <= FLOAT32_MAX):
-        raise ValueError(f"clip: got {clip!r}, needs a finite bound > 0 that float32 holds, or None")
     spacing = "trailing" if spacing is None else spacing
     steps = schedule.timesteps if steps is None else steps
     timesteps = timestep_grid(schedule.timesteps, steps, spacing)
@@ -194,11 +193,10 @@ def make_table(
         raise ValueError(f"schedule: {solver!r} has no finite coefficients for it ({error}), needs others") from error
     if len(rows) != len(timesteps) or any(len(row) != COLUMNS for row in rows):
         raise ValueError(f"solver: {solver!r} returned {len(rows)} rows, needs {len(timesteps)} of {COLUMNS} numbers")
-    coefficients = torch.tensor(rows, dtype=torch.float64)
+    coefficients = torch.tensor(rows, dtype=torch.float64, device="cpu")
     coefficients[-1, 6] = 0.0
     if not coefficients.to(torch.float32).isfinite().all():
         beyond = f"alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32"
         raise ValueError(f"schedule: {beyond}; use fewer timesteps, smaller betas, or start later")
     made_for = {"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()}
-    clip = None if clip is None else float(clip)
     return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, made_for=made_for)

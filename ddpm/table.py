@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,19 @@ KIND, FORMAT_VERSION = "fused-ddpm step table", 1
 REQUIRED = ("timesteps", "coefficients", "clip", "weights", "made_for")
 COLUMNS = 7
 NOISE_STEPS_LIMIT = 1 << 24  # exact in float32
+FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, torch.finfo(torch.float32).max
 FLOAT64_MAX = sys.float_info.max  # integers beyond it have no float64
+
+
+def check_number(name: str, value: object, low: float, high: float, needs: str) -> float:
+    """The value, a number or a tensor of one, as float. Raises ValueError for another thing, or outside low..high."""
+    try:
+        number = value if isinstance(value, int | float) else value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
+        raise ValueError(f"{name}: got {repr(value)[:80]}, needs {needs}")
+    return float(number)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +64,9 @@ class StepTable:
         fractional = times.is_floating_point()
         filled = {
             "timesteps": times.to(torch.float64) if fractional else times,
-            "guidance_scale": torch.ones(count, dtype=torch.float64),
-            "noise_steps": torch.arange(count) if fractional else times.to(torch.int64),
-            "begins": torch.ones(count, dtype=torch.bool),
+            "guidance_scale": torch.ones(count, dtype=torch.float64, device="cpu"),
+            "noise_steps": torch.arange(count, device="cpu") if fractional else times.to(torch.int64),
+            "begins": torch.ones(count, dtype=torch.bool, device="cpu"),
         }
         for name, value in filled.items():
             if name == "timesteps" or getattr(self, name) is None:
@@ -65,6 +78,9 @@ class StepTable:
             if tuple(getattr(self, name).shape) != (count,):
                 raise ValueError(f"{name}: got {list(getattr(self, name).shape)}, needs [{count}]")
         check_choice("prediction", self.prediction, PREDICTIONS)
+        if self.clip is not None:
+            clip = check_number("clip", self.clip, FLOAT32_MIN, FLOAT32_MAX, "a finite bound > 0 in float32, or None")
+            object.__setattr__(self, "clip", clip)
 
     def __len__(self) -> int:
         """Rows: evaluations of the network."""
@@ -144,20 +160,21 @@ class StepTable:
         need(steps, f"noise_steps: got {noise}, needs integers in 0..2^24 - 1")
         flags = isinstance(begins, list) and all(type(b) is bool for b in begins) and begins and begins[0]
         need(flags, f"begins: got {begins}, needs true or false for every row, the first true")
-        bound = clip is None or (_numbers("clip", [clip]) and clip > 0)
-        need(bound, f"clip: got {clip!r}, needs a bound > 0 or null")
+        bound = clip is None or (_numbers("clip", [clip]) and FLOAT32_MIN <= clip <= FLOAT32_MAX)
+        need(bound, f"clip: got {clip!r}, needs a bound > 0 in float32, or null")
         known = isinstance(weights, str | None) and isinstance(made_for, dict)
         need(known, "weights, made_for: needs a digest or null, and an object")
         schedule = made_for.get("schedule", {})
         need(isinstance(schedule, dict), f"made_for: its schedule is {str(schedule)[:80]}, needs an object")
         need(rows[-1][6] == 0, f"coefficients: the last row adds noise ({rows[-1][6]}), needs c6 = 0 there")
-        coefficients = torch.tensor(rows, dtype=torch.float64)
+        tensor = partial(torch.tensor, device="cpu")
+        coefficients = tensor(rows, dtype=torch.float64)
         finite = bool(coefficients.to(torch.float32).isfinite().all())
         need(finite, "coefficients: beyond float32, needs numbers that it holds")
-        kept = torch.tensor(times, dtype=torch.int64 if whole else torch.float64)
-        scales, steps = torch.tensor(scale, dtype=torch.float64), torch.tensor(noise, dtype=torch.int64)
-        clip, prediction = None if clip is None else float(clip), str(content.get("prediction"))
-        return cls(kept, coefficients, clip, prediction, scales, steps, torch.tensor(begins), made_for, weights)
+        kept = tensor(times, dtype=torch.int64 if whole else torch.float64)
+        scales, steps = tensor(scale, dtype=torch.float64), tensor(noise, dtype=torch.int64)
+        prediction = str(content.get("prediction"))
+        return cls(kept, coefficients, clip, prediction, scales, steps, tensor(begins), made_for, weights)
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON, whole or not at all."""

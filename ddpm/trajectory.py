@@ -2,21 +2,24 @@
 
 import logging
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
 from ddpm.engines.engine import Callback, FormOf
-from ddpm.errors import check_integer
-from ddpm.inference import FORMS, device_of, has_form, make_form
+from ddpm.errors import WorkFailed, check_integer
+from ddpm.inference import FORMS, device_of, has_form, lock_of, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import StepTable
+from ddpm.table import FLOAT32_MAX, StepTable, check_number
 from kernels import philox
 
 logger = logging.getLogger("ddpm")
@@ -44,27 +47,64 @@ def _checked(noise: Noise, dtype: torch.dtype) -> Noise:
     return draw
 
 
+# What PyTorch says of an allocation that failed: for CPU tensors there is no exception of its own.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+# All that oneDNN says of one; "could not create a primitive descriptor .." is another matter.
+NO_PRIMITIVE = ("could not create a primitive", "could not execute a primitive")
+
+
+def _without_primitive(error: Exception) -> bool:
+    return str(error).strip() in NO_PRIMITIVE
+
+
 def _out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; for CPU tensors PyTorch has no exception of its own."""
-    words = ("can't allocate memory", "bad_alloc")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+    """Whether an allocation failed."""
+    said = any(words in str(error) for words in NO_MEMORY) or _without_primitive(error)
+    return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, without gradients or autocast; every submodule gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _numbers(name: str, values: Any, device: torch.device) -> Tensor | None:
+    """As a float32 tensor on the device. Raises TypeError for what is none."""
     try:
-        with _computing(device_of(model)):
-            yield
-    finally:
+        return None if values is None else torch.as_tensor(values, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name}: got a {type(values).__name__}, needs a tensor or numbers ({error})") from error
+
+
+def check_room(name: str, n: int, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError at once for more samples than the memory of the whole machine could hold."""
+    size, total = 4 * n * math.prod(shape), math.inf
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > total:
+        needs = f"at most {total // (size // n)}: the {total / 1e9:.0f} GB of {device} hold no more"
+        raise ValueError(f"{name}: got {n}, which are {size / 1e9:.3g} GB of samples, needs {needs}")
+
+
+def evaluating(model: nn.Module, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """work(*arguments) with the model in eval mode; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def restore() -> None:
         for module, training in modes:
             module.training = training
+
+    try:
+        try:
+            model.eval()
+            return work(*arguments)
+        finally:
+            restore()
+    except BaseException:  # an interrupt, which may have fallen into that
+        restore()
+        raise
 
 
 @contextmanager
 def _computing(device: torch.device) -> Iterator[None]:
+    """Without gradients or autocast."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
@@ -81,6 +121,7 @@ class Trajectory:
     It holds the inference form, what was compiled or captured, and the buffers: a second call of the same shapes
     prepares nothing. The form keeps the weights that it was made with until `refresh()`; engine `eager`, and the form
     of a network without one of its own, follow the live module (its copy, where dtype is not the module's, until then).
+    Threads that sample one model take turns; none may train it or change its weights meanwhile.
 
     Raises ValueError or TypeError naming the argument; RuntimeError if the engine cannot run here.
     """
@@ -102,12 +143,16 @@ class Trajectory:
             raise ValueError("self_condition: got True, which engines do not keep an estimate for yet, needs False")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype!r}, needs a floating type of torch")
+        if not isinstance(schedule, NoiseSchedule):
+            raise TypeError(f"schedule: got a {type(schedule).__name__}, needs a NoiseSchedule")
         start, end = float(table.timesteps[0]), schedule.timesteps
         if start > end:
             raise ValueError(f"table: starts at timestep {start:g}, the schedule ends at {end}, needs a table for it")
         self.model, self.schedule, self.table = model, schedule, table
         self.dtype, self.guided = dtype, guided
         self.shape, self.device = sample_shape(model), device_of(model)
+        if self.device.type == "meta":
+            raise ValueError("model: is on the device meta, which holds no weights, needs another device")
         self.state_dtype = torch.promote_types(dtype, torch.float32)
         self._asked, self._form = engine, form
         self._engines: dict[bool, Engine] = {}
@@ -135,14 +180,15 @@ class Trajectory:
 
     def refresh(self) -> None:
         """Take over the model's present weights. What was compiled or captured is kept where it serves them."""
-        forms = [engine.form for engine in self._engines.values() if hasattr(engine, "form")]
-        if any(not form.live for form in forms) and not has_form(self.model):  # modules were exchanged, or hooked
-            self._engines.clear()
-            self._prepared(custom_noise=False)
-            return
-        with _computing(self.device):
-            for engine in set(self._engines.values()):
+        engines, self._engines = self._engines, {}  # until all is taken over: after an interrupt they are prepared anew
+        with lock_of(self.model), _computing(self.device):
+            folded = any(hasattr(engine, "form") and not engine.form.live for engine in engines.values())
+            if folded and not has_form(self.model):  # modules were exchanged, or hooked
+                self._prepared(custom_noise=False)
+                return
+            for engine in set(engines.values()):
                 engine.refresh(self.model)
+            self._engines = engines
 
     def __call__(
         self,
@@ -170,7 +216,8 @@ class Trajectory:
             callback: callback(row, x0) after every row 0..len(table)-1 of every chunk; x0 [chunk, *shape], the present
                 estimate, is overwritten by later rows. It costs a state in memory, `graph` replays single rows.
 
-        Returns float32 [n, *sample_shape] on the model's device, not clamped. Raises as the constructor does.
+        Returns float32 [n, *sample_shape] on the model's device, not clamped. Raises as the constructor does, and
+        WorkFailed (a RuntimeError) if a sample is not finite, naming it and its first such step.
         """
         check_integer("n", n)
         check_integer("batch_size", 1 if batch_size is None else batch_size)
@@ -178,36 +225,69 @@ class Trajectory:
         philox.check_seed(seed)
         if first_sample > philox.SAMPLE_LIMIT - n:
             raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
-        if isinstance(guidance, str) or guidance is None or not math.isfinite(guidance):
-            raise ValueError(f"guidance: got {guidance!r}, needs a finite number")
+        guidance = check_number("guidance", guidance, -FLOAT32_MAX, FLOAT32_MAX, "a finite number in float32")
         if guidance != 1.0 and context is None:
             raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
         if guidance != 1.0 and not self.guided:
             raise ValueError(f"guidance: got {guidance}, but this trajectory was prepared without guided=True")
-        if x_T is not None and tuple(x_T.shape) != (n, *self.shape):
-            raise ValueError(f"x_T: got {list(x_T.shape)}, needs {[n, *self.shape]}")
-        contexts = rows_of_condition(self.model, context, n, self.device)
+        if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *self.shape)):
+            found = list(x_T.shape) if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
+            raise ValueError(f"x_T: got {found}, needs {[n, *self.shape]}")
+        for name, called in (("noise", noise), ("callback", callback)):
+            if called is not None and not callable(called):
+                raise TypeError(f"{name}: got a {type(called).__name__}, needs a function")
+        check_room("n", n, self.shape, self.device)
+        contexts = rows_of_condition(self.model, _numbers("context", context, self.device), n, self.device)
         batch_size = chunk_size(self.shape) if batch_size is None else batch_size
         draw = _checked(PhiloxNoise(seed) if noise is None else noise, self.state_dtype)
-        engine = self._prepared(custom_noise=not isinstance(draw, PhiloxNoise))
-        with evaluating(self.model) if engine.live else _computing(self.device):
-            chunks, start = [], 0
-            while start < n:
-                part = slice(start, min(start + batch_size, n))
-                samples = torch.arange(first_sample + part.start, first_sample + part.stop, device=self.device)
-                c = None if contexts is None else contexts[part]
+
+        def chunks(engine: Engine, first: int, end: int, size: int, called: Callback | None) -> Tensor:
+            """Samples first..end - 1 of the n, `size` at a time."""
+            images = torch.empty(end - first, *self.shape, dtype=torch.float32, device=self.device)
+            start, starved = first, False
+            while start < end:
+                stop = min(start + size, end)
+                samples = torch.arange(first_sample + start, first_sample + stop, device=self.device)
+                c = None if contexts is None else contexts[start:stop]
                 try:
                     if x_T is None:
                         x = draw(samples, 0, philox.Stream.INITIAL, self.shape)
                     else:
-                        x = x_T[part].to(self.device, self.state_dtype)
-                    chunks.append(engine(x, samples, c, guidance, draw, callback).to(torch.float32))
+                        x = x_T[start:stop].to(self.device, self.state_dtype)
+                    images[start - first : stop - first] = engine(x, samples, c, guidance, draw, called)
                 except (MemoryError, RuntimeError) as error:
-                    count = part.stop - part.start
+                    count = stop - start
                     if count == 1 or not _out_of_memory(error):
                         raise
-                    batch_size = count // 2
-                    logger.info("out of memory with %d samples at a time: going on with %d", count, batch_size)
+                    # What was freed stays in the heap, where oneDNN generates no code: with nothing left beside that
+                    # it fails for every size, and code that it generated in part was seen never to end (torch 2.13).
+                    if starved and _without_primitive(error):
+                        raise MemoryError(f"no memory for oneDNN, needs a new process and batch_size {size}") from error
+                    size, starved = count // 2, _without_primitive(error)
+                    logger.info("out of memory with %d samples at a time: going on with %d", count, size)
                     continue
-                start = part.stop
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+                start, starved = stop, False
+            return images
+
+        with lock_of(self.model), _computing(self.device):
+            engine = self._prepared(custom_noise=not isinstance(draw, PhiloxNoise))
+            run = partial(evaluating, self.model, chunks, engine) if engine.live else partial(chunks, engine)
+            images = run(0, n, batch_size, callback)
+            if not bool(images.isfinite().all()):
+                self._refuse(images, first_sample, lambda k, watch: run(k, k + 1, 1, watch))
+        return images
+
+    def _refuse(self, images: Tensor, first_sample: int, again: Callable[[int, Callback], Tensor]) -> None:
+        """Raise WorkFailed for samples that are not finite; the first of them runs again, watched, to find the step."""
+        bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        rows: list[int] = []
+
+        def watch(row: int, x0: Tensor) -> None:
+            if not rows and not bool(x0.isfinite().all()):
+                rows.append(row)
+
+        again(bad[0], watch)
+        at = "".join(f" from step {i + 1} of {len(self.table)} (t = {self.table.timesteps[i]:g}) on" for i in rows)
+        found = f"sample {first_sample + bad[0]} is not finite{at or ' at the end'}"
+        more = f", nor are {len(bad) - 1} more of {len(images)}" if len(bad) > 1 else ""
+        raise WorkFailed(f"{found}{more}: needs other weights, a smaller guidance or context, a clip, or float32")

@@ -18,7 +18,7 @@ from ddpm.progress import Bar
 from ddpm.sampling import sample
 from ddpm.solvers import SOLVERS, SPACINGS, given, make_table
 from ddpm.table import StepTable
-from ddpm.trajectory import chunk_size
+from ddpm.trajectory import check_room, chunk_size
 
 # The options of `table_of`, for every command line that takes them.
 Solver = Annotated[str | None, Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
@@ -107,6 +107,7 @@ def class_count(run: runs.Run) -> int:
 
 def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int) -> Tensor | None:
     """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes."""
+    check_room("--n", n, sample_shape(run.model), torch.device("cpu"))  # before there is a row of each
     if text is None:
         return None
     if text == ALL and class_count(run):

@@ -32,10 +32,10 @@ def uses_onednn_layout(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     probe = Convolution(gelu=True)
-    x = torch.ones(1, 16, 4, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.ones(1, 16, 4, 4, dtype=dtype, device="cpu").contiguous(memory_format=torch.channels_last)
     try:
         with torch.no_grad():
-            probe.pack(torch.ones(16, 16, 3, 3, dtype=dtype))
+            probe.pack(torch.ones(16, 16, 3, 3, dtype=dtype, device="cpu"))
             probe(x)
     except RuntimeError:
         return False

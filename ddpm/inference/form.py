@@ -122,5 +122,5 @@ def halves(rows: Rows) -> int:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's parameters (or buffers) are; the CPU without any."""
     tensor = next(model.parameters(), None)
-    tensor = next(model.buffers(), torch.empty(0)) if tensor is None else tensor
+    tensor = next(model.buffers(), torch.empty(0, device="cpu")) if tensor is None else tensor
     return tensor.device

@@ -101,7 +101,7 @@ def one_hot_conditions(model: nn.Module, numbers: Tensor) -> Tensor | None:
     """float32 [n, *condition_shape], a single 1 each, at numbers int64 [n] modulo its size; None: no condition."""
     shape = condition_shape(model)
     size = 0 if shape is None else math.prod(shape)
-    return torch.eye(size)[numbers % size].reshape(len(numbers), *shape) if size else None
+    return torch.eye(size, device=numbers.device)[numbers % size].reshape(len(numbers), *shape) if size else None
 
 
 def network_times(model: nn.Module, timesteps: Tensor, count: int) -> Tensor:

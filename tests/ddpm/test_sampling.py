@@ -396,3 +396,24 @@ def test_noise_or_models_of_another_shape_are_refused():
         sample(Wide(), schedule, 2)
     with pytest.raises(ValueError, match=r"noise: returned \[1, 3\], needs \[2, 3\]"):
         sample(Wide(), schedule, 2, noise=lambda samples, step, stream, shape: torch.zeros(1, *shape))
+
+
+def test_the_command_fails_with_samples_that_are_not_finite(ddpm, digits_run, tmp_path):
+    """The first is named with its step, and nothing is written; what float32 does not hold is refused before."""
+    picture = tmp_path / "x.npy"
+    options = ("sample", digits_run, "--n", 2, "--steps", 5, "--npy", picture)
+    failed = ddpm(*options, "--context", ",".join(["1e38"] * 10), "--first-sample", 7)
+    assert failed.code == 1
+    assert failed.err.splitlines()[-1].startswith(
+        "error: sample 7 is not finite from step 1 of 5 (t = 20) on, nor are 1"
+    )
+    refused = ddpm(*options, "--context", "1", "--guidance", "1e300")
+    assert (refused.code, refused.err.splitlines()[-1]) == (
+        2,
+        "error: guidance: got 1e+300, needs a finite number in float32",
+    )
+    for context in ((), ("--context", "all"), ("--context", "1")):
+        many = ddpm(*options[:2], "--n", 10**12, "--npy", picture, *context)
+        assert many.code == 2
+        assert "error: --n: got 1000000000000, which are" in many.err
+    assert not picture.exists()

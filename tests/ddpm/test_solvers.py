@@ -270,6 +270,10 @@ BAD = [
     ({"clip": 0.0}, "clip: got 0"),
     ({"clip": -1.0}, "clip: got -1"),
     ({"clip": math.nan}, "clip: got nan"),
+    ({"clip": 1e39}, r"clip: got 1e\+39, needs a finite bound > 0 in float32"),
+    ({"clip": 1e-300}, "clip: got 1e-300, needs a finite bound > 0 in float32"),
+    ({"clip": "1"}, "clip: got '1', needs a finite bound > 0 in float32"),
+    ({"solver": "ddim", "eta": "1"}, "eta: got '1', needs 0 <= eta <= 1"),
 ]
 
 
@@ -277,6 +281,11 @@ BAD = [
 def test_bad_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         make_table(COSINE, **{"solver": "ddim"} | change)
+
+
+def test_a_schedule_s_name_is_no_schedule():
+    with pytest.raises(TypeError, match="schedule: got a str, needs a NoiseSchedule"):
+        make_table("cosine", "ddim")
 
 
 # Gaussian data N(0, s^2): the network is a factor k(t) on x, so trajectories are linear and variances exact

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm import NoiseSchedule, PointMLP, StepTable, Trajectory, inference, make_table, sample
+from ddpm.errors import WorkFailed
 from ddpm.inference import ContextUnetForm, make_form
 from ddpm.metrics import distance
 from kernels import philox
@@ -293,6 +294,15 @@ CALLS = [
     ({"batch_size": 0}, "batch_size: got 0"),
     ({"guidance": math.nan, "context": [0.0] * 5}, "guidance: got nan"),
     ({"guidance": 2.0}, "guidance: got 2.0 without a context"),
+    ({"guidance": 1e300, "context": [0.0] * 5}, r"guidance: got 1e\+300, needs a finite number in float32"),
+    ({"guidance": "2", "context": [0.0] * 5}, "guidance: got '2', needs a finite number in float32"),
+    ({"guidance": None}, "guidance: got None, needs a finite number in float32"),
+    ({"guidance": torch.ones(2)}, r"guidance: got tensor\(\[1\., 1\.\]\), needs a finite number in float32"),
+    ({"context": "sprite"}, "context: got a str, needs a tensor or numbers"),
+    ({"context": [1e39] * 5}, "context: got NaN or infinite values"),
+    ({"x_T": 3}, r"x_T: got a int, needs \[2, 3, 16, 16\]"),
+    ({"noise": 3}, "noise: got a int, needs a function"),
+    ({"callback": 3}, "callback: got a int, needs a function"),
     ({"context": [0.0] * 4}, r"context: got shape \[4\], needs \[2, 5\] or \[5\]"),
     ({"context": torch.zeros(3, 5)}, r"context: got shape \[3, 5\], needs \[2, 5\] or \[5\]"),
     ({"context": [math.nan] * 5}, "context: got NaN or infinite values"),
@@ -301,8 +311,74 @@ CALLS = [
 
 @pytest.mark.parametrize(("change", "message"), CALLS)
 def test_bad_calls(model, change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         trajectory(model)(**{"n": 2} | change)
+
+
+class Breaks(torch.nn.Module):
+    """Its output is no number for samples with the context 1 from t = T / 2 on."""
+
+    sample_shape, condition_shape = (2,), (1,)
+
+    def forward(self, x, t, c=None):
+        return 0.1 * x / (1 - c * (t[:, None] <= 0.5).to(x))
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_samples_that_are_not_finite_are_named_with_their_first_step(engine, size):
+    prepared = Trajectory(Breaks(), SCHEDULE, table(), engine=engine)  # t = 20, 16, 12, 8, 4
+    seen, context = [], torch.tensor([0.0, 0, 0, 1, 0, 1])[:, None]
+    found = r"sample 13 is not finite from step 4 of 5 \(t = 8\) on, nor are 1 more of 6: needs"
+    with pytest.raises(WorkFailed, match=found):
+        prepared(6, context, first_sample=10, batch_size=size, callback=lambda row, x0: seen.append(row))
+    assert len(seen) == STEPS * (1 if size is None else 3)
+    assert prepared(5, torch.zeros(1)).isfinite().all()
+
+
+def test_a_callback_is_not_asked_where_no_step_is_found():
+    """A noise that is no function of its arguments: another run shows nothing, which is said."""
+    draws = iter([math.nan])
+    noise = lambda samples, step, stream, shape: torch.full((len(samples), *shape), next(draws, 0.0))  # noqa: E731
+    with pytest.raises(WorkFailed, match="sample 0 is not finite at the end, nor are 1 more of 2"):
+        Trajectory(Continuous(), SCHEDULE, table("ddim"), engine="eager")(2, noise=noise)
+
+
+def test_more_samples_than_any_memory_holds_are_refused_at_once(model):
+    with pytest.raises(ValueError, match=r"n: got 1000000000000, which are 3.07e\+06 GB of samples, needs at most"):
+        trajectory(model)(10**12)
+
+
+def test_a_model_without_weights_is_refused(unet):
+    with pytest.raises(ValueError, match="model: is on the device meta, which holds no weights"):
+        trajectory(unet().to("meta"))
+
+
+def test_the_default_device_is_nobody_s(model):
+    expected = trajectory(model)(2, [1.0, 0, 0, 0, 0])
+    torch.set_default_device("meta")
+    try:
+        images = [trajectory(model, engine)(2, [1.0, 0, 0, 0, 0]) for engine in ENGINES]
+    finally:
+        torch.set_default_device(None)
+    assert all(distance(image, expected) < 1e-5 for image in images)
+
+
+def test_hooks_on_every_module_are_obeyed_by_eager_and_refused_by_the_others(model, caplog):
+    expected, prepared = trajectory(model, "eager")(2), trajectory(model, "auto")
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, arguments, output: output + 0.01)
+    try:
+        with pytest.raises(RuntimeError, match="needs a process without forward hooks on every module: take eager"):
+            trajectory(model, "fused")
+        with caplog.at_level("INFO", logger="ddpm"):
+            hooked = trajectory(model, "auto")
+        assert hooked.engine == "eager"
+        assert distance(hooked(2), expected) > 1e-3
+        prepared.refresh()
+        assert torch.equal(prepared(2), hooked(2))
+    finally:
+        hook.remove()
+    assert "fused needs a process without forward hooks on every module" in caplog.text
 
 
 def test_guidance_needs_a_trajectory_that_was_prepared_for_it(model):
