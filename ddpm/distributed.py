@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ddpm.errors import BadInput
+
 # gloo's threads free tensors and take the interpreter's lock for it. Whoever frees a process group waits for them:
 # Python lets the lock go first, DistributedDataParallel does not (torch 2.13: one process in ten never ended). And a
 # thread that wants the lock of an interpreter that is ending is killed, which aborts the process (one in two where
@@ -72,10 +74,17 @@ class World:
         return torch.cat([whole[:size] for whole, size in zip(parts, sizes, strict=True)])
 
 
+def _set_by_torchrun(name: str, unset: int, low: int) -> int:
+    text = os.environ.get(name, str(unset))
+    if not text.isdecimal() or int(text) < low:
+        raise BadInput(f"{name}: got {text!r} in the environment, needs an integer >= {low}, as torchrun sets it")
+    return int(text)
+
+
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The world that torchrun's environment variables describe: gloo on the CPU, nccl on CUDA."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _set_by_torchrun("WORLD_SIZE", 1, 1)
     if size == 1:
         yield World()
         return
@@ -97,4 +106,4 @@ def pick_device(name: str) -> torch.device:
         raise ValueError("--device: got cuda, but this PyTorch sees no CUDA device")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", _set_by_torchrun("LOCAL_RANK", 0, 0))

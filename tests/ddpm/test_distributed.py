@@ -6,6 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from ddpm.distributed import world
+from ddpm.errors import BadInput
 
 # Little is computed between the last exchange and the end: gloo's threads still hold tensors when Python ends.
 SHARES = """
@@ -40,3 +44,10 @@ def test_ranks_that_exchanged_tensors_end_with_exit_code_0(attempt):
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", ""])
+def test_what_torchrun_would_not_set_is_named(monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(BadInput, match=r"WORLD_SIZE: got '.*' in the environment, needs an integer >= 1"):
+        world(torch.device("cpu")).__enter__()
