@@ -108,6 +108,8 @@ def _build(source: Path, command: list[str], library: Path) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         _run(*command, str(source), "-o", str(built))
+        if not built.exists():
+            raise Unavailable(f"native kernels: {command[0]} wrote no library, needs a C++ compiler (set CXX)")
         with built.open("rb+") as file:
             file.write(hashlib.sha256(file.read()).digest())
             file.flush()
