@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from numbers import Real
 
 import numpy as np
 import torch
