@@ -231,7 +231,7 @@ ROWS = [
     Row(SAMPLE, (CONFIG + "'data' has no digest",), entry({}, "data")),
     Row(SAMPLE, (CONFIG + "clip: got '1', needs a finite bound > 0",), entry("1", "sampling", "clip")),
     Row(SAMPLE, (CONFIG + "steps: got '1', needs an integer in 1..20",), entry("1", "sampling", "steps")),
-    Row(SAMPLE + " --clip 1e39", ("clip: got 1e+39, needs a finite bound > 0 that float32 holds",)),
+    Row(SAMPLE + " --clip 1e39", ("clip: got 1e+39, needs a finite bound > 0 in float32, or None",)),
     Row(SAMPLE, (CONFIG + "n_feat: got 9", "multiple of 8"), entry(9, "model", "n_feat")),
     Row(SAMPLE, (CONFIG + "network context_unet: ",), entry(2**70, "model", "in_channels")),
     Row(SAMPLE, (MODEL + "'init_conv.conv1.0.weight' is [8, 1", "needs [2048, 1"), entry(2048, "model", "n_feat")),

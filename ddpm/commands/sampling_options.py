@@ -1,5 +1,6 @@
 """Sampling options, which commands share: what they are called, the table they make, sampling with a progress bar."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,16 +41,23 @@ def check_output(path: Path | None, option: str, suffix: str) -> None:
         return
     if path.suffix.lower() != suffix:
         raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
-    if path.is_dir() or not path.parent.is_dir():
+    if _is_folder(path) or not _is_folder(path.parent):
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
     _check_writable(path, option)
 
 
 def check_output_folder(folder: Path, option: str) -> None:
     """Raise BadInput if files could not be written to this folder, which there need not be yet."""
-    if not folder.is_dir() and (folder.exists() or not folder.parent.is_dir()):
+    if not _is_folder(folder) and (os.path.lexists(folder) or not _is_folder(folder.parent)):
         raise BadInput(f"{option}: cannot write to {folder}, needs a folder, or a name in an existing one")
-    _check_writable(folder / "0.png" if folder.is_dir() else folder, option)
+    _check_writable(folder / "0.png" if _is_folder(folder) else folder, option)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # no name that the system takes
+        return False
 
 
 def _check_writable(path: Path, option: str) -> None:

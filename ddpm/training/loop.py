@@ -45,12 +45,12 @@ def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
     odd = set(stored) ^ {field.name for field in fields(TrainOptions)}
     if odd:
         raise BadInput(f"{config}: training options do not fit this version: {', '.join(sorted(odd))}")
+    if former and stored["labels"] and stored["classes"] is None:
+        stored["classes"] = ",".join(runs.read_config(folder)["classes"])
     for name, value in asked.items():
         if name not in MAY_DIFFER and stored[name] != value:
             started = f"{folder} was started with {stored[name]}: resume without it, or start another run"
             raise BadInput(f"--{name.replace('_', '-')}: got {value}, but {started}")
-    if former and stored["labels"] and stored["classes"] is None:
-        stored["classes"] = ",".join(runs.read_config(folder)["classes"])
     try:
         return TrainOptions(**stored | {name: asked[name] for name in MAY_DIFFER & set(asked)})
     except (TypeError, ValueError) as error:

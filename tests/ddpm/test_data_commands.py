@@ -124,7 +124,7 @@ def test_each_sample_is_the_array_s_and_others_in_the_folder_are_said(digits_run
             assert np.array_equal(picture, values[k, ..., 0])
 
 
-LONG = "x" * 248  # with its suffix 252 characters; what is written beside it first has more than 255
+LONG = "x" * 252  # with its suffix more than the 255 that file systems allow
 
 
 @pytest.mark.parametrize(

@@ -378,11 +378,8 @@ def test_tables_for_something_else_are_refused(digits_run, ddpm, tmp_path):
 
 
 def test_a_run_may_not_have_options_that_its_solver_does_not_take(unet):
-    model = unet()
-    config = make_config(model, SCHEDULE, "v", sampling={"eta": 0.5})
-    assert config["sampling"] == {"solver": "ddpm", "steps": None, "clip": None, "eta": 0.5}
     with pytest.raises(ValueError, match=r"eta: got 0\.5, but solver 'ddpm' takes only"):
-        make_table(SCHEDULE, **config["sampling"])
+        make_config(unet(), SCHEDULE, "v", sampling={"eta": 0.5})
 
 
 def test_numpy_numbers_are_stored_like_others(tmp_path):
