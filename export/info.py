@@ -87,6 +87,8 @@ def _of_package(path: Path) -> dict[str, str]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            if min((entry.header_offset for entry in archive.infolist()), default=1):
+                raise zipfile.BadZipFile  # its end is that of an archive inside it
             compiled = [name for name in names if "/data/aotinductor/" in name and name.endswith("_metadata.json")]
             noted = next((name for name in names if name.endswith("/extra/fused_ddpm.json")), None)
             if not compiled and noted is None:

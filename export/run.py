@@ -505,7 +505,8 @@ def draw(
         feeds |= {"seed": np.array(seed, np.int64), "first_sample": np.array(samples[0], np.int64)}
         if context is None:
             feeds["n"] = np.array(len(samples), np.int64)
-    for name in sorted(feeds.keys() - taken):  # a constant of this model, or made one by a program that simplified it
+    # What is a constant of this model, or was made one by a program that simplified it.
+    for name in [name for name in feeds if name not in taken]:
         given = feeds.pop(name)
         if name not in FIXED or given != FIXED[name]:
             got = f"got {list(given.shape)}" if given.ndim else f"got {given:g}"

@@ -110,7 +110,8 @@ def allowed(tolerance: float, error: float, own: Callable[[], float]) -> float:
     """What an error may be: the tolerance, or more where eager's own distance from float64, own(), is larger."""
     if error <= tolerance or not math.isfinite(error):
         return tolerance
-    return min(max(tolerance, OWN_DISTANCES * own() + OWN_ADDED), MOST_ALLOWED)
+    exact = own()
+    return min(max(tolerance, OWN_DISTANCES * exact + OWN_ADDED), MOST_ALLOWED) if math.isfinite(exact) else tolerance
 
 
 def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
