@@ -29,6 +29,8 @@ RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers
 MANIFESTS = MACHINE / "export_manifests.json"
 # Written by tests/bench/planted.py, a comparison a line.
 PLANTED = RESULTS / "epyc-2-cores" / "planted.jsonl"
+# Written by tests/reliability.py, a case and command a line.
+RELIABILITY = RESULTS / "epyc-2-cores" / "reliability.jsonl"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -172,6 +174,34 @@ def planted_block() -> str:
     )
 
 
+def reliability_table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """What was tried, survived and lost, by case."""
+    rows = []
+    for case in dict.fromkeys(line["case"] for line in lines):
+        same = [line for line in lines if line["case"] == case]
+        tried, lost = (sum(line[name] for line in same) for name in ("tried", "lost"))
+        rows.append([case, *map(str, (tried, tried - lost, lost)), ", ".join(line["what"] for line in same)])
+    return Table(("case", "tried", "survived", "lost", "of"), "lrrrl", rows)
+
+
+def reliability_summary(lines: Sequence[Mapping[str, Any]]) -> str:
+    """All cases in one line."""
+    tried, lost = (sum(line[name] for line in lines) for name in ("tried", "lost"))
+    return f"tried {tried}, survived {tried - lost}, lost {lost}"
+
+
+def reliability_block() -> str:
+    """The stored proof of reliability, or that there is none."""
+    if not RELIABILITY.exists():
+        return f"Not measured yet: the record {RELIABILITY.relative_to(ROOT)} is missing."
+    lines = [json.loads(line) for line in RELIABILITY.read_text(encoding="utf-8").splitlines()]
+    first = lines[0]
+    return (
+        f"{first['processor']}, {first['cores']} cores, torch {first['torch']}, Python {first['python']}:\n\n"
+        f"{reliability_table(lines).markdown()}\n\n{reliability_summary(lines).capitalize()}."
+    )
+
+
 def export_parity_table() -> str:
     """fp32's distances from the eager run, and what the lower precisions cost."""
     manifests = read_json(MANIFESTS)
@@ -202,6 +232,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "profile": profile_block,
     "peers": lambda: run_block(PEERS),
     "planted": planted_block,
+    "reliability": reliability_block,
     "export-parity": export_parity_table,
     "export-speed": lambda: run_block(EXPORT),
 }
