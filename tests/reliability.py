@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -74,23 +75,21 @@ def stored(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def tried(only: str, every: int, jobs: int, folder: Path) -> list[dict[str, Any]]:
-    """Try, show each case as it goes, and return the lines of the record."""
+    """Try, print a line for each case and command and what was lost, and return the lines of the record."""
     warm_up()
     shop, lines = Shop(folder), {}
-    for outcome in outcomes(chosen(shop, only, every), shop, folder, jobs):
-        one = outcome.tried
-        empty = {"case": one.case, "what": one.what, "tried": 0, "lost": 0, "said": []}
-        line = lines.setdefault((one.case, one.what), empty)
-        line["tried"] += 1
-        line["seconds"] = round(line.get("seconds", 0) + outcome.seconds, 1)
-        if outcome.lost is not None:
-            line["lost"] += 1
-            line["said"] = [*line["said"], f"{one.how}: {outcome.lost}"][:SHOWN]
-            print(f"LOST {one.name}: {outcome.lost}\n    {COMMAND} --only '{one.name}'", flush=True)
-        done = sum(line["tried"] for line in lines.values())
-        lost = sum(line["lost"] for line in lines.values())
-        if sys.stderr.isatty():
-            print(f"\r{done} tried, {lost} lost  {one.case}, {one.what}\033[K", end="", file=sys.stderr)
+    for key, tries in groupby(chosen(shop, only, every), lambda one: (one.case, one.what)):
+        line = lines.setdefault(key, {"case": key[0], "what": key[1], "tried": 0, "lost": 0, "said": [], "seconds": 0})
+        began = time.monotonic()
+        for outcome in outcomes(tries, shop, folder, jobs):
+            line["tried"] += 1
+            if outcome.lost is not None:
+                line["lost"] += 1
+                line["said"] = [*line["said"], f"{outcome.tried.how}: {outcome.lost}"][:SHOWN]
+                print(f"LOST {outcome.tried.name}: {outcome.lost}")
+                print(f"    {COMMAND} --only '{outcome.tried.name}'", flush=True)
+        line["seconds"] += round(time.monotonic() - began)
+        print(f"{key[0]}, {key[1]}: {reliability_summary([line])} ({line['seconds']} s)", flush=True)
     return list(lines.values())
 
 

@@ -140,13 +140,15 @@ def damaged(shop: Shop, subject: Subject, kind: str, seed: int, folder: Path) ->
     shop.stocked(folder, subject.work.start)
     path, draw = folder / subject.file, draws(subject.file, subject.work.name, kind, seed)
     whole = path.read_bytes()
-    while (content := bytes(KINDS[kind](bytearray(whole), draw))) == whole:
+    while (spoilt := bytes(KINDS[kind](bytearray(whole), draw))) == whole:
         pass
-    path.write_bytes(content)
+    path.write_bytes(spoilt)
     original = folder.parent / "original"
     original.write_bytes(whole)
     other = subject.edited and _same_meaning(path, original) is False
-    _check(shop, subject.work, folder, subject.file, may_say=other)
+    # An edit may be refused for what it no longer fits to.
+    beside = [name for name in content(folder) if Path(name).parent == Path(subject.file).parent] if other else []
+    _check(shop, subject.work, folder, subject.file, *beside, may_say=other)
 
 
 def exchanged_entries(shop: Shop, subject: Subject, seed: int, folder: Path) -> None:

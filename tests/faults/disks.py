@@ -19,7 +19,7 @@ PAGE = 4096
 
 def _check(folder: Path, work: Work, normal: Undisturbed, done: Callable[[], None]) -> None:
     """The command, where there is no room; `done` makes room again."""
-    ended = call(folder, work.words, lambda: None)
+    ended = call(folder, work.words)
     if ended.code == 0:
         odd = differences(content(folder), normal.after)
         if odd:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,27 +62,33 @@ class Ended:
 
 
 class Child:
-    """A fork of this process that works in `folder`, in a process group of its own."""
+    """A fork of this process that works in `folder`, in a process group of its own.
+
+    It speaks into pipes: files would be subject to the limits that are tried on it.
+    """
 
     def __init__(self, folder: Path, work: Callable[[], object], what: str) -> None:
         self.what, self.began = what, time.monotonic()
-        self.streams = [folder.parent / f"{time.monotonic_ns()}.{name}" for name in ("out", "err")]
+        pipes = [os.pipe(), os.pipe()]
+        self.said = {end: bytearray() for end, _ in pipes}
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._become(folder, work)
+            self._become(folder, work, [into for _, into in pipes])
+        for end, into in pipes:
+            os.close(into)
+            os.set_blocking(end, False)
 
-    def _become(self, folder: Path, work: Callable[[], object]) -> None:
+    def _become(self, folder: Path, work: Callable[[], object], streams: Sequence[int]) -> None:
         code = 70
         try:
             os.setpgid(0, 0)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives the one that waits for it
             os.chdir(folder)
-            for number, path in enumerate(self.streams, 1):
-                handle = os.open(path, os.O_WRONLY | os.O_CREAT)
-                os.dup2(handle, number)
-                os.close(handle)
+            for number, into in enumerate(streams, 1):
+                os.dup2(into, number)
+                os.close(into)
             # As a shell starts a program; one in the background would ignore Ctrl-C.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = work()
@@ -91,6 +98,12 @@ class Child:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code if isinstance(code, int) else 0)
+
+    def _listen(self) -> None:
+        for end, said in self.said.items():
+            with suppress(BlockingIOError):  # nothing more for now
+                while chunk := os.read(end, 1 << 16):
+                    said += chunk
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -102,6 +115,7 @@ class Child:
             found = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG)
             if found is not None:
                 return found.si_code == os.CLD_STOPPED
+            self._listen()
             time.sleep(POLL)
         raise Lost(f"{self.what}: neither stopped nor ended in {limit:.0f} s")
 
@@ -116,8 +130,12 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
                 os.wait4(self.pid, 0)
                 raise Lost(f"{self.what}: no end in {limit:.0f} s")
+            self._listen()
             time.sleep(POLL)
-        out, err = (path.read_text("utf-8", "replace") if path.exists() else "" for path in self.streams)
+        self._listen()
+        for end in self.said:
+            os.close(end)
+        out, err = (said.decode("utf-8", "replace") for said in self.said.values())
         code, seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self.began
         return Ended(self.what, code, out, err, seconds, usage.ru_maxrss >> 10)
 

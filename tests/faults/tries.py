@@ -47,7 +47,6 @@ class Outcome:
 
     tried: Try
     lost: str | None
-    seconds: float
 
 
 def _tried(one: Try, shop: Any, folder: Path) -> int:
@@ -80,11 +79,9 @@ def outcomes(tries: Iterable[Try], shop: Any, folder: Path, jobs: int) -> Iterat
         if pid not in running:
             time.sleep(POLL)
             continue
-        one, child, place, began = running.pop(pid)
+        one, child, place, _ = running.pop(pid)
         ended = child.wait()
         lost = None if ended.code == 0 else ended.last().removeprefix("lost: ")
         lost = lost if ended.code in (0, 1) else f"the try itself ended with {ended.code}: {lost}"
-        for stream in child.streams:
-            stream.unlink(missing_ok=True)
         shutil.rmtree(place, ignore_errors=True)
-        yield Outcome(one, lost, time.monotonic() - began)
+        yield Outcome(one, lost)
