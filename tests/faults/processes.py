@@ -89,6 +89,7 @@ class Child:
             for number, into in enumerate(streams, 1):
                 os.dup2(into, number)
                 os.close(into)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
             # As a shell starts a program; one in the background would ignore Ctrl-C.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = work()
