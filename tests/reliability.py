@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -87,7 +88,7 @@ def tried(only: str, every: int, jobs: int, folder: Path) -> list[dict[str, Any]
                 line["lost"] += 1
                 line["said"] = [*line["said"], f"{outcome.tried.how}: {outcome.lost}"][:SHOWN]
                 print(f"LOST {outcome.tried.name}: {outcome.lost}")
-                print(f"    {COMMAND} --only '{outcome.tried.name}'", flush=True)
+                print(f"    {COMMAND} --only {shlex.quote(outcome.tried.name)}", flush=True)
         line["seconds"] += round(time.monotonic() - began)
         print(f"{key[0]}, {key[1]}: {reliability_summary([line])} ({line['seconds']} s)", flush=True)
     return list(lines.values())

@@ -116,24 +116,30 @@ def _same_meaning(damaged: Path, whole: Path) -> bool | None:
     return found == json.loads(whole.read_text("utf-8")) if isinstance(found, dict) else None
 
 
-def _check(shop: Shop, work: Work, folder: Path, *files: str, may_say: bool = False) -> None:
-    """Refused in one line that names a file, everything else whole; or harmless: the undisturbed result.
+def _check(shop: Shop, work: Work, folder: Path, file: str, beside: bool = False, may_say: bool = False) -> None:
+    """Refused in one line that names the file, everything else whole; or harmless: the undisturbed result.
 
-    may_say: the file is valid and says something else, so that another result is what was asked for.
+    beside: the line may name a file of the same folder, to which this one does not belong. may_say: the file is valid
+    and says something else, so that another result is what was asked for.
     """
     normal, before = shop.undisturbed(work), content(folder)
     ended = call(folder, work.words)
     found = content(folder)
     if ended.code == 0:
-        kept = {name: of for name, of in normal.after.items() if name not in files}
-        odd = differences({name: of for name, of in found.items() if name not in files}, kept)
+        untouched = {file} if found[file] == before[file] else set()
+        kept = [{name: of for name, of in side.items() if name not in untouched} for side in (found, normal.after)]
+        odd = differences(*kept)
         if odd and not may_say:
             raise Lost(f"{' '.join(work.words)} took it in silence: {odd}")
         return
-    ended.refusal(*(Path(file).name for file in files))
+    ended.refusal(*(Path(name).name for name in before if name == file or (beside and sibling(name, file))))
     odd = differences(found, before)
     if odd:
         raise Lost(f"refused, but {odd}")
+
+
+def sibling(name: str, file: str) -> bool:
+    return Path(name).parent == Path(file).parent
 
 
 def damaged(shop: Shop, subject: Subject, kind: str, seed: int, folder: Path) -> None:
@@ -146,9 +152,7 @@ def damaged(shop: Shop, subject: Subject, kind: str, seed: int, folder: Path) ->
     original = folder.parent / "original"
     original.write_bytes(whole)
     other = subject.edited and _same_meaning(path, original) is False
-    # An edit may be refused for what it no longer fits to.
-    beside = [name for name in content(folder) if Path(name).parent == Path(subject.file).parent] if other else []
-    _check(shop, subject.work, folder, subject.file, *beside, may_say=other)
+    _check(shop, subject.work, folder, subject.file, beside=other, may_say=other)
 
 
 def exchanged_entries(shop: Shop, subject: Subject, seed: int, folder: Path) -> None:
@@ -192,8 +196,7 @@ FOREIGN = (
 def exchanged_files(shop: Shop, file: str, source: str, work: Work, folder: Path) -> None:
     shop.stocked(folder, work.start)
     shutil.copy(shop.folder / source, folder / file)
-    lying = [name for name in content(folder) if Path(name).parent == Path(file).parent]
-    _check(shop, work, folder, file, *lying)
+    _check(shop, work, folder, file, beside=True)
 
 
 def make_wide(shop: Shop, target: Path) -> None:

@@ -33,7 +33,8 @@ def command(shop: Shop, work: Work, number: int, seed: int, folder: Path) -> Non
     child.send(number)
     ended = child.wait()
     if ended.code not in (0, SIGNALS[number]) or "Traceback" in ended.err:
-        raise Lost(f"{ended.what}: ended with {ended.code}, needs {SIGNALS[number]}; said: {ended.last()}")
+        said = " | ".join(ended.err.splitlines()[-12:])
+        raise Lost(f"{ended.what}: ended with {ended.code}, needs {SIGNALS[number]} and no traceback; said: {said}")
     check_versions(folder, normal, partials=False)
     check_reader(folder, work, normal)
     check_healed(folder, work, normal)
