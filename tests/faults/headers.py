@@ -158,17 +158,15 @@ def huge(state: dict) -> dict:
 
 
 def packed_bomb() -> bytes:
-    """A .pth whose storage is 1 GB of zeros, deflated."""
-    plain = io.BytesIO(weights(lambda state: state))
-    file = io.BytesIO()
+    """A .pth one of whose storages is followed by 1 GB of zeros, deflated."""
+    plain, file = io.BytesIO(weights(lambda state: state)), io.BytesIO()
     with zipfile.ZipFile(plain) as source, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
-        for number, name in enumerate(source.namelist()):
+        storage = next(name for name in source.namelist() if "/data/" in name)
+        for name in source.namelist():
             with target.open(name, "w", force_zip64=True) as out:
                 out.write(source.read(name))
-                for _ in range(1024 if "/data/" in name and number else 0):
+                for _ in range(1024 if name == storage else 0):
                     out.write(bytes(1 << 20))
-                    if out.tell() > 1 << 30:
-                        break
     return file.getvalue()
 
 
