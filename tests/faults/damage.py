@@ -120,7 +120,7 @@ def _check(shop: Shop, work: Work, folder: Path, file: str, beside: bool = False
     """Refused in one line that names the file, everything else whole; or harmless: the undisturbed result.
 
     beside: the line may name a file of the same folder, to which this one does not belong. may_say: the file is valid
-    and says something else, so that another result is what was asked for.
+    and says something else, so that another result is what was asked for, or a line about what it names now.
     """
     normal, before = shop.undisturbed(work), content(folder)
     ended = call(folder, work.words)
@@ -132,7 +132,8 @@ def _check(shop: Shop, work: Work, folder: Path, file: str, beside: bool = False
         if odd and not may_say:
             raise Lost(f"{' '.join(work.words)} took it in silence: {odd}")
         return
-    ended.refusal(*(Path(name).name for name in before if name == file or (beside and sibling(name, file))))
+    named = (Path(name).name for name in before if name == file or (beside and sibling(name, file)))
+    ended.refusal(*(() if may_say else named))
     odd = differences(found, before)
     if odd:
         raise Lost(f"refused, but {odd}")
@@ -152,7 +153,7 @@ def damaged(shop: Shop, subject: Subject, kind: str, seed: int, folder: Path) ->
     original = folder.parent / "original"
     original.write_bytes(whole)
     other = subject.edited and _same_meaning(path, original) is False
-    _check(shop, subject.work, folder, subject.file, beside=other, may_say=other)
+    _check(shop, subject.work, folder, subject.file, may_say=other)
 
 
 def exchanged_entries(shop: Shop, subject: Subject, seed: int, folder: Path) -> None:

@@ -6,8 +6,8 @@ forks keeps to one thread.
 
 import ctypes
 import hashlib
-import json
 import os
+import re
 import signal
 import sys
 import time
@@ -163,10 +163,7 @@ def digest(path: Path, name: str) -> str:
     """Of a file's content under this name; of a manifest without the seconds that it took to open files."""
     content = path.read_bytes()
     if Path(name).name == "manifest.json":
-        manifest = json.loads(content)
-        for described in manifest["files"].values():
-            described.pop("open_s", None)
-        content = json.dumps(manifest).encode()
+        content = re.sub(rb'"open_s": [0-9.e-]+', b'"open_s": 0', content)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
