@@ -564,6 +564,7 @@ def _write(path: Path, suffix: str, save: Any) -> None:
                     fcntl and fcntl.flock(file, fcntl.LOCK_EX)
                 save(file)
                 file.flush()
+                os.fsync(file.fileno())
                 if fcntl:
                     partial.replace(path)
             if not fcntl:  # Windows renames no open file
