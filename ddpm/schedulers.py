@@ -8,8 +8,10 @@ that of the noise contract instead of torch.randn, so a seed gives the same nois
 size. diffusers counts t from 0; its t is our t - 1, and the noise of its step t is drawn at our step t + 1.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from kernels import philox, solver_step
 from kernels.solver_step import reference
 
 try:
-    from diffusers import DDIMScheduler, DDPMScheduler
+    # The two mixins are what diffusers looks for in the module of a saved pipeline's scheduler, to load it by them.
+    from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, SchedulerMixin  # noqa: F401
     from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
     from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 except ModuleNotFoundError as error:
@@ -32,6 +35,8 @@ except ModuleNotFoundError as error:
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # The names with "_log" are the same standard deviation by a detour; fixed_large_log is NaN in diffusers.
 VARIANCES = {"fixed_small": "posterior", "fixed_small_log": "posterior", "fixed_large": "beta"}
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class _Fused:
@@ -47,21 +52,37 @@ class _Fused:
             check_choice("variance_type", config.get("variance_type", "fixed_small"), VARIANCES)
         if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr: got True, needs prediction_type v_prediction or sample with it")
-        # add_noise of diffusers moves alphas_cumprod to its argument's device; these stay.
-        self._alpha_bars: list[float] = self.alphas_cumprod.tolist()
         self._begin(None, 0)
 
     def _begin(self, seed: int | None, first_sample: int) -> None:
-        """Forget tables and noise: the timesteps are new."""
+        """Forget tables and noise: a trajectory over new timesteps."""
         if seed is not None:
             philox.check_seed(seed)
         check_integer("first_sample", first_sample, 0)
         self._asked_seed, self._first_sample = seed, first_sample
-        self._seed: Tensor | None = None
-        self._draws: RowNoise | None = None  # of the present seed, on the CPU
-        self._last = -1
-        self._grid: list[int] = self.timesteps.tolist()
-        self._held: tuple[Any, ...] = (None,)  # what the steps of one batch read on its device, behind its key
+        self._seeds: list[Tensor] = []  # one for the batch, or one a row
+        self._draws: list[RowNoise] = []  # of the present seeds, on the CPU
+        self._last = math.inf  # the last noisy timestep
+        self._versions, self._numbers = None, None
+        self._read()
+
+    def _read(self) -> None:
+        """Take over timesteps and alphas_cumprod if they were exchanged or edited since they were read.
+
+        People cut and replace them, and add_noise of diffusers moves alphas_cumprod. To ask costs no synchronisation,
+        except for tensors of inference mode, which count no edits.
+        """
+        own = self.timesteps, self.alphas_cumprod
+        if not isinstance(own[0], Tensor) or own[0].ndim != 1 or own[0].is_floating_point():
+            raise ValueError(f"scheduler.timesteps: got {str(own[0])[:80]}, needs a tensor of integers [S]")
+        versions = [(id(tensor), object() if tensor.is_inference() else tensor._version) for tensor in own]
+        if versions == self._versions:
+            return
+        self._versions, self._own = versions, own  # held, so that no other tensor gets their ids
+        read = own[0].tolist(), own[1].tolist()
+        if read != self._numbers:
+            self._numbers, (self._grid, self._alpha_bars) = read, read
+            self._held: tuple[Any, ...] = (None,)  # what the steps of one batch read on its device, behind its key
 
     def set_timesteps(
         self,
@@ -85,68 +106,85 @@ class _Fused:
 
     def _index(self, timestep: int | Tensor) -> int:
         """The row of a timestep; a view of `timesteps`, as loops give, is located without waiting for the device."""
-        own = self.timesteps
+        self._read()
+        own, t = self.timesteps, None
         if isinstance(timestep, Tensor) and timestep.is_cuda and timestep.dtype == own.dtype and timestep.ndim == 0:
             index = (timestep.data_ptr() - own.data_ptr()) // own.element_size()
-            if timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and 0 <= index < len(own):
-                return index
-        t = int(timestep)
+            held = timestep.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and own.is_contiguous()
+            t = self._numbers[0][index] if held and 0 <= index < len(own) else None
+        t = int(timestep) if t is None else t
         if t not in self._grid:
-            raise ValueError(f"timestep: got {t}, needs one of scheduler.timesteps (see set_timesteps)")
+            self._widen(t)
         return self._grid.index(t)
+
+    def _widen(self, t: int) -> None:
+        """Give a timestep that is not of the grid a row, where rows do not depend on each other."""
+        raise ValueError(f"timestep: got {t}, needs one of scheduler.timesteps (see set_timesteps)")
 
     def _table(self, eta: float) -> StepTable:
         """The rows of this grid."""
-        past = max(self._grid)
-        if past >= len(self._alpha_bars):
-            raise ValueError(f"timesteps: got {past}, needs t < {len(self._alpha_bars)} (see steps_offset)")
+        past = next((t for t in self._grid if not 0 <= t < len(self._alpha_bars)), None)
+        if past is not None:
+            raise ValueError(f"timesteps: got {past}, needs 0 <= t < {len(self._alpha_bars)} (see steps_offset)")
         clip = float(self.config.clip_sample_range) if self.config.clip_sample else None
         return StepTable(torch.tensor(self._grid) + 1, torch.tensor(self._rows(eta), dtype=torch.float64), clip)
 
-    def _seed_for(self, index: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """The trajectory's seed, int64 []: as asked for, or drawn where one begins: where the row does not grow."""
-        if self._seed is None or index <= self._last or self._seed.device != device:
-            source = "cpu" if generator is None else generator.device
+    def _seeds_for(self, t: int, generators: Sequence[torch.Generator | None], device: torch.device) -> list[Tensor]:
+        """The trajectory's seeds, int64 [] each: as asked for, or drawn where one begins: where t does not fall."""
+        count = len(generators) if self._asked_seed is None else 1
+        if len(self._seeds) != count or t >= self._last or self._seeds[0].device != device:
             if self._asked_seed is not None:
-                self._seed = torch.full((), self._asked_seed, dtype=torch.int64, device=device)
+                self._seeds = [torch.full((), self._asked_seed, dtype=torch.int64, device=device)]
             else:
-                drawn = torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=source)
-                self._seed = drawn.to(device)
-            self._draws = None
-        self._last = index
-        return self._seed
+                self._seeds = [_drawn_seed(generator).to(device) for generator in generators]
+            self._draws = []
+        self._last = t
+        return self._seeds
 
     def _step(
-        self, m: Tensor, timestep: int | Tensor, sample: Tensor, generator: torch.Generator | None, eta: float
+        self, m: Tensor, timestep: int | Tensor, sample: Tensor, generator: Generators, eta: float
     ) -> tuple[Tensor, Tensor]:
         """(x_new, x0) of one row, out of place; both have the type of `sample`."""
         if m.shape != sample.shape:
             raise ValueError(f"model_output: got {list(m.shape)}, needs the shape of sample {list(sample.shape)}")
-        if isinstance(generator, list):
-            if len(generator) != 1:
-                raise ValueError("generator: got a list, needs one generator (noise is already drawn per sample)")
-            generator = generator[0]
         index, n, device = self._index(timestep), sample.shape[0], sample.device
-        key = sample.shape, sample.dtype, device, eta
+        generators = generator if isinstance(generator, list | tuple) else [generator]
+        if len(generators) not in (1, n):
+            raise ValueError(f"generator: got a list of {len(generators)}, needs one, or one for each of the {n} rows")
+        key = sample.shape, sample.dtype, device, eta, self.num_inference_steps
         if self._held[0] != key:
             table = self._table(eta)
             rows = table.rows(device) if sample.is_cuda else table.coefficients
             indices = torch.arange(len(table), device=device).split(1)
             samples = torch.arange(self._first_sample, self._first_sample + n, device=device)
-            self._held, self._draws = (key, table, rows, indices, samples), None
+            self._held, self._draws = (key, table, rows, indices, samples), []
         _, table, rows, indices, samples = self._held
         noisy = bool(table.coefficients[index, 6])
-        seed = self._seed_for(index, generator, device) if noisy else torch.zeros((), dtype=torch.int64, device=device)
+        if noisy:
+            seeds = self._seeds_for(self._grid[index], generators, device)
+        else:
+            seeds = [torch.zeros((), dtype=torch.int64, device=device)]
+        # With a seed of its own every row is the first of a batch of one.
+        size = n // len(seeds)
         if sample.is_cuda:
             x_new, x0 = sample.clone(), torch.zeros_like(sample)
-            solver_step(x_new, m, rows, indices[index], seed, samples, x0_prev=x0, clip=table.clip)
+            parts = (tensor.split(size) for tensor in (x_new, m, x0))
+            for seed, x_part, m_part, x0_part in zip(seeds, *parts, strict=True):
+                more = {"x0_prev": x0_part, "clip": table.clip}
+                solver_step(x_part, m_part, rows, indices[index], seed, samples[:size], **more)
             return x_new, x0
         kind = torch.promote_types(sample.dtype, torch.float32)
-        if noisy and self._draws is None:
-            self._draws = RowNoise(PhiloxNoise(seed, kind), samples, table, tuple(sample.shape[1:]))
-        z = self._draws(index) if noisy else None
+        if noisy and not self._draws:
+            shape = tuple(sample.shape[1:])
+            self._draws = [RowNoise(PhiloxNoise(seed, kind), samples[:size], table, shape) for seed in seeds]
+        z = torch.cat([draws(index) for draws in self._draws]) if noisy else None
         x_new, x0 = reference(sample.to(kind), m.to(kind), rows[index].tolist(), z, None, table.clip)
         return x_new.to(sample.dtype), x0.to(sample.dtype)
+
+
+def _drawn_seed(generator: torch.Generator | None) -> Tensor:
+    device = "cpu" if generator is None else generator.device
+    return torch.randint(0, philox.SEED_LIMIT - 1, (), generator=generator, device=device)
 
 
 def _checked(construct: Callable[..., None]) -> Callable[..., None]:
@@ -171,6 +209,9 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
 
     def _rows(self, _: float) -> list[list[float]]:
         prediction, variance = PREDICTIONS[self.config.prediction_type], VARIANCES[self.config.variance_type]
+        rise = next((pair for pair in pairwise(self._grid) if pair[0] < pair[1]), None)
+        if rise is not None:
+            raise ValueError(f"timesteps: got {rise[1]} after {rise[0]}, needs falling ones")
         rows = ddpm([*(self._alpha_bars[t] for t in self._grid), 1.0], prediction, variance=variance)
         for t, row in zip(self._grid, rows, strict=True):
             if t == 0:
@@ -182,13 +223,14 @@ class FusedDDPMScheduler(_Fused, DDPMScheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> "DDPMSchedulerOutput | tuple[Tensor, Tensor]":
         """x at the next timestep (`prev_sample`) and the estimate of clean data (`pred_original_sample`).
 
-        generator: where a run's seed comes from if `set_timesteps` was given none; never the noise itself. Raises
-        ValueError for another shape, a timestep that is not of the grid, or several generators.
+        generator: where a run's seed comes from if `set_timesteps` was given none; never the noise itself. A list of
+        one for each row gives each its own seed, and the picture that it is alone. Raises ValueError for another
+        shape, another number of generators, or a timestep that is not of `timesteps` as they are now.
         """
         x_new, x0 = self._step(model_output, timestep, sample, generator, 0.0)
         return DDPMSchedulerOutput(prev_sample=x_new, pred_original_sample=x0) if return_dict else (x_new, x0)
@@ -198,6 +240,12 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
     """diffusers' DDIMScheduler on the fused operator: as there, a step goes from t to t - T // S, whatever the grid."""
 
     __init__ = _checked(DDIMScheduler.__init__)
+
+    def _widen(self, t: int) -> None:
+        count = len(self._alpha_bars)
+        if not 0 <= t < count:
+            raise ValueError(f"timestep: got {t}, needs 0 <= t < {count}")
+        self._grid, self._held = list(range(count))[::-1], (None,)
 
     def _rows(self, eta: float) -> list[list[float]]:
         if self.num_inference_steps is None:
@@ -214,13 +262,14 @@ class FusedDDIMScheduler(_Fused, DDIMScheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> "DDIMSchedulerOutput | tuple[Tensor, Tensor]":
         """As `FusedDDPMScheduler.step`. eta: 0..1, 0 is deterministic.
 
-        Raises ValueError also for `use_clipped_model_output` with clip_sample, and for `variance_noise`.
+        The timestep may be any of 0..T-1, as there. Raises ValueError also for `use_clipped_model_output` with
+        clip_sample, and for `variance_noise`.
         """
         if use_clipped_model_output and self.config.clip_sample:
             raise ValueError("use_clipped_model_output: got True, needs False, or clip_sample=False")

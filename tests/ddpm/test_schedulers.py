@@ -17,9 +17,18 @@ from kernels import philox
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
 
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    UNet2DModel,
+)
 
+from ddpm import schedulers  # noqa: E402
 from ddpm.schedulers import FusedDDIMScheduler, FusedDDPMScheduler  # noqa: E402
+from kernels import solver_step  # noqa: E402
 
 SHAPE = (3, 2, 8, 8)
 PAIRS = {"ddim": (FusedDDIMScheduler, DDIMScheduler), "ddpm": (FusedDDPMScheduler, DDPMScheduler)}
@@ -260,6 +269,102 @@ def test_the_generator_gives_the_seed_and_every_run_another():
     assert not torch.equal(default, trajectory(scheduler))
 
 
+class OnCuda(torch.Tensor):
+    """On the CPU, but says otherwise: the branches for CUDA on a machine without."""
+
+    is_cuda = True
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def placed(request, monkeypatch):
+    """Timesteps or samples as the branches for this device take them."""
+    if request.param == "cpu":
+        return lambda tensor: tensor
+
+    def plain(*tensors, x0_prev, clip):
+        tensors = [tensor.as_subclass(torch.Tensor) for tensor in (*tensors, x0_prev)]
+        solver_step(*tensors[:-1], x0_prev=tensors[-1], clip=clip)
+
+    monkeypatch.setattr(schedulers, "solver_step", plain)
+    return lambda tensor: tensor.as_subclass(OnCuda)
+
+
+def cut(scheduler):
+    scheduler.timesteps = scheduler.timesteps[4:]
+
+
+def thinned(scheduler):
+    scheduler.timesteps = scheduler.timesteps[1::3]
+
+
+def replaced(scheduler):
+    scheduler.timesteps = torch.tensor([990, 700, 333, 40])
+
+
+def edited(scheduler):
+    scheduler.timesteps[1] = 777
+
+
+def of_other_betas(scheduler):
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod**1.5
+
+
+def of_edited_betas(scheduler):
+    scheduler.alphas_cumprod.mul_(0.75)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", [cut, thinned, replaced, edited, of_other_betas, of_edited_betas])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_what_was_changed_since_set_timesteps_is_followed(kind, change, inference, placed, monkeypatch):
+    fused, theirs = (make() for make in PAIRS[kind])
+    walks = []
+    with torch.inference_mode(inference):
+        for scheduler in (theirs, fused):
+            scheduler.set_timesteps(10, **({"seed": 5} if scheduler is fused else {}))
+            scheduler.step(start(), scheduler.timesteps[0], start())  # a table of the former is there
+            change(scheduler)
+            if scheduler is theirs:
+                scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+                noisy = iter(scheduler.timesteps.tolist())
+                randn = f"diffusers.schedulers.scheduling_{kind}.randn_tensor"
+                monkeypatch.setattr(randn, lambda *_, noisy=noisy, **__: noise(next(noisy)))
+            else:
+                scheduler.timesteps = placed(scheduler.timesteps)
+            walks.append(trajectory(scheduler, torch.float64))
+    close(walks[1], walks[0], 1e-6)  # alphas_cumprod is float32, and 1 - a / s of numbers close to 1
+
+
+def test_ddim_takes_any_timestep_as_diffusers_does(placed):
+    fused, theirs = (make() for make in PAIRS["ddim"])
+    for scheduler in (fused, theirs):
+        scheduler.set_timesteps(10)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    x, m = start().double(), start(1).double()
+    for t in (999, 7, 900, 0, 99):
+        given = placed(torch.tensor(t))
+        close(fused.step(m, given, x).prev_sample, theirs.step(m, t, x).prev_sample, 1e-9)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_generator_for_each_row_makes_the_picture_that_it_makes_alone(kind, placed):
+    def walk(seeds, x):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        scheduler, x = PAIRS[kind][0](), placed(x.contiguous(memory_format=torch.channels_last))
+        scheduler.set_timesteps(10, first_sample=3)
+        for t in scheduler.timesteps:
+            options = {"generator": generators} | ({"eta": 0.5} if kind == "ddim" else {})
+            x = scheduler.step(network(x, t), t, x, **options).prev_sample
+        return x
+
+    together = walk((7, 8, 9), start())
+    for row, seed in enumerate((7, 8, 9)):
+        assert torch.equal(together[row], walk((seed,), start()[row : row + 1])[0])
+    assert not torch.equal(walk((7, 7), start()[[0, 0]])[0], walk((7, 8), start()[[0, 0]])[1])
+    same = walk((7, 7), start()[[0, 0]])
+    assert torch.equal(same[0], same[1])
+
+
 def test_add_noise_and_scaling_are_diffusers_own():
     fused, theirs = FusedDDPMScheduler(beta_schedule="scaled_linear"), DDPMScheduler(beta_schedule="scaled_linear")
     x, noise, t = start(), start(1), torch.tensor([0, 500, 999])
@@ -323,6 +428,10 @@ def test_in_diffusers_pipelines(unet, tmp_path):
     assert (tmp_path / "scheduler" / "scheduler_config.json").is_file()
     again = DDPMPipeline(unet, FusedDDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler"))
     assert np.array_equal(first, images(again))
+    for loader in (DDPMPipeline, DiffusionPipeline):
+        loaded = loader.from_pretrained(tmp_path)
+        assert type(loaded.scheduler) is FusedDDPMScheduler
+        assert np.array_equal(first, images(loaded))
 
 
 @pytest.mark.parametrize(
@@ -348,8 +457,11 @@ def test_wrong_calls_say_what_they_got():
         ddim.step(x, 999, x)
     for scheduler in (ddim, ddpm):
         scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="timestep: got 7"):
-        ddim.step(x, 7, x)
+    with pytest.raises(ValueError, match=r"timestep: got 7, needs one of scheduler\.timesteps"):
+        ddpm.step(x, 7, x)
+    for t in (-1, 1000):
+        with pytest.raises(ValueError, match=f"timestep: got {t}, needs 0 <= t < 1000"):
+            ddim.step(x, t, x)
     with pytest.raises(ValueError, match="model_output: got"):
         ddpm.step(torch.cat((x, x), 1), 900, x)
     with pytest.raises(ValueError, match=r"eta: got 1\.5"):
@@ -358,8 +470,8 @@ def test_wrong_calls_say_what_they_got():
         ddim.step(x, 900, x, use_clipped_model_output=True)
     with pytest.raises(ValueError, match="variance_noise"):
         ddim.step(x, 900, x, eta=1.0, variance_noise=x)
-    with pytest.raises(ValueError, match="needs one generator"):
-        ddpm.step(x, 900, x, generator=[torch.Generator()] * 3)
+    with pytest.raises(ValueError, match="generator: got a list of 2, needs one, or one for each of the 3 rows"):
+        ddpm.step(x, 900, x, generator=[torch.Generator()] * 2)
     with pytest.raises(ValueError, match="first_sample: got -1"):
         ddpm.set_timesteps(10, first_sample=-1)
     with pytest.raises(ValueError, match="num_inference_steps: got 0"):
@@ -368,6 +480,14 @@ def test_wrong_calls_say_what_they_got():
     ddpm.set_timesteps(10)
     with pytest.raises(ValueError, match="timesteps: got 1100"):
         ddpm.step(x, 900, x)
+    for timesteps, message in (
+        ([40, 700], "got 700 after 40"),
+        ([700.0], r"scheduler\.timesteps: got tensor"),
+        ([40, -1], "got -1"),
+    ):
+        ddpm.timesteps = torch.tensor(timesteps)
+        with pytest.raises(ValueError, match=message):
+            ddpm.step(x, 40, x)
 
 
 def test_diffusers_stays_optional():
