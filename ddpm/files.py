@@ -1,6 +1,5 @@
 """Files that are either whole or not there, and that are read as they were written."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,12 @@ PARTIAL = re.compile(r"\.fused-ddpm-[0-9a-f]{16}\.partial(\..*)?")
 METADATA = "fused_ddpm"
 
 
+def _lock(handle: int, wait: bool) -> None:
+    import fcntl  # POSIX alone has it
+
+    fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
     """A new file beside `path`, with its suffix and for one writer alone, gone at the end.
@@ -40,7 +45,7 @@ def _partial(path: Path) -> Iterator[Path]:
             error.filename = str(path)
             raise
         with suppress(OSError):  # a file system without locks: there nobody can sweep
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle, wait=True)
         if partial.exists():
             break
         os.close(handle)  # it was swept before it was locked
@@ -58,7 +63,7 @@ def _sweep(folder: Path) -> None:
         with suppress(OSError):  # its writer lives, has just removed it, or is another user
             handle = os.open(path, os.O_RDWR)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(handle, wait=False)
                 path.unlink()
             finally:
                 os.close(handle)
@@ -130,7 +135,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise BadInput(f"{folder}: cannot be opened ({error.strerror or error}), needs a folder") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, wait=False)
         except BlockingIOError as error:
             raise BadInput(f"{folder}: another process is writing to it, needs another --out or its end") from error
         except OSError as error:

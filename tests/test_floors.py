@@ -51,6 +51,18 @@ def test_no_module_imports_itself_by_way_of_others():
     TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
+def test_what_only_posix_has_is_imported_where_it_is_used():
+    """On Windows everything can be imported; what needs such a module says so when it is called."""
+    posix = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios"}
+    early = {
+        (name, word)
+        for name, path in MODULES.items()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body  # not within `try`
+        for word in ({alias.name for alias in getattr(node, "names", ())} | {getattr(node, "module", None)}) & posix
+    }
+    assert not early
+
+
 def test_one_network_is_named_where_it_is_described():
     """What comes above a network takes it by the protocol; the last three: its sibling, a benchmark, old metadata."""
     words = ("ContextUnet", "n_cfeat")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -147,6 +146,8 @@ def memory(device: torch.device) -> tuple[int | None, int]:
     """Bytes that the process holds, and the most so far: allocated on the GPU, or resident, which only Linux tells."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX alone has it
+
     statm, peak = Path("/proc/self/statm"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     held = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
     return held, peak if sys.platform == "darwin" else peak * 1024

@@ -7,6 +7,7 @@ benchmarks), and by the bytes: PyTorch's version counters miss writes through `.
 import ctypes
 import json
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -28,7 +29,7 @@ logger = logging.getLogger("ddpm")
 IRRELEVANT_SETTINGS = {"training", "momentum", "inplace"}
 HOOKS = "_forward_hooks", "_forward_pre_hooks"
 EVERYWHERE = nn.modules.module  # where PyTorch keeps the hooks of every module
-_memcmp = ctypes.CDLL(None).memcmp
+_memcmp = ctypes.CDLL(None if os.name == "posix" else "msvcrt").memcmp
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
