@@ -17,7 +17,8 @@ from ddpm.command_line import handling
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed
-from ddpm.files import json_text, read_noted, warn_if_unchecked, write_tensors, write_text
+from ddpm.files import digest_of, json_text, read_noted, warn_if_unchecked, write_tensors, write_text
+from ddpm.networks.protocol import build_network
 from ddpm.progress import Bar
 from ddpm.solvers import given
 from ddpm.training.engines import Trainer, make_trainer
@@ -27,7 +28,7 @@ from ddpm.training.options import TrainOptions
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
 # Options that runs from before there were others do not name.
-LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False}
+LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False, "init": None}
 
 
 class OtherData(BadInput):
@@ -73,6 +74,8 @@ def make_config(trainer: Trainer) -> dict[str, object]:
     options, dataset = trainer.options, trainer.dataset
     more = {"data": {"name": dataset.name, "count": len(dataset), "digest": dataset.digest()}}
     more |= {"sampling": {"clip": 1.0 if dataset.is_images else None}, "training": asdict(options)}
+    if options.init is not None:
+        more |= {"init": {"run": options.init, "digest": digest_of(trainer.network.state_dict())}}
     return runs.make_config(trainer.network, trainer.schedule, options.prediction, classes=dataset.classes, **more)
 
 
@@ -118,6 +121,19 @@ def open_folder(folder: Path, resume: bool, overwrite: bool) -> bool:
     if resume and (folder / runs.MODEL).exists() and not (folder / runs.TRAINING).exists():
         raise BadInput(f"{folder / runs.TRAINING}: is missing beside a model, needs --overwrite to start from zero")
     return resume and (folder / runs.TRAINING).exists()
+
+
+def make_network(options: TrainOptions, dataset: Dataset, folder: Path, resume: bool) -> nn.Module:
+    """The network to train, freshly initialised or of the run `options.init`, which a resumed run needs no more."""
+    if options.init is not None and resume and (folder / runs.TRAINING).exists():
+        config = runs.read_config(folder)
+        try:
+            return build_network(config["network"], config["model"])
+        except ValueError as error:
+            raise BadInput(f"{folder / runs.CONFIG}: {error}") from error
+    if options.init is not None and Path(options.init).resolve() == folder.resolve():
+        raise BadInput(f"--init: got {options.init}, which is --out, needs another folder")
+    return options.make_network(dataset)
 
 
 def resume_from(folder: Path, trainer: Trainer) -> None:
@@ -202,7 +218,7 @@ def train(
     with runs.held(folder) if world.is_main else nullcontext():
         continued = world.is_main and open_folder(folder, resume, overwrite)
         dataset = options.load_data() if dataset is None else dataset
-        network = options.make_network(dataset) if network is None else network
+        network = make_network(options, dataset, folder, resume) if network is None else network
         trainer = make_trainer(network, dataset, options, device, world)
         if world.any(continued, device):
             resume_from(folder, trainer)

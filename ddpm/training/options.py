@@ -11,7 +11,8 @@ from typer import Option
 
 from ddpm.data import Dataset, load_data, parse_range
 from ddpm.errors import BadInput
-from ddpm.networks.protocol import NETWORKS, network_for
+from ddpm.networks.protocol import NETWORKS, condition_shape, name_of, network_for, sample_shape
+from ddpm.runs import load_run
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import FLOAT32_MAX
 from ddpm.table import PREDICTIONS
@@ -42,6 +43,7 @@ class TrainOptions:
     alpha: Annotated[bool, Option("--alpha", help="keep transparency as a fourth channel")] = False
     network: Annotated[str | None, Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = None
     n_feat: Annotated[int, Option(help="width of the network")] = 64
+    init: Annotated[str | None, Option(help="run with whose weights training begins")] = None
     schedule: Annotated[str, Option(help="linear, quad, sigmoid, constant, cosine or context_unet")] = "linear"
     timesteps: Annotated[int, Option(help="T")] = 500
     beta_start: Annotated[float | None, Option(help="first beta [1e-4]")] = None
@@ -90,8 +92,13 @@ class TrainOptions:
         return NoiseSchedule.make(self.schedule, self.timesteps, self.beta_start, self.beta_end)
 
     def make_network(self, dataset: Dataset) -> nn.Module:
-        """A freshly initialised network for the data; the same seed gives the same weights. Raises BadInput."""
+        """A freshly initialised network for the data; the same seed gives the same weights. Or that of the run `init`.
+
+        Raises BadInput, also if that run's does not fit these data and options.
+        """
         shape, classes = tuple(dataset.values.shape[1:]), 0 if dataset.labels is None else dataset.labels.shape[1]
+        if self.init is not None:
+            return self._initial(shape, classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             try:
@@ -101,3 +108,18 @@ class TrainOptions:
             except (RuntimeError, MemoryError) as error:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 raise BadInput(f"--n-feat: got {self.n_feat}, needs a network that can be made ({reason})") from error
+
+    def _initial(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        run = load_run(self.init)
+        name = name_of(run.model)
+        must_match = {
+            "network": (name, self.network or name),
+            "n_feat": (run.config["model"].get("n_feat", self.n_feat), self.n_feat),
+            "prediction": (run.config["prediction"], self.prediction),
+            "samples of shape": (list(sample_shape(run.model)), list(shape)),
+            "number of classes": (math.prod(condition_shape(run.model) or (0,)), classes),
+        }
+        for what, (theirs, own) in must_match.items():
+            if theirs != own:
+                raise BadInput(f"--init: {self.init} has {what} {theirs}, this run {own}, needs the same")
+        return run.model
