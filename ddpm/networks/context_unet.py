@@ -25,7 +25,8 @@ class ContextUnet(ZeroIsNone):
         n_cfeat: length of the context vector, 0 for an unconditional network.
         height: side of square images, or (height, width); each divisible by 2^depth.
         multipliers: width of each level in units of n_feat; default min(2^i, 8) over as many levels as it takes
-            to bring the longer side to at most 8 pixels, at least two. Its length is the depth, at least 2.
+            to bring the longer side to at most 8 pixels, or as the sides can be halved, at least two. Its length is
+            the depth, at least 2.
     """
 
     time = "fraction"
@@ -50,6 +51,8 @@ class ContextUnet(ZeroIsNone):
             raise ValueError(f"height: got {height}, needs at most {SIDE_MAX}")
         if multipliers is None:
             halvings = max(2, math.ceil(math.log2(max(1, *sides) / 8)))
+            while halvings > 2 and any(side % 2**halvings for side in sides):
+                halvings -= 1
             multipliers = [min(2**i, 8) for i in range(halvings)]
         multipliers = tuple(map(int, multipliers))
         self.depth = depth = len(multipliers)
@@ -59,8 +62,11 @@ class ContextUnet(ZeroIsNone):
             raise ValueError(f"in_channels, n_cfeat: got {in_channels}, {n_cfeat}, needs >= 1, >= 0")
         if n_feat < GROUPS or n_feat % GROUPS:
             raise ValueError(f"n_feat: got {n_feat}, needs a multiple of {GROUPS} (the normalisation's groups)")
-        if any(side < 2**depth or side % 2**depth for side in sides):
-            raise ValueError(f"height: got {height}, needs a multiple of {2**depth} for {depth} halvings")
+        odd, step = next((side for side in sides if side < 2**depth or side % 2**depth), None), 2**depth
+        if odd is not None:
+            nearest = f"{odd // step * step} or {odd // step * step + step}" if odd > step else str(step)
+            needs = f"a multiple of {step} for {depth} halvings (--image-size {nearest})"
+            raise ValueError(f"height: got {height}, needs {needs}")
         self.in_channels, self.n_feat, self.n_cfeat = in_channels, n_feat, n_cfeat
         self.condition_shape = (n_cfeat,) if n_cfeat else None
         self.height, self.width, self.multipliers = *sides, multipliers
@@ -126,13 +132,17 @@ def load_context_unet_weights(model: ContextUnet, state_dict: Mapping[str, Tenso
     """Load a published ContextUnet state dict, with or without the shortcut.
 
     The original made its shortcut convolution anew, at random, in every call, so published weights have none: it
-    becomes zero, the expectation of that random convolution, with a warning.
+    becomes zero, the expectation of that random convolution, with a warning. Counters of batches, which nothing reads,
+    may be missing (PyTorch before 0.4.1) or cast with the weights: then they are zero.
 
     Raises ValueError as `fit_state_dict` does.
     """
     own, given = model.state_dict(), dict(state_dict)
-    shortcut = {name: torch.zeros_like(own[name]) for name in own if name.startswith(SHORTCUT_PREFIX)}
+    shortcut = {name: torch.zeros(own[name].shape) for name in own if name.startswith(SHORTCUT_PREFIX)}
     without = bool(shortcut) and not shortcut.keys() & given.keys()
+    counters = {name: torch.tensor(0) for name in own if name.endswith(".num_batches_tracked")}
+    rounded = {name for name in counters.keys() & given.keys() if given[name].is_floating_point()}
+    given = counters | {name: tensor for name, tensor in given.items() if name not in rounded}
     try:
         fit_state_dict(model, shortcut | given if without else given)
     except ValueError as error:

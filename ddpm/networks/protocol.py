@@ -181,14 +181,22 @@ def check_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name!r} is {list(given[name].shape)}, the network needs {list(tensor.shape)}")
         if given[name].is_floating_point() != tensor.is_floating_point():
             raise ValueError(f"{name!r} is {given[name].dtype}, the network needs {tensor.dtype}")
-        if not given[name].isfinite().all():
-            raise ValueError(f"{name!r} has NaN or infinite values, the network needs finite ones")
+        value = given[name].to(tensor.dtype)
+        if not value.isfinite().all():
+            raise ValueError(f"{name!r} has NaN or infinite values, the network needs finite ones of {tensor.dtype}")
+        if name.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{name!r} has negative values, the network needs variances")
     extra = next((name for name in given if name not in own), None)
     if extra is not None:
         raise ValueError(f"has {extra!r}, which the network does not: from another network?")
 
 
 def fit_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:
-    """Load a state dict that must fit exactly. Raises ValueError as `check_state_dict` does."""
+    """Load a state dict that must fit exactly; a network on the meta device takes over its tensors.
+
+    Raises ValueError as `check_state_dict` does.
+    """
     check_state_dict(model, given)
-    model.load_state_dict(dict(given))
+    own = model.state_dict()
+    values = {name: given[name].to(tensor.dtype).contiguous() for name, tensor in own.items()}
+    model.load_state_dict(values, assign=any(tensor.is_meta for tensor in own.values()))

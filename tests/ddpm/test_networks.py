@@ -19,7 +19,8 @@ def inputs(network, n=2):
     return x, (torch.arange(n) + 1) / n, torch.rand(n, network.n_cfeat, generator=generator)
 
 
-MULTIPLIERS = {16: (1, 2), 28: (1, 2), 32: (1, 2), 64: (1, 2, 4), 256: (1, 2, 4, 8, 8)}
+# 36 and 72 are halved as often as they can be, not down to 8.
+MULTIPLIERS = {16: (1, 2), 28: (1, 2), 32: (1, 2), 36: (1, 2), 64: (1, 2, 4), 72: (1, 2, 4), 256: (1, 2, 4, 8, 8)}
 
 
 @pytest.mark.parametrize("height", MULTIPLIERS)
@@ -32,6 +33,15 @@ def test_heights(unet, height):
     y = network(x, t, c)
     assert y.shape == x.shape
     assert y.isfinite().all()
+
+
+@torch.no_grad()
+def test_every_side_that_can_be_halved_twice_is_taken():
+    with torch.device("meta"):
+        for side in range(16, 257, 4):
+            depth = len(ContextUnet(3, 8, 0, side).multipliers)
+            assert side % 2**depth == 0
+            assert side / 2**depth <= 8 or side % 2 ** (depth + 1)
 
 
 @torch.no_grad()
@@ -209,9 +219,9 @@ def test_rows_are_independent_in_eval_mode(unet):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"height": 18}, "height: got 18, needs a multiple of 4"),
-        ({"height": 36}, "height: got 36, needs a multiple of 8"),
-        ({"height": 2}, "height: got 2"),
+        ({"height": 18}, r"height: got 18, needs a multiple of 4 for 2 halvings \(--image-size 16 or 20\)"),
+        ({"height": 255}, r"height: got 255, needs a multiple of 4 .*\(--image-size 252 or 256\)"),
+        ({"height": 2}, r"height: got 2, .*\(--image-size 4\)"),
         ({"height": 0}, "height: got 0"),
         ({"height": (16, 18)}, r"height: got \(16, 18\), needs a multiple of 4"),
         ({"height": (16, 16, 16)}, r"height: got \(16, 16, 16\), needs one side, or \(height, width\)"),
