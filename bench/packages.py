@@ -14,7 +14,6 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,7 @@ PROJECT = "fused-ddpm"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class OursFirst(MetaPathFinder):
+class OursFirst:
     """Finds our packages beside this one, whatever comes before them in PYTHONPATH or lies in the working directory."""
 
     @classmethod

@@ -207,6 +207,8 @@ ROWS = [
     Row("import w.pth --out new", ("new: cannot be written (No space",), failing(Path, "write_bytes", errno.ENOSPC)),
     Row(RESUME, (STATE + "is missing beside a model, needs --overwrite",), gone("training.safetensors")),
     Row(NEW + "--resume --overwrite", ("--resume, --overwrite: got both, needs at most one",)),
+    Row(NEW.replace("new", "run") + "--overwrite --init run", ("--init: got run, which is --out",)),
+    Row(NEW + "--init run --prediction v", ("--init: run has prediction eps, this run v, needs the same",)),
     Row(NEW + "--save-every 0", ("--save-every: got 0.0, needs seconds > 0",)),
     # outputs, before the work
     *(Row(f"sample run --n 1 {option} x/y{suffix}", (option, f"x/y{suffix}", "existing folder"))
@@ -265,7 +267,6 @@ ROWS = [
     Row(SAMPLE, (MODEL + "is of another run than config.json",), of_another_run("model")),
     Row(RESUME, (STATE + "training state does not fit config.json",), of_another_run("training")),
     Row(SAMPLE, (MODEL + f"'{BIAS}' has NaN",), tensors(lambda s: s[BIAS].fill_(np.nan), "model")),
-    Row(SAMPLE, (MODEL, "Float8"), tensors(lambda s: s.update({BIAS: s[BIAS].to(torch.float8_e4m3fn)}), "model")),
     # the training state
     *(Row(RESUME, (STATE, *words), spoil) for words, spoil in (
         ((f"lacks 'adam.{BIAS}.exp_avg'",), without("adam", BIAS, "exp_avg")),

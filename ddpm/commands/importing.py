@@ -34,7 +34,7 @@ class _Ignored:
         "numpy.dtype",
         "numpy.ndarray",
         *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-        *(f"pathlib{module}.{name}" for module in ("", "._local") for name in ("PosixPath", "WindowsPath")),
+        *(f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows")),
     )
 
     def __init__(self, *_: object) -> None:
@@ -59,8 +59,11 @@ def read_entries(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(record.file_size for record in archive.infolist())
-            if unpacked > path.stat().st_size:
-                raise ValueError(f"{unpacked} bytes in a file of {path.stat().st_size}")
+                if unpacked > path.stat().st_size:
+                    raise ValueError(f"{unpacked} bytes in a file of {path.stat().st_size}")
+                damaged = archive.testzip()  # PyTorch compares no checksums
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not have its checksum")
         with torch.serialization.safe_globals([(_Ignored, name) for name in _Ignored.NAMES]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes

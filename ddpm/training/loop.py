@@ -127,10 +127,8 @@ def make_network(options: TrainOptions, dataset: Dataset, folder: Path, resume: 
     """The network to train, freshly initialised or of the run `options.init`, which a resumed run needs no more."""
     if options.init is not None and resume and (folder / runs.TRAINING).exists():
         config = runs.read_config(folder)
-        try:
-            return build_network(config["network"], config["model"])
-        except ValueError as error:
-            raise BadInput(f"{folder / runs.CONFIG}: {error}") from error
+        runs.outline(folder, config)  # what is wrong with it is told there
+        return build_network(config["network"], config["model"])
     if options.init is not None and Path(options.init).resolve() == folder.resolve():
         raise BadInput(f"--init: got {options.init}, which is --out, needs another folder")
     return options.make_network(dataset)

@@ -1,6 +1,7 @@
 """Another project's repository: our packages run, its own are measured, and a name that both have is never confused."""
 
 import builtins
+import importlib
 import os
 import re
 import shutil
@@ -83,6 +84,13 @@ def test_each_side_measures_its_own_code_with_our_packages(foreign):
             assert {record["workload"] for record in content["records"]} == {f"speed/{name}"}
             assert content["failed"] == 0
             assert content["seed"] == 11
+
+
+def test_a_suite_may_ask_all_finders_to_look_again(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path.copy())
+    packages.install()
+    assert packages.OursFirst in sys.meta_path
+    importlib.invalidate_caches()
 
 
 def test_ours_come_before_pythonpath_and_the_working_directory(foreign):

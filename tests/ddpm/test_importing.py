@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import zipfile
-from pathlib import PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ CHECKPOINT = {
     "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
     "loss": np.float64(0.1),
     "history": np.zeros(3),
-    "args": argparse.Namespace(lr=0.1, out=PurePosixPath("x")),
+    "args": argparse.Namespace(lr=0.1, out=Path("x")),
 }
 PARAMETERS = {name: value for name, value in STATE.items() if "running" not in name and "tracked" not in name}
 WRAPPED = {
@@ -180,7 +180,7 @@ def nested(depth):
 
 
 ONE = torch.zeros(1)
-WIDE = {name: ONE.expand(*(size * 128 if size > 3 else size for size in v.shape)) for name, v in STATE.items()}
+WIDE = {n: torch.zeros(()).expand([size * 128 if size > 3 else size for size in v.shape]) for n, v in STATE.items()}
 REFUSED = {
     "module": (
         torch.nn.Linear(2, 2),
@@ -188,7 +188,7 @@ REFUSED = {
         "torch.save(model.state_dict(), FILE)",
     ),
     "code": (STATE | {"x": EveryTime(os.mkdir, "ran")}, "not a PyTorch file of weights alone", "posix.mkdir"),
-    "code in plain clothes": (STATE | {"x": EveryTime(argparse.Namespace, EveryTime(print, "ran"))}, "builtins.print"),
+    "code in plain clothes": (STATE | {"x": EveryTime(argparse.Namespace, EveryTime(print, "ran"))}, "a pickled print"),
     "no network": ({"a": torch.zeros(2), "b": [3, "x"]}, "not a ContextUnet state dict (1 tensors"),
     "two networks": ({"a": STATE, "b": dict(STATE)}, "holds 2 networks (at a, b), needs one of them alone"),
     "too deep": (nested(50), "not a ContextUnet state dict (0 tensors"),
@@ -233,6 +233,20 @@ def test_archives_that_unpack_to_more_are_refused_unread(ddpm, tmp_path):
     answer = ddpm("import", tmp_path / "w.pth", "--out", tmp_path / "run")
     assert answer.code == 2
     assert "w.pth: not a PyTorch file of weights alone (" in answer.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_bit_of_a_weight_is_refused(ddpm, tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save(STATE, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(STATE[FIRST].numpy().tobytes())
+    content[place + 5] ^= 64
+    path.write_bytes(content)
+    answer = ddpm("import", path, "--out", tmp_path / "run")
+    assert answer.code == 2
+    assert "w.pth: not a PyTorch file of weights alone (" in answer.err
+    assert "does not have its checksum" in answer.err
     assert not (tmp_path / "run").exists()
 
 
