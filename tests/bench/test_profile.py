@@ -535,7 +535,7 @@ def test_a_missing_run_an_engine_not_here_and_an_unwritable_folder(run, tmp_path
     file = tmp_path / "file"
     file.write_text("kept")
     assert main(["profile", str(run), "--engine", "eager", "--out", str(file)]) == 2
-    assert "file is a file, needs a folder" in capsys.readouterr().err
+    assert "file: is a file, needs a folder" in capsys.readouterr().err
     assert file.read_text() == "kept"
 
     def missing(name, device, plain):
