@@ -31,6 +31,8 @@ MANIFESTS = MACHINE / "export_manifests.json"
 PLANTED = RESULTS / "epyc-2-cores" / "planted.jsonl"
 # Written by tests/reliability.py, a case and command a line.
 RELIABILITY = RESULTS / "epyc-2-cores" / "reliability.jsonl"
+# Written by tests/clients.py, a client and a file a line.
+CLIENTS = RESULTS / "clients.jsonl"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -224,6 +226,39 @@ def export_parity_table() -> str:
     return f"{exact}\n\n{Table((recipe, 'fp32', *lower), 'l', rows).markdown()}"
 
 
+def client_outcome(line: Mapping[str, Any]) -> str:
+    """Of a client and a file: how far what it computes is from what is expected, or why there is nothing."""
+    if line["reason"] is not None:
+        return "fails" if line["loaded"] else "no"
+    if line["error"] is None:
+        return "**not finite**"
+    far = f"{line['error']:.1e}" if line["precision"] == "fp32" else f"{line['psnr_db']:.0f} dB"
+    return far if line["right"] else f"**wrong: {far}**"
+
+
+def clients_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Clients by files, a cell for all precisions, and a list of the reasons of those that do not run one."""
+    files, rows, reasons = list(dict.fromkeys(line["file"] for line in lines)), [], {}
+    for client in dict.fromkeys(line["client"] for line in lines):
+        same = [line for line in lines if line["client"] == client]
+        versions = dict.fromkeys(line["version"] for line in same if line["version"])
+        cells = [[client_outcome(line) for line in same if line["file"] == file] for file in files]
+        rows.append([" ".join((client, *versions)), *(", ".join(dict.fromkeys(cell)) for cell in cells)])
+        for line in same:
+            if line["reason"] is not None:
+                what = f"{line['file']} ({line['precision']})"
+                reasons.setdefault((client, line["reason"]), []).append(what)
+    table = Table(("fp32, fp16, int8", *files), "l" * (len(files) + 1), rows).markdown()
+    notes = [f"- {client}, {', '.join(of)}: {reason}" for (client, reason), of in reasons.items()]
+    return "\n".join((table, "", *notes)).rstrip()
+
+
+def clients_block() -> str:
+    """What runs the exported files, and when that was tried."""
+    lines = [json.loads(line) for line in CLIENTS.read_text(encoding="utf-8").splitlines()]
+    return f"{clients_table(lines)}\n\nTried {min(line['date'] for line in lines)[:10]}, torch {lines[0]['torch']}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "kernels": kernel_table,
@@ -234,6 +269,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "planted": planted_block,
     "reliability": reliability_block,
     "export-parity": export_parity_table,
+    "clients": clients_block,
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)

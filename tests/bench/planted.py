@@ -10,7 +10,6 @@ test_planted.py says if it is too old.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -35,6 +34,7 @@ from bench.report import planted_outcome, planted_summary, planted_table
 from ddpm.files import write_text
 from tests.bench.foreign import ROOT, commit, git, make_environment, make_repository
 from tests.bench.plants import PLANTS
+from tests.digests import code_digest
 
 # What decides: a record was made by other rules if one of these files has other code.
 RULES = tuple(ROOT / "bench" / name for name in ("verdicts.py", "statistics.py"))
@@ -137,11 +137,8 @@ def compared(project: Project, name: str) -> dict[str, Any]:
 
 
 def rules_digest() -> str:
-    """Of the code that decides, without comments and docstrings."""
-    texts = [re.sub(r'""".*?"""', "", path.read_text(), flags=re.S) for path in RULES if path.exists()]
-    lines = [line.strip() for text in texts for line in text.splitlines()]
-    code = "\n".join(line for line in lines if line and not line.startswith("#"))
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    """Of the code that decides."""
+    return code_digest(path for path in RULES if path.exists())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
