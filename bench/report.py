@@ -238,18 +238,23 @@ def client_outcome(line: Mapping[str, Any]) -> str:
 
 def clients_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Clients by files, a cell for all precisions, and a list of the reasons of those that do not run one."""
-    files, rows, reasons = list(dict.fromkeys(line["file"] for line in lines)), [], {}
+    files, precisions = (list(dict.fromkeys(line[name] for line in lines)) for name in ("file", "precision"))
+    rows, reasons = [], {}
     for client in dict.fromkeys(line["client"] for line in lines):
         same = [line for line in lines if line["client"] == client]
         versions = dict.fromkeys(line["version"] for line in same if line["version"])
         cells = [[client_outcome(line) for line in same if line["file"] == file] for file in files]
-        rows.append([" ".join((client, *versions)), *(", ".join(dict.fromkeys(cell)) for cell in cells)])
+        rows.append(
+            [" ".join((client, *versions)), *(cell[0] if len(set(cell)) == 1 else ", ".join(cell) for cell in cells)]
+        )
         for line in same:
             if line["reason"] is not None:
-                what = f"{line['file']} ({line['precision']})"
-                reasons.setdefault((client, line["reason"]), []).append(what)
-    table = Table(("fp32, fp16, int8", *files), "l" * (len(files) + 1), rows).markdown()
-    notes = [f"- {client}, {', '.join(of)}: {reason}" for (client, reason), of in reasons.items()]
+                reasons.setdefault((client, line["reason"]), {}).setdefault(line["file"], []).append(line["precision"])
+    notes = []
+    for (client, reason), of in reasons.items():
+        without = (file if some == precisions else f"{file} in {', '.join(some)}" for file, some in of.items())
+        notes.append(f"- {client}, without {'; '.join(without)}: {reason}")
+    table = Table((", ".join(precisions), *files), "l" * (len(files) + 1), rows).markdown()
     return "\n".join((table, "", *notes)).rstrip()
 
 

@@ -96,13 +96,19 @@ class Exported:
         return decibels >= FLOORS[self.precision].psnr_db
 
 
-# What is no reason: where in the client's source it was found, folders, the numbers of our nodes.
-NOISE = r"Exception from \S+:\d+:|Check '.*?' failed at \S+:\d+:|(?<![\w.])/\S*/|(?<=[a-z])_\d+\b"
+# What is no reason: places in a client's source, its preambles, folders, the numbers of our nodes.
+NO_REASON = re.compile(
+    r"Stack backtrace:.*|Summary:.*|Caused by:|Can't create a session\. ERROR_CODE: \d+, ERROR_MESSAGE:"
+    r"|Exception from \S+:\d+:|Check '.*?' failed at \S+:\d+:|FrontEnd API failed with \w+:"
+    r"|Model wasn't fully converted\. Failed operations detailed log:|-- \S+ with a message:"
+    r"|While validating ONNX node '.*?':|\S+\.cc:\d+ (?:.*? was false\.|\w+ )|(?<![\w.])/\S*/|(?<=[a-z])_\d+\b",
+    re.S,
+)
 
 
 def few_words(reason: str) -> str:
     """A client's reason in one line."""
-    return " ".join(re.sub(NOISE, "", reason).split())[:160]
+    return " ".join(NO_REASON.sub("", reason).split())[:200]
 
 
 def export_all(folder: Path) -> Iterator[Exported]:

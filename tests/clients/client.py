@@ -9,9 +9,10 @@ import numpy as np
 
 Feeds = dict[str, np.ndarray]
 Call = Callable[[Feeds], dict[str, np.ndarray]]
+Load = Callable[[], Call]
 
 
-def onnxruntime(file: str) -> tuple[str, Callable[[], Call]]:
+def onnxruntime(file: str, feeds: Feeds) -> tuple[str, Load]:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -24,7 +25,7 @@ def onnxruntime(file: str) -> tuple[str, Callable[[], Call]]:
     return onnxruntime.__version__, load
 
 
-def openvino(file: str) -> tuple[str, Callable[[], Call]]:
+def openvino(file: str, feeds: Feeds) -> tuple[str, Load]:
     import openvino
 
     def load() -> Call:
@@ -35,7 +36,7 @@ def openvino(file: str) -> tuple[str, Callable[[], Call]]:
     return openvino.__version__.partition("-")[0], load
 
 
-def reference(file: str) -> tuple[str, Callable[[], Call]]:
+def reference(file: str, feeds: Feeds) -> tuple[str, Load]:
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -46,7 +47,7 @@ def reference(file: str) -> tuple[str, Callable[[], Call]]:
     return onnx.__version__, load
 
 
-def tract(file: str) -> tuple[str, Callable[[], Call]]:
+def tract(file: str, feeds: Feeds) -> tuple[str, Load]:
     from importlib.metadata import version
 
     import tract
@@ -55,6 +56,9 @@ def tract(file: str) -> tuple[str, Callable[[], Call]]:
         model = tract.onnx().load(file)
         inputs = [model.input_name(k) for k in range(model.input_count())]
         outputs = [model.output_name(k) for k in range(model.output_count())]
+        for k, name in enumerate(inputs):  # it wants shapes of numbers, and names types f32 and i64
+            kind = feeds[name].dtype
+            model.set_input_fact(k, ",".join((*map(str, feeds[name].shape), f"{kind.kind}{8 * kind.itemsize}")))
         runnable = model.into_model().into_runnable()
 
         def call(feeds: Feeds) -> dict[str, np.ndarray]:
@@ -68,11 +72,11 @@ def tract(file: str) -> tuple[str, Callable[[], Call]]:
 
 def run(name: str, case: dict) -> dict:
     """version; loaded; reason: why it failed, or None; values: of the output, flat."""
-    version, load = globals()[name](case["file"])
-    result = {"version": version, "loaded": False, "reason": None, "values": []}
     feeds = {
         name: np.array(feed["values"], feed["dtype"]).reshape(feed["shape"]) for name, feed in case["feeds"].items()
     }
+    version, load = globals()[name](case["file"], feeds)
+    result = {"version": version, "loaded": False, "reason": None, "values": []}
     try:
         call = load()
         result["loaded"] = True
