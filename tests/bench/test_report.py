@@ -47,7 +47,7 @@ def test_a_block_is_filled_wherever_it_stands(tmp_path):
         (ALL.replace("peers -->", "peer -->"), "has the mark 'peer', needs one of summary, kernels"),
         (ALL.replace("<!-- /peers -->", ""), "'peers' needs <!-- peers --> and <!-- /peers --> in this order"),
         (ALL.replace("/kernels", "bench"), "'kernels' needs"),
-        ("", "have no block bench, export-parity"),
+        ("", "have no block bench, clients, export-parity"),
     ],
 )
 def test_a_wrong_or_missing_block_is_one_line(text, words, monkeypatch, capsys):
