@@ -273,6 +273,7 @@ def load_run(folder: str | Path) -> Run:
         network = build_network(config["network"], config["model"])
         fit_state_dict(network, tensors)
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise BadInput(f"{path}: {str(error) or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise BadInput(f"{path}: {reason} (the network is that of {CONFIG})") from error
     warn_if_unchecked(path, metadata)
     return Run(folder, config, network.eval(), schedule)

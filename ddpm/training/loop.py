@@ -62,11 +62,16 @@ def training_data(run: runs.Run, data: str | None = None, labels: str | None = N
     """What a run was trained on; data, labels: where they lie now. Raises BadInput if it knows none or they differ."""
     if not isinstance(run.config.get("training"), dict):
         raise BadInput(f"{run.folder / runs.CONFIG}: an imported run knows no training data to compare with")
-    dataset = replace(resumed_options(run.folder, {}), **given({"data": data, "labels": labels})).load_data()
+    options = replace(resumed_options(run.folder, {}), **given({"data": data, "labels": labels}))
+    dataset = options.load_data()
     if dataset.digest() != run.config["data"]["digest"]:
-        named = data or dataset.name
-        raise OtherData(f"{run.folder}: was trained on other data than {named}, needs the same (--data, --labels)")
+        raise OtherData(f"{run.folder}: {_other(options)} (--data, --labels)")
     return dataset
+
+
+def _other(options: TrainOptions) -> str:
+    labels = f" with {options.labels}" if options.labels else ""
+    return f"was trained on other data than {options.data}{labels}, needs the same"
 
 
 def make_config(trainer: Trainer) -> dict[str, object]:
@@ -139,7 +144,7 @@ def resume_from(folder: Path, trainer: Trainer) -> None:
     resumed_options(folder, asdict(trainer.options))
     config, path = runs.read_config(folder), folder / runs.TRAINING
     if config["data"]["digest"] != trainer.dataset.digest():
-        raise BadInput(f"{folder}: was trained on other data than {trainer.options.data}, needs the same to resume")
+        raise BadInput(f"{folder}: {_other(trainer.options)} to resume")
     pairs = zip(runs.outline(folder, config), (trainer.network, trainer.schedule), strict=True)
     if any(json_text(stored.config()) != json_text(own.config()) for stored, own in pairs):
         needs = "one run's: they make another network or schedule than its training options"
