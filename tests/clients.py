@@ -282,14 +282,8 @@ def serving(folder: Path) -> Iterator[tuple[str, Queue[Result]]]:
 def chromium(address: str) -> Iterator[None]:
     """A page open in a browser without a window; WebGPU is computed by the processor where there is no card."""
     with tempfile.TemporaryDirectory(prefix="profile-", ignore_cleanup_errors=True) as profile:
-        line = [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--enable-unsafe-webgpu",
-            f"--user-data-dir={profile}",
-            address,
-        ]
+        own = ["--headless", "--no-sandbox", f"--user-data-dir={profile}", "--disable-background-networking"]
+        line = ["chromium", *own, "--enable-unsafe-webgpu", address]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
             yield
@@ -343,6 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [program for program in ("node", "npm", "chromium") if not shutil.which(program)]
     if missing and any("-node" in name or "-web" in name for name in names):
         parser.error(f"{', '.join(missing)}: not found, needs to be installed (or --only other clients)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a browser would go on
     machine = describe(torch.device("cpu"))
     about = {key: machine.get(key) for key in ("commit", "dirty", "processor", "torch")} | {"graph": code_digest(GRAPH)}
     lines = []
