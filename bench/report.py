@@ -132,6 +132,11 @@ def run_block(path: Path) -> str:
     return f"{recipe}:\n\n{run_table(content)[0].markdown()}"
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a record that is made by a script of the tests."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def planted_outcome(line: Mapping[str, Any]) -> str:
     """Of one comparison with something planted: caught or missed, of a harmless change passed or false."""
     good, bad = ("passed", "false") if line["kind"] == "harmless" else ("caught", "missed")
@@ -166,7 +171,7 @@ def planted_block() -> str:
     """The stored proof of `compare`, or that there is none."""
     if not PLANTED.exists():
         return f"Not measured yet: the record {PLANTED.relative_to(ROOT)} is missing."
-    lines = [json.loads(line) for line in PLANTED.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(PLANTED)
     first, loads = lines[0], [line["load"] for line in lines]
     under = sum(line["loaded"] for line in lines)
     return (
@@ -196,7 +201,7 @@ def reliability_block() -> str:
     """The stored proof of reliability, or that there is none."""
     if not RELIABILITY.exists():
         return f"Not measured yet: the record {RELIABILITY.relative_to(ROOT)} is missing."
-    lines = [json.loads(line) for line in RELIABILITY.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(RELIABILITY)
     first = lines[0]
     return (
         f"{first['processor']}, {first['cores']} cores, torch {first['torch']}, Python {first['python']}:\n\n"
@@ -260,7 +265,7 @@ def clients_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def clients_block() -> str:
     """What runs the exported files, and when that was tried."""
-    lines = [json.loads(line) for line in CLIENTS.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(CLIENTS)
     return f"{clients_table(lines)}\n\nTried {min(line['date'] for line in lines)[:10]}, torch {lines[0]['torch']}."
 
 

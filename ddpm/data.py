@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, first_line
 
 logger = logging.getLogger("ddpm")
 
@@ -199,8 +199,7 @@ def read_npy(path: Path) -> np.ndarray:
                 names = archive.files
                 array = archive[names[0]] if len(names) == 1 and path.suffix.lower() == ".npz" else None
     except Exception as error:  # NumPy parses the header as Python: damage raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path}: not a readable .npy array without pickled objects ({reason})") from error
+        raise BadInput(f"{path}: not a readable .npy array without pickled objects ({first_line(error)})") from error
     if array is None:
         needs = "a .npz of one array" if path.suffix.lower() == ".npz" else "a .npy"
         raise BadInput(f"{path}: is an archive of {len(names)} arrays ({', '.join(names[:9])}), needs {needs}")

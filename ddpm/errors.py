@@ -28,6 +28,22 @@ def check_integer(name: str, value: object, low: int = 1) -> None:
         raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
 
 
+def check_number(name: str, value: object, low: float, high: float, needs: str) -> float:
+    """The value, a number or a tensor of one, as float. Raises ValueError for another thing, or outside low..high."""
+    try:
+        number = value if isinstance(value, int | float) else value.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        number = None
+    if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
+        raise ValueError(f"{name}: got {repr(value)[:80]}, needs {needs}")
+    return float(number)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, or what it is called if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def register(known: dict[Any, Any], name: Any, what: str) -> Callable[[Item], Item]:
     """A decorator that adds a class or function under a name. It raises ValueError if another one has the name."""
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from ddpm.data import Range, check_class_names, stacked, to_unit
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, first_line
 
 # Formats whose suffix Pillow knows and which it cannot draw by itself, beside those it only has stubs of.
 UNDRAWN = {"EPS", "IPTC", "MPEG"}
@@ -163,8 +163,7 @@ def read_picture(path: Path, side: int | None, value_range: Range | None, alpha:
     except BadInput:
         raise
     except Exception as error:  # damage raises nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadInput(f"{path}: not a readable image ({reason})") from error
+        raise BadInput(f"{path}: not a readable image ({first_line(error)})") from error
     if values is not None:
         return values, more
     values, known, opacity, inverted = deep

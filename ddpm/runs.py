@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, first_line
 from ddpm.files import (
     digest_of,
     json_text,
@@ -243,8 +243,7 @@ def outline(folder: Path, config: Mapping[str, Any]) -> tuple[nn.Module, NoiseSc
         schedule = NoiseSchedule.make(**config["schedule"])
         make_table(schedule, **given(config["sampling"]), prediction=config["prediction"])
     except Exception as error:  # constructors raise nearly anything on what they were not made for
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{folder / CONFIG}: {reason}") from error
+        raise BadInput(f"{folder / CONFIG}: {first_line(error)}") from error
     shape = condition_shape(network) or (0,)
     if len(config["classes"]) not in (0, math.prod(shape)):
         raise BadInput(f"{folder / CONFIG}: {len(config['classes'])} classes, its network needs {math.prod(shape)}")

@@ -16,14 +16,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ddpm.errors import check_choice, register
+from ddpm.errors import check_choice, check_number, register
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import COLUMNS, PREDICTIONS, StepTable, check_number
+from ddpm.table import COLUMNS, PREDICTIONS, StepTable
 from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
 ALPHA_BAR_MIN = 1e-300
-FLOAT32_MAX = torch.finfo(torch.float32).max
 VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
 

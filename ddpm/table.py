@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm.errors import BadInput, check_choice
+from ddpm.errors import BadInput, check_choice, check_number
 from ddpm.files import read_json, write_json
 from kernels.philox import is_integer
 
@@ -22,17 +22,6 @@ COLUMNS = 7
 NOISE_STEPS_LIMIT = 1 << 24  # exact in float32
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, torch.finfo(torch.float32).max
 FLOAT64_MAX = sys.float_info.max  # integers beyond it have no float64
-
-
-def check_number(name: str, value: object, low: float, high: float, needs: str) -> float:
-    """The value, a number or a tensor of one, as float. Raises ValueError for another thing, or outside low..high."""
-    try:
-        number = value if isinstance(value, int | float) else value.item()
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        number = None
-    if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
-        raise ValueError(f"{name}: got {repr(value)[:80]}, needs {needs}")
-    return float(number)
 
 
 @dataclass(frozen=True, eq=False)

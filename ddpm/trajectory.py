@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
 from ddpm.engines.engine import Callback, FormOf
-from ddpm.errors import WorkFailed, check_integer
+from ddpm.errors import WorkFailed, check_integer, check_number
 from ddpm.inference import FORMS, device_of, has_form, lock_of, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import FLOAT32_MAX, StepTable, check_number
+from ddpm.table import FLOAT32_MAX, StepTable
 from kernels import philox
 
 logger = logging.getLogger("ddpm")

@@ -11,9 +11,9 @@ import onnx
 
 from ddpm.commands.sampling_options import is_table_file, table_of
 from ddpm.errors import BadInput, check_choice, check_integer
-from ddpm.files import json_text, locked, replacing_all
+from ddpm.files import json_text, replacing_all
 from ddpm.networks import sample_shape
-from ddpm.runs import Run, make_folder
+from ddpm.runs import Run, held
 from export import models, run
 from export.models import RNG, describe, sha256, versions
 from export.precision import PRECISIONS, in_precision
@@ -87,41 +87,32 @@ def write(
     def note(kind: str, **more: Any) -> str:
         return json.dumps(describe(opened, kind, precision, **more))
 
-    made = not out.exists()
-    make_folder(out)
-    try:
-        with nothing_written(), locked(out), replacing_all([out / name for name in NAMES]) as partials:
-            paths = dict(zip(NAMES, partials, strict=True))
-            model, count = opened.model, opened.schedule.timesteps
-            traced = in_precision(trace(model), precision, opened)
-            onnx.save(models.denoiser(model, traced, note("denoiser")), paths[DENOISER])
-            noted = note(
-                "sampler", noise=noise, rng=RNG, table=with_rows if noise == "input" or open_table else described
-            )
-            onnx.save(models.sampler(model, traced, table, count, noise, noted, open_table), paths[SAMPLER])
-            noted = note("step", noise="input", rng=RNG, table=with_rows)
-            onnx.save(models.step(model, traced, table, count, noted, open_table), paths[STEP])
-            shutil.copyfile(run.__file__, paths[RUNNER])
-            files = {kind: paths[f"{kind}.onnx"] for kind in run.KINDS}
-            parity, measured = _judged(files, opened, precision, evaluate, *dataset) if verify else ([], None)
-            require(parity)
-            manifest = {
-                "format_version": run.FORMAT_VERSION,
-                "run": opened.folder.resolve().name,
-                "precision": precision,
-                "noise": noise,
-                "table": with_rows,
-                "verified": verify,
-                "parity": [asdict(result) | {"good": result.good} for result in parity],
-                "quality": measured,
-                "files": {name: _describe_file(paths[name]) for name in NAMES if name != MANIFEST},
-                "versions": versions(),
-            }
-            paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
-    except BaseException:
-        if made and not any(out.iterdir()):
-            out.rmdir()
-        raise
+    with held(out), nothing_written(), replacing_all([out / name for name in NAMES]) as partials:
+        paths = dict(zip(NAMES, partials, strict=True))
+        model, count = opened.model, opened.schedule.timesteps
+        traced = in_precision(trace(model), precision, opened)
+        onnx.save(models.denoiser(model, traced, note("denoiser")), paths[DENOISER])
+        noted = note("sampler", noise=noise, rng=RNG, table=with_rows if noise == "input" or open_table else described)
+        onnx.save(models.sampler(model, traced, table, count, noise, noted, open_table), paths[SAMPLER])
+        noted = note("step", noise="input", rng=RNG, table=with_rows)
+        onnx.save(models.step(model, traced, table, count, noted, open_table), paths[STEP])
+        shutil.copyfile(run.__file__, paths[RUNNER])
+        files = {kind: paths[f"{kind}.onnx"] for kind in run.KINDS}
+        parity, measured = _judged(files, opened, precision, evaluate, *dataset) if verify else ([], None)
+        require(parity)
+        manifest = {
+            "format_version": run.FORMAT_VERSION,
+            "run": opened.folder.resolve().name,
+            "precision": precision,
+            "noise": noise,
+            "table": with_rows,
+            "verified": verify,
+            "parity": [asdict(result) | {"good": result.good} for result in parity],
+            "quality": measured,
+            "files": {name: _describe_file(paths[name]) for name in NAMES if name != MANIFEST},
+            "versions": versions(),
+        }
+        paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
     return manifest
 
 

@@ -33,15 +33,14 @@ import torch
 
 from bench.machine import describe
 from ddpm import commands, runs
-from ddpm.files import write_text
 from ddpm.metrics import distance, psnr
 from ddpm.networks.protocol import network_times, one_hot_conditions
 from ddpm.sampling import sample
 from export import cli
 from export.run import normals, step_noise
 from export.verification import DENOISER_TOLERANCE, FLOORS, PSNR_MOST, SAMPLER_TOLERANCE
-from tests.digests import code_digest
 from tests.environments import ENDS, overlay
+from tests.records import code_digest, put
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "clients"
@@ -309,20 +308,14 @@ CLIENTS: dict[str, Callable[[Place], Result]] = {
 # --- the record -----------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def stored(path: Path, line: dict[str, Any]) -> None:
     """Put a line into the record, in place of an older one of the same client and file."""
 
-    def place(line: dict[str, Any]) -> tuple[int, int, int]:
+    def place(line: dict[str, Any]) -> tuple[int, ...] | None:
         names = (list(CLIENTS), line["client"]), (PRECISIONS, line["precision"]), (FILES, line["file"])
-        return tuple(known.index(name) for known, name in names)
+        return tuple(known.index(name) for known, name in names) if line["client"] in CLIENTS else None
 
-    kept = [other for other in read(path) if other["client"] in CLIENTS] if path.exists() else []
-    by_place = {place(other): other for other in (*kept, line)}
-    write_text(path, "".join(f"{json.dumps(by_place[key])}\n" for key in sorted(by_place)))
+    put(path, line, place)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,10 +8,8 @@ case and command: `make report` makes the table in docs/reliability.md of it, te
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -26,11 +24,12 @@ from typing import Any
 import torch
 
 from bench.machine import describe
-from bench.report import reliability_summary, reliability_table
+from bench.report import read_lines, reliability_summary, reliability_table
 from ddpm.files import write_text
 from tests.faults import damage, disks, headers, interrupts, kills, races
 from tests.faults.tries import Try, outcomes
 from tests.faults.works import Shop, warm_up
+from tests.records import code_digest
 
 PARTS = {part.__name__.rpartition(".")[2]: part for part in (kills, disks, damage, races, headers, interrupts)}
 COMMAND = "PYTHONPATH=. python tests/reliability.py"
@@ -39,11 +38,7 @@ SHOWN = 5  # of what was lost, in the record
 
 def rules_digest() -> str:
     """Of the code that tries and judges, without comments and docstrings."""
-    folder = Path(__file__).parent
-    texts = [path.read_text("utf-8") for path in (Path(__file__), *sorted((folder / "faults").glob("*.py")))]
-    lines = [line.strip() for text in texts for line in re.sub(r'""".*?"""', "", text, flags=re.S).splitlines()]
-    code = "\n".join(line for line in lines if line and not line.startswith("#"))
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    return code_digest([Path(__file__), *sorted(Path(__file__).with_name("faults").glob("*.py"))])
 
 
 def chosen(shop: Shop, only: str, every: int) -> Iterator[Try]:
@@ -64,13 +59,9 @@ def chosen(shop: Shop, only: str, every: int) -> Iterator[Try]:
             counts[one.case, one.what] += 1
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 def stored(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Put lines into the record, in place of older ones of the same case and command."""
-    kept = {(line["case"], line["what"]): line for line in (read(path) if path.exists() else [])}
+    kept = {(line["case"], line["what"]): line for line in (read_lines(path) if path.exists() else [])}
     kept |= {(line["case"], line["what"]): line for line in lines}
     write_text(path, "".join(f"{json.dumps(line)}\n" for line in kept.values()))
 

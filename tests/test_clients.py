@@ -8,11 +8,11 @@ from itertools import product
 import pytest
 
 from bench.report import CLIENTS as RECORD
-from bench.report import clients_table
+from bench.report import clients_table, read_lines
 from tests import clients
-from tests.clients import CLIENTS, FILES, GIVEN, GRAPH, PRECISIONS, few_words, read, stored
-from tests.digests import code_digest
+from tests.clients import CLIENTS, FILES, GIVEN, GRAPH, PRECISIONS, few_words, stored
 from tests.environments import ENDS
+from tests.records import code_digest
 
 # What computes as ONNX says, and what OpenVINO is promised to run.
 WHOLE = ("onnxruntime, oldest", "onnxruntime, newest", "onnxruntime-node", "onnxruntime-web in Chromium, wasm")
@@ -24,7 +24,7 @@ PROMISED = {
 
 
 def test_the_record_is_of_the_present_graphs_and_whole():
-    lines = read(RECORD)
+    lines = read_lines(RECORD)
     assert {line["graph"] for line in lines} == {code_digest(GRAPH)}
     found = [(line["client"], line["precision"], line["file"]) for line in lines]
     assert found == list(product(CLIENTS, PRECISIONS, FILES))
@@ -32,12 +32,12 @@ def test_the_record_is_of_the_present_graphs_and_whole():
 
 @pytest.mark.parametrize("end", ENDS)
 def test_the_oldest_and_the_newest_runtime_are_those_of_the_other_tests(end):
-    versions = {line["version"] for line in read(RECORD) if line["client"] == f"onnxruntime, {end}"}
+    versions = {line["version"] for line in read_lines(RECORD) if line["client"] == f"onnxruntime, {end}"}
     assert versions == {ENDS[end]["onnxruntime"]}
 
 
 def test_what_is_promised_is_so():
-    wrong = [line for line in read(RECORD) if (line["client"], line["file"]) in PROMISED and not line["right"]]
+    wrong = [line for line in read_lines(RECORD) if (line["client"], line["file"]) in PROMISED and not line["right"]]
     assert wrong == []
 
 
@@ -85,12 +85,12 @@ def test_a_line_takes_the_place_of_the_one_of_the_same_client_and_file(tmp_path)
     for error in (1.0, 2.0):
         for file in reversed(FILES):
             stored(path, line(file, error=error))
-    assert [(one["file"], one["error"]) for one in read(path)] == [(file, 2.0) for file in FILES]
+    assert [(one["file"], one["error"]) for one in read_lines(path)] == [(file, 2.0) for file in FILES]
 
 
 @pytest.mark.long
 def test_the_record_of_a_client_can_be_made_again(tmp_path):
     assert clients.main(["--only", "Reference", "--out", str(tmp_path / "some.jsonl")]) == 0
-    lines = read(tmp_path / "some.jsonl")
+    lines = read_lines(tmp_path / "some.jsonl")
     assert len(lines) == len(PRECISIONS) * len(FILES)
     assert [line for line in lines if not line["right"]] == []

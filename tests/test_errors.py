@@ -14,7 +14,7 @@ import shlex
 import shutil
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -345,16 +345,6 @@ def files_of(folder: Path) -> dict[str, object]:
     }
 
 
-@contextmanager
-def inside(folder: Path):
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def make_workshop(folder: Path) -> None:
     """`run`, stopped after its first of two steps, `imported` and `plain`, without classes; the data of all."""
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 1), dtype=np.uint8)
@@ -372,7 +362,7 @@ def make_workshop(folder: Path) -> None:
         if trainer.index == 2:
             raise KeyboardInterrupt
 
-    with inside(folder), pytest.MonkeyPatch.context() as patch:
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", once)
         options = {"n_feat": 8, "epochs": 1, "timesteps": 20, "schedule": "cosine", "batch_size": 4}
         options = TrainOptions("images.npy", "labels.npy", classes="a,b,c", **options)
@@ -385,7 +375,7 @@ def make_workshop(folder: Path) -> None:
 def walk(row: Row, folder: Path) -> Met:
     caught: list[BaseException] = []
     with ExitStack() as stack:
-        stack.enter_context(inside(folder))
+        stack.enter_context(chdir(folder))
         row.prepare(stack)
         patched(stack, command_line, "show_trace", caught.append)
         before, err = files_of(Path()), io.StringIO()

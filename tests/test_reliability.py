@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.report import DOCS, RELIABILITY, reliability_summary, reliability_table
+from bench.report import DOCS, RELIABILITY, read_lines, reliability_summary, reliability_table
 from tests.faults.processes import Lost
 from tests.faults.tries import Try, draws, outcomes
-from tests.reliability import PARTS, read, rules_digest, stored
+from tests.reliability import PARTS, rules_digest, stored
 
 ROOT = Path(__file__).parent.parent
 TRIED = 300
@@ -25,14 +25,14 @@ of_the_record = pytest.mark.skipif(not RELIABILITY.exists(), reason="no record y
 
 @of_the_record
 def test_the_record_is_of_these_tries():
-    lines = read(RELIABILITY)
+    lines = read_lines(RELIABILITY)
     assert {line["rules"] for line in lines} == {rules_digest()}
     assert set(CASES) - MAY_LACK <= {line["case"] for line in lines} <= set(CASES)
 
 
 @of_the_record
 def test_nothing_was_lost():
-    lines = read(RELIABILITY)
+    lines = read_lines(RELIABILITY)
     assert [line["said"] for line in lines if line["lost"]] == []
     assert sum(line["tried"] for line in lines) >= TRIED
 
@@ -53,7 +53,7 @@ def test_a_line_takes_the_place_of_the_one_of_the_same_case_and_command(tmp_path
     path = tmp_path / "reliability.jsonl"
     for tried in (1, 2):
         stored(path, [{"case": "a", "what": what, "tried": tried} for what in ("x", "y")[:tried]])
-    assert [(line["what"], line["tried"]) for line in read(path)] == [("x", 2), ("y", 2)]
+    assert [(line["what"], line["tried"]) for line in read_lines(path)] == [("x", 2), ("y", 2)]
 
 
 def survives(_shop, folder):

@@ -1,12 +1,13 @@
 """pyproject.toml allows what was tested, and nothing beyond it."""
 
 import importlib.util
-import json
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
+
+from bench.report import read_lines
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -54,7 +55,7 @@ of_the_records = pytest.mark.skipif(not environments().RECORD.exists(), reason="
 
 
 def records():
-    return [json.loads(line) for line in environments().RECORD.read_text().splitlines()]
+    return read_lines(environments().RECORD)
 
 
 @of_the_records

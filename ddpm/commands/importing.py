@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddpm import runs
 from ddpm.data import check_class_names
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, first_line
 from ddpm.files import read_tensors
 from ddpm.networks import ContextUnet, load_context_unet_weights
 from ddpm.schedule import NoiseSchedule
@@ -67,8 +67,8 @@ def read_entries(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(_Ignored, name) for name in _Ignored.NAMES]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes
-        text, needs = str(error) or type(error).__name__, ""
-        reason = "damaged, or with pickled objects" if isinstance(error, UnpicklingError) else text.splitlines()[0]
+        text, needs = str(error), ""
+        reason = "damaged, or with pickled objects" if isinstance(error, UnpicklingError) else first_line(error)
         pickled = re.search(r"GLOBAL (\S+)", text)
         if pickled or "TorchScript" in text:
             reason = f"a pickled {pickled[1]}" if pickled else "TorchScript"

@@ -37,8 +37,8 @@ class OtherData(BadInput):
 
 def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
     """The options of the run in `folder`; what was `asked` for explicitly must agree. Raises BadInput."""
-    config = folder / runs.CONFIG
-    stored = runs.read_config(folder).get("training")
+    config, content = folder / runs.CONFIG, runs.read_config(folder)
+    stored = content.get("training")
     if not isinstance(stored, dict):
         raise BadInput(f"{config}: no training options: an imported run cannot be resumed")
     former = "range" not in stored  # it took every number up to the largest for a class
@@ -47,7 +47,7 @@ def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
     if odd:
         raise BadInput(f"{config}: training options do not fit this version: {', '.join(sorted(odd))}")
     if former and stored["labels"] and stored["classes"] is None:
-        stored["classes"] = ",".join(runs.read_config(folder)["classes"])
+        stored["classes"] = ",".join(content["classes"])
     for name, value in asked.items():
         if name not in MAY_DIFFER and stored[name] != value:
             started = f"{folder} was started with {stored[name]}: resume without it, or start another run"

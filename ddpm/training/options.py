@@ -10,12 +10,11 @@ from torch import nn
 from typer import Option
 
 from ddpm.data import Dataset, load_data, parse_range
-from ddpm.errors import BadInput
+from ddpm.errors import BadInput, first_line
 from ddpm.networks.protocol import NETWORKS, condition_shape, name_of, network_for, sample_shape
 from ddpm.runs import load_run
 from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import FLOAT32_MAX
-from ddpm.table import PREDICTIONS
+from ddpm.table import FLOAT32_MAX, PREDICTIONS
 from kernels import philox
 
 ENGINES = ("eager", "compile", "graph")
@@ -106,8 +105,9 @@ class TrainOptions:
             except ValueError as error:
                 raise BadInput(f"--{error}" if str(error).startswith("network") else str(error)) from error
             except (RuntimeError, MemoryError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                raise BadInput(f"--n-feat: got {self.n_feat}, needs a network that can be made ({reason})") from error
+                raise BadInput(
+                    f"--n-feat: got {self.n_feat}, needs a network that can be made ({first_line(error)})"
+                ) from error
 
     def _initial(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         run = load_run(self.init)

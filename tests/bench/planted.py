@@ -30,11 +30,10 @@ from typing import Any
 import torch
 
 from bench.machine import describe
-from bench.report import planted_outcome, planted_summary, planted_table
-from ddpm.files import write_text
+from bench.report import planted_outcome, planted_summary, planted_table, read_lines
 from tests.bench.foreign import ROOT, commit, git, make_environment, make_repository
 from tests.bench.plants import PLANTS
-from tests.digests import code_digest
+from tests.records import code_digest, put
 
 # What decides: a record was made by other rules if one of these files has other code.
 RULES = tuple(ROOT / "bench" / name for name in ("verdicts.py", "statistics.py"))
@@ -141,13 +140,9 @@ def rules_digest() -> str:
     return code_digest(path for path in RULES if path.exists())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def is_stored(path: Path | None, name: str, repetition: int) -> bool:
     """Whether the record has a line of this plant and repetition, by the rules of today."""
-    lines = read(path) if path is not None and path.exists() else []
+    lines = read_lines(path) if path is not None and path.exists() else []
     of = {(line["plant"], line["repetition"]) for line in lines if line["rules"] == rules_digest()}
     return (name, repetition) in of
 
@@ -155,12 +150,10 @@ def is_stored(path: Path | None, name: str, repetition: int) -> bool:
 def stored(path: Path, line: dict[str, Any]) -> None:
     """Put a line into the record, in place of an older one of the same plant and repetition."""
 
-    def place(line: dict[str, Any]) -> tuple[int, int]:
-        return line["repetition"], list(PLANTS).index(line["plant"])
+    def place(line: dict[str, Any]) -> tuple[int, int] | None:
+        return (line["repetition"], list(PLANTS).index(line["plant"])) if line["plant"] in PLANTS else None
 
-    kept = [other for other in read(path) if other["plant"] in PLANTS] if path.exists() else []
-    by_place = {place(other): other for other in (*kept, line)}
-    write_text(path, "".join(f"{json.dumps(by_place[key])}\n" for key in sorted(by_place)))
+    put(path, line, place)
 
 
 def main() -> int:
@@ -208,7 +201,7 @@ def main() -> int:
                         sep="\n    ",
                         flush=True,
                     )
-    lines = read(asked.out) if asked.out else lines
+    lines = read_lines(asked.out) if asked.out else lines
     planted_table(lines).show([planted_summary(lines)])
     return 0 if all(line["as_expected"] for line in lines) else 1
 

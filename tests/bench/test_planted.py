@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from bench.report import PLANTED, planted_outcome, planted_summary, planted_table
+from bench.report import PLANTED, planted_outcome, planted_summary, planted_table, read_lines
 from tests.bench.foreign import git, make_repository
-from tests.bench.planted import branch_of, compared, is_stored, make_project, read, rules_digest, stored
+from tests.bench.planted import branch_of, compared, is_stored, make_project, rules_digest, stored
 from tests.bench.plants import PLANTS
 
 REPETITIONS, HARMLESS = 3, 8
@@ -17,12 +17,12 @@ of_the_record = pytest.mark.skipif(not PLANTED.exists(), reason="no record yet, 
 
 
 def lines_of(kind):
-    return [line for line in read(PLANTED) if line["kind"] == kind]
+    return [line for line in read_lines(PLANTED) if line["kind"] == kind]
 
 
 @of_the_record
 def test_the_record_is_of_these_plants_and_of_these_rules():
-    lines = read(PLANTED)
+    lines = read_lines(PLANTED)
     assert {(line["plant"], line["kind"], line["expected"]) for line in lines} == {
         (name, plant.kind, plant.exit) for name, plant in PLANTS.items()
     }
@@ -77,7 +77,7 @@ def test_a_line_takes_the_place_of_the_one_of_the_same_repetition(tmp_path):
         for name in ("a comment", "a hang"):
             for repetition in (1, 0):
                 stored(path, line(name, repetition, seconds=seconds))
-    assert [(one["repetition"], one["plant"], one["seconds"]) for one in read(path)] == [
+    assert [(one["repetition"], one["plant"], one["seconds"]) for one in read_lines(path)] == [
         (0, "a hang", 2), (0, "a comment", 2), (1, "a hang", 2), (1, "a comment", 2),
     ]  # fmt: skip
 

@@ -88,6 +88,12 @@ def _count(engine: str) -> int:
     return count
 
 
+def _in_a_child(folder: Path, work: Callable[[], int], what: str) -> None:
+    ended = Child(folder, work, what).wait()
+    if ended.code:
+        raise Lost(ended.out.strip() or ended.last())
+
+
 def inside(_: Shop, engine: str, share: float, folder: Path) -> None:
     """The weights change, sampling them is interrupted, the weights come back: pictures and modes are as before."""
     folder.mkdir()
@@ -113,9 +119,7 @@ def inside(_: Shop, engine: str, share: float, folder: Path) -> None:
             return 1
         return 0
 
-    ended = Child(folder, work, f"sample() with {engine}, interrupted").wait()
-    if ended.code:
-        raise Lost(ended.out.strip() or ended.last())
+    _in_a_child(folder, work, f"sample() with {engine}, interrupted")
 
 
 def threads(_: Shop, engine: str, training: bool, seed: int, folder: Path) -> None:
@@ -147,9 +151,7 @@ def threads(_: Shop, engine: str, training: bool, seed: int, folder: Path) -> No
             return 1
         return 0
 
-    ended = Child(folder, work, f"threads with {engine}").wait()
-    if ended.code:
-        raise Lost(ended.out.strip() or ended.last())
+    _in_a_child(folder, work, f"threads with {engine}")
 
 
 def tries(shop: Shop, wanted: Wanted) -> Iterator[Try]:
