@@ -24,6 +24,7 @@ def test_the_documents_agree_with_the_records():
         "| step/fp32/batch1/plain | eager | ",
         "| 1 image, engine `compile` | ",
         "| peers/ddim2/batch1 | fused | ",
+        "| a renamed local | ",
     ],
 )
 def test_a_changed_figure_is_noticed(figure):
