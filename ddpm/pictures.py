@@ -26,6 +26,7 @@ GIF_FRAMES_MAX, GIF_COLOURS = 40, 128
 POINTS_LIMIT = 2.5
 CHANNELS = (1, 3, 4)  # grey, colour, colour and opacity
 PNG_COLOURS = {1: 0, 3: 2, 4: 6}
+FILES_AT_ONCE = 256  # each is open until all are whole, and a process may have 1,024 open, by default
 
 
 def to_values(images: Tensor, depth: int = 8) -> np.ndarray:
@@ -55,7 +56,7 @@ def render(
         return _scatter(samples, caption)
     pixels = to_pixels(samples)
     n, height, width = pixels.shape[:3]
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
     scale = max(1, cell // height)
     size = 14 if cell >= CELL_PIXELS else 10
@@ -208,11 +209,13 @@ def png_bytes(values: np.ndarray) -> bytes:
 
 
 def save_each(folder: Path, samples: Tensor, first_sample: int = 0, depth: int = 8) -> None:
-    """Each image [n, C, H, W] as a PNG of its own, named by its global index; all or, if one fails, none."""
-    names = [folder / f"{first_sample + k:06d}.png" for k in range(len(samples))]
-    with replacing_all(names) as partials:
-        for partial, sample in zip(partials, samples, strict=True):
-            partial.write_bytes(png_bytes(to_values(sample[None], depth)[0]))
+    """Each image [n, C, H, W] as a PNG of its own, named by its global index; of FILES_AT_ONCE all or none."""
+    for start in range(0, len(samples), FILES_AT_ONCE):
+        part = samples[start : start + FILES_AT_ONCE]
+        names = [folder / f"{first_sample + start + k:06d}.png" for k in range(len(part))]
+        with replacing_all(names) as partials:
+            for partial, sample in zip(partials, part, strict=True):
+                partial.write_bytes(png_bytes(to_values(sample[None], depth)[0]))
 
 
 def save_loss_plot(path: Path, epochs: Sequence[float], losses: Sequence[float]) -> None:

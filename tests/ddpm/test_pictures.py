@@ -1,6 +1,8 @@
 """Pictures: where each sample lands in the grid, and what a GIF holds."""
 
 import math
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,24 @@ def test_each_sample_is_a_png_of_its_own(tmp_path, channels, depth):
         # Of colours of 16 bits Pillow reads the high byte.
         high = values if depth == 8 or channels == 1 else values // 256
         assert np.abs(read.astype(float) - high).max() <= 1
+
+
+def test_more_pictures_than_files_may_be_open(tmp_path):
+    """What tools for FID read: tens of thousands."""
+    limits, open_now = resource.getrlimit(resource.RLIMIT_NOFILE), len(list(Path("/proc/self/fd").iterdir()))
+    count = pictures.FILES_AT_ONCE + 44
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + pictures.FILES_AT_ONCE + 20, limits[1]))
+    try:
+        pictures.save_each(tmp_path, torch.linspace(-1, 1, count).reshape(count, 1, 1, 1), 7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{k:06d}.png" for k in range(7, 7 + count)]
+    with Image.open(tmp_path / f"{6 + count:06d}.png") as last:
+        assert last.getpixel((0, 0)) == 255
+
+
+def test_more_columns_than_pictures_are_no_wider(tmp_path):
+    assert pictures.render(torch.zeros(2, 1, 16, 16), 10**9).size == pictures.render(torch.zeros(2, 1, 16, 16), 2).size
 
 
 def test_sixteen_bits_come_back_as_they_were_written(tmp_path):
