@@ -13,7 +13,7 @@ import math
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,11 @@ def held(folder: Path) -> Iterator[None]:
         raise
 
 
+def held_beside(path: Path) -> AbstractContextManager[None]:
+    """`held` for a file that is made of a run and lies in its folder; in other folders nothing is held."""
+    return held(path.parent) if (path.parent / CONFIG).exists() else nullcontext()
+
+
 def start_run(folder: Path, config: Mapping[str, object], network: nn.Module | None = None) -> None:
     """Make the folder this run's: what an earlier one left goes when the new files are whole on the disk."""
     contents = {CONFIG: json_text(config).encode()}
@@ -148,6 +153,11 @@ class Run:
     def options(self, **asked: object) -> dict[str, Any]:
         """`sampling`, overridden by what is asked for (None = not asked), see `ddpm.solvers.carried_over`."""
         return carried_over(self.sampling, asked)
+
+    def check_present(self) -> None:
+        """Raise BadInput if another run has taken its place in the folder since it was loaded."""
+        if read_config(self.folder) != self.config:
+            raise BadInput(f"{self.folder}: another run has taken its place meanwhile, needs another try")
 
     def digest(self) -> str:
         """The digest of the model's present weights, see `ddpm.files.digest_of`."""
@@ -269,7 +279,8 @@ def load_run(folder: str | Path) -> Run:
     try:
         # The file bounds what is allocated, whatever the config says.
         check_state_dict(network, tensors)
-        network = build_network(config["network"], config["model"])
+        with torch.device("cpu"):  # whatever the process's default is
+            network = build_network(config["network"], config["model"])
         fit_state_dict(network, tensors)
     except (ValueError, RuntimeError, MemoryError) as error:
         reason = str(error) or type(error).__name__

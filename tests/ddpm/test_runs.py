@@ -139,6 +139,25 @@ def test_the_same_run_has_the_same_bytes_and_another_another_id(two, tmp_path):
     assert other not in ids, "the weights count too"
 
 
+def test_a_run_that_was_replaced_since_it_was_loaded_is_told_from_what_is_there(two):
+    opened = load_run(two[0])
+    opened.check_present()
+    make_run(two[0], 1)
+    with pytest.raises(BadInput, match="another run has taken its place"):
+        opened.check_present()
+
+
+def test_a_run_is_loaded_to_the_cpu_whatever_the_default_device_is(two):
+    right = load_run(two[0]).digest()
+    torch.set_default_device("meta")
+    try:
+        run = load_run(two[0])
+    finally:
+        torch.set_default_device(None)
+    assert {tensor.device.type for tensor in run.model.state_dict().values()} == {"cpu"}
+    assert run.digest() == right
+
+
 def test_files_of_two_runs_are_not_mixed(two):
     shutil.copy(two[1] / runs.MODEL, two[0])
     with pytest.raises(BadInput, match=r"model\.safetensors: is of another run than config\.json"):
