@@ -16,6 +16,7 @@ from bench import machine, store
 from bench.show import Table
 from bench.timing import synchronize
 from ddpm import runs
+from ddpm.command_line import typed
 from ddpm.commands.sampling_options import EngineName, Solver, Steps, contexts_of, table_of
 from ddpm.distributed import pick_device
 from ddpm.engines import choose
@@ -32,6 +33,7 @@ TRACE, PROFILE, REPORT = "trace.json", "profile.json", "report.html"
 
 
 def profile(
+    call: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="run folder")] = None,
     out: Annotated[Path | None, typer.Option(help=f"folder for {REPORT}, {PROFILE} and {TRACE}")] = None,
     engine: EngineName = "auto",
@@ -47,7 +49,7 @@ def profile(
     compare: Annotated[tuple[Path, Path] | None, typer.Option(help=f"two stored {PROFILE}, instead of a run")] = None,
 ) -> None:
     """Where the time of a sample goes: step latencies, parts, operators against measured ceilings, memory."""
-    if compare is not None and run is None and out is None:
+    if set(typed(call)) == {"compare"}:
         comparison(*(_stored(path) for path in compare)).show()
         return
     if compare is not None or run is None or out is None:
@@ -59,46 +61,46 @@ def profile(
     options, table = table_of(opened, {"solver": solver, "steps": steps})
     contexts = _contexts(opened, context, guidance, batch)
     chosen = choose(engine, target, plain=not has_form(opened.model)).name
-    runs.make_folder(out)
-    # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
-    from bench.profiling.measure import Sampler, ceilings, measured
-    from bench.profiling.page import render
+    with runs.held(out):
+        # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
+        from bench.profiling.measure import Sampler, ceilings, measured
+        from bench.profiling.page import render
 
-    opened.model.to(target)
-    contexts = None if contexts is None else contexts.to(target)
-    load = machine.Load()
-    began = time.perf_counter()
-    guides = guidance != 1.0
-    trajectory = Trajectory(opened.model, opened.schedule, table, engine=chosen, guided=guides, form=kept_form)
-    synchronize(target)
-    build_ms = (time.perf_counter() - began) * 1e3
-    figures, trace = measured(Sampler(trajectory, batch, contexts, guidance, seed), trajectories)
-    figures["latency"]["build_ms"] = build_ms
-    network = {"kind": opened.config["network"], **opened.config["model"]}
-    content = {
-        "format_version": FORMAT_VERSION,
-        "command": store.command(),
-        "seed": seed,
-        "machine": machine.describe(target),
-        "run": {"name": run.resolve().name, "model": network, "schedule": opened.config["schedule"]},
-        "recipe": {"engine": chosen, "batch": batch, "rows": batch * (2 if guides else 1), "steps": len(table)}
-        | {"trajectories": trajectories, "solver": options["solver"], "guidance": guidance, "context": context}
-        | {"dtype": "float32"},
-        # Measured afterwards: its copies would be the process's peak of memory.
-        "ceilings": ceilings(target),
-        **figures,
-    }
-    content |= {"floor": floor(content), "load": load.record()}
-    content = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}"))
-    events = json.dumps(trace, separators=(",", ":")) + "\n"
-    texts = {REPORT: render(content), PROFILE: json_text(content), TRACE: events}
-    paths = [out / name for name in texts]
-    with replacing_all(paths) as partials:
-        for partial, text in zip(partials, texts.values(), strict=True):
-            partial.write_text(text, encoding="utf-8")
-    machine.warn(machine.warning_of(content["load"]["others"]))
-    print(summary(content))
-    print(f"wrote {', '.join(map(str, paths))}")
+        opened.model.to(target)
+        contexts = None if contexts is None else contexts.to(target)
+        load = machine.Load()
+        began = time.perf_counter()
+        guides = guidance != 1.0
+        trajectory = Trajectory(opened.model, opened.schedule, table, engine=chosen, guided=guides, form=kept_form)
+        synchronize(target)
+        build_ms = (time.perf_counter() - began) * 1e3
+        figures, trace = measured(Sampler(trajectory, batch, contexts, guidance, seed), trajectories)
+        figures["latency"]["build_ms"] = build_ms
+        network = {"kind": opened.config["network"], **opened.config["model"]}
+        content = {
+            "format_version": FORMAT_VERSION,
+            "command": store.command(),
+            "seed": seed,
+            "machine": machine.describe(target),
+            "run": {"name": run.resolve().name, "model": network, "schedule": opened.config["schedule"]},
+            "recipe": {"engine": chosen, "batch": batch, "rows": batch * (2 if guides else 1), "steps": len(table)}
+            | {"trajectories": trajectories, "solver": options["solver"], "guidance": guidance, "context": context}
+            | {"dtype": "float32"},
+            # Measured afterwards: its copies would be the process's peak of memory.
+            "ceilings": ceilings(target),
+            **figures,
+        }
+        content |= {"floor": floor(content), "load": load.record()}
+        content = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}"))
+        events = json.dumps(trace, separators=(",", ":")) + "\n"
+        texts = {REPORT: render(content), PROFILE: json_text(content), TRACE: events}
+        paths = [out / name for name in texts]
+        with replacing_all(paths) as partials:
+            for partial, text in zip(partials, texts.values(), strict=True):
+                partial.write_text(text, encoding="utf-8")
+        machine.warn(machine.warning_of(content["load"]["others"]))
+        print(summary(content))
+        print(f"wrote {', '.join(map(str, paths))}")
 
 
 def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -> torch.Tensor | None:
@@ -109,7 +111,7 @@ def _contexts(run: runs.Run, context: str | None, guidance: float, batch: int) -
         raise BadInput(f"--guidance: got {guidance:g}, but {run.folder} was trained without classes, needs 1")
     if guidance != 1.0 and context is None:
         raise BadInput(f"--guidance: got {guidance:g} without --context, needs a class or all to guide towards")
-    return contexts_of(run, context, 0, batch)
+    return contexts_of(run, context, 0, batch, "--batch")
 
 
 NO_FLOOR = "none can be told: at the best rates measured here a step would take {:.1f} times as long as it did"
@@ -187,21 +189,27 @@ def by_operator(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _stored(path: Path) -> dict[str, Any]:
     content = read_json(path)
-    if content.get("format_version") != FORMAT_VERSION or "parts" not in content:
-        raise BadInput(f"{path}: needs a {PROFILE} that `ddpm-bench profile` wrote")
+    needs = f"needs a {PROFILE} that `ddpm-bench profile` wrote"
+    if content.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{path}: format_version {content.get('format_version')!r}, {needs}")
+    try:
+        _heading(content), _times(content)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: not whole ({type(error).__name__}: {error}), {needs}") from error
     return content
+
+
+def _times(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """(step, part or operator, its name) -> milliseconds a step."""
+    found = {("step", "median, without the profiler"): content["latency"]["step_ms"]["p50"]}
+    for kind, rows in (("part", content["parts"]), ("operator", by_operator(content["operators"]))):
+        found |= {(kind, row["name"]): row["ms"] for row in rows}
+    return {name: float(ms) for name, ms in found.items()}
 
 
 def comparison(first: Mapping[str, Any], second: Mapping[str, Any]) -> Table:
     """Two profiles beside each other: milliseconds a step, whole, by part and by operator, and the difference."""
-
-    def times(content: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-        found = {("step", "median, without the profiler"): content["latency"]["step_ms"]["p50"]}
-        for kind, rows in (("part", content["parts"]), ("operator", by_operator(content["operators"]))):
-            found |= {(kind, row["name"]): row["ms"] for row in rows}
-        return found
-
-    a, b = times(first), times(second)
+    a, b = _times(first), _times(second)
     names = sorted({**a, **b}, key=itemgetter(0), reverse=True)  # step, parts, operators
     pairs = [(*name, a.get(name, 0.0), b.get(name, 0.0)) for name in names]
     rows = [[*name, f"{x:.3f}", f"{y:.3f}", f"{y - x:+.3f}", f"{y / x - 1:+.0%}" if x else ""] for *name, x, y in pairs]

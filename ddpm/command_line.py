@@ -49,6 +49,12 @@ def debugging() -> bool:
     return os.environ.get(DEBUG) == "1"
 
 
+def typed(context: typer.Context) -> dict[str, str]:
+    """What stands on the command line, not what was left at its default: {parameter: its option, or argument}."""
+    there = (each for each in context.command.params if context.get_parameter_source(each.name).name == "COMMANDLINE")
+    return {each.name: each.opts[0] for each in there}
+
+
 def show_trace(error: BaseException) -> None:
     """Under `--debug` the traceback on stderr, for errors that are caught and go on as one line."""
     if debugging():

@@ -32,6 +32,7 @@ CHUNK = 1 << 20
 NO_FILE, NOT_REGULAR = "no such file", "is no regular file"
 GENERATED, DIGITS_SIDE = ("digits", "swiss-roll"), 16
 ALL = "all"  # what `--context` takes for every class in turn
+SIDE_MAX = 9459  # a square of the pixels that Pillow takes for safe
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
 
 
@@ -89,8 +90,8 @@ def load_data(
 
     Raises BadInput naming the file, what was found and what is needed.
     """
-    if image_size is not None and image_size < 1:
-        raise BadInput(f"--image-size: got {image_size}, needs a side of at least 1 pixel")
+    if image_size is not None and not 1 <= image_size <= SIDE_MAX:
+        raise BadInput(f"--image-size: got {image_size}, needs a side of 1..{SIDE_MAX} pixels")
     path = Path(source)
     if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
@@ -167,7 +168,13 @@ def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, side: int
             raise BadInput(f"{where}: images are {width}x{height}, needs squares (or --image-size)")
         picture = picture.transpose(2, 0, 1)
         if stack is None:
-            stack = np.empty((count, *picture.shape), picture.dtype)
+            try:
+                stack = np.empty((count, *picture.shape), picture.dtype)
+            except MemoryError as error:
+                size = f"{count} images of {list(picture.shape)}"
+                raise BadInput(
+                    f"{where}: {size} do not fit into memory, needs fewer or a smaller --image-size"
+                ) from error
         if picture.shape[1:] != stack.shape[2:]:
             sizes = f"{width}x{height}, the first image is {stack.shape[3]}x{stack.shape[2]}"
             raise BadInput(f"{where}: is {sizes}: needs --image-size to bring them to one size")

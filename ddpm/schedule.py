@@ -66,7 +66,7 @@ class NoiseSchedule:
         """The schedule of this name. Raises ValueError for what does not fit. Warns if alpha_bars[T] > 0.05.
 
         Kinds: `linear` (Ho et al. 2020), `quad` (linear in sqrt(beta)), `sigmoid` (logistic over -6..6),
-        `constant` (every beta is beta_end, or beta_start if only that is given; default 0.035),
+        `constant` (every beta is beta_end or beta_start, of which one is given; default 0.035),
         `cosine` (Nichol & Dhariwal 2021, s = 0.008, beta <= 0.999; takes no betas), and `context_unet`,
         the T+1-point linear grid whose alpha_bars include b_0, as published weights of that network were trained with.
         beta_start and beta_end default to 1e-4 and 0.02. Kind `given` is what `from_alpha_bars` makes of alpha_bars.
@@ -87,6 +87,8 @@ class NoiseSchedule:
             if beta_start is not None or beta_end is not None:
                 raise ValueError("beta_start, beta_end: the cosine schedule takes none")
         elif kind == "constant":
+            if beta_start is not None and beta_end is not None and beta_start != beta_end:
+                raise ValueError(f"beta_start, beta_end: got {beta_start} and {beta_end}, needs one: all are the same")
             beta_start = beta_end = next((b for b in (beta_end, beta_start) if b is not None), 0.035)
         else:
             beta_start = 1e-4 if beta_start is None else beta_start

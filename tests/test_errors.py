@@ -40,6 +40,7 @@ UNMET = {
     "a multiple of the": "torchrun, see tests/ddpm/test_training.py",
     "type(self).__name__": "make_trainer takes the class of the engine's name",
     "t: got {t}": "Python alone",
+    "has taken its place": "another process meanwhile, see tests/ddpm/test_runs.py",
     "alpha_bars: got shape": "Python alone: a config's length is compared before",
 }
 
@@ -216,6 +217,17 @@ ROWS = [
     Row(f"sample run --npy {'n' * 252}.npy", ("File name too long", "nnn.npy")),
     Row("sample run --npy \udcff.npy", ("'\\udcff.npy': is no name in UTF-8",)),
     Row("sample run --npy /proc/x.npy", ("/proc/x.npy: cannot be written",)),
+    Row("sample run --out run/loss.png", ("--out: got run/loss.png, which is a run's own file",)),
+    Row("evaluate run --json run/config.json", ("--json: got run/config.json, which is a run's own file",)),
+    # numbers that no machine has room for, options that would be ignored
+    *(Row(f"{command} --n {10**12}", (f"--n: got {10**12}, which are", "GB"))
+      for command in ("sample run --npy x.npy --context all", "evaluate run")),
+    *(Row(f"{SAMPLE} --first-sample {k} --context all", (f"--first-sample: got {k}, needs 0..2^56 - n",))
+      for k in (-1, 2**56, 10**30)),
+    Row(NEW + f"--image-size {10**5}", (f"--image-size: got {10**5}, needs a side of 1..9459",)),
+    Row(SAMPLE + " --columns 2", ("--columns: got 2 without a picture", "needs --out or --gif")),
+    Row(NEW.replace("images.npy", "swiss-roll") + "--flip", ("--flip: mirrors images, swiss-roll has points",)),
+    Row(LINEAR + "--schedule constant --beta-start 0.1 --beta-end 0.2", ("beta_start, beta_end: got 0.1 and 0.2",)),
     # config.json
     Row("sample gone --npy x.npy", ("gone: no such run folder",)),
     Row(SAMPLE, (CONFIG + "no such file",), gone("config.json")),

@@ -16,8 +16,9 @@ from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.extras import need
 from ddpm.files import write_json
-from ddpm.networks.protocol import one_hot_conditions
+from ddpm.networks.protocol import one_hot_conditions, sample_shape
 from ddpm.training import training_data
+from ddpm.trajectory import check_room
 
 
 def evaluate(
@@ -26,6 +27,10 @@ def evaluate(
     guidance: given.Guidance = 1.0,
     solver: given.Solver = None,
     steps: given.Steps = None,
+    eta: given.Eta = None,
+    variance: given.Variance = None,
+    clip: given.Clip = None,
+    spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
     data: Annotated[str | None, Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, Option(help="where its labels lie now [as trained]")] = None,
@@ -40,8 +45,10 @@ def evaluate(
     opened.model.to(pick_device(device))
     if n < 2:
         raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
+    check_room("--n", n, sample_shape(opened.model), torch.device("cpu"))  # before there is a class of each
     dataset = training_data(opened, data, labels)
-    options, table = given.table_of(opened, {"solver": solver, "steps": steps})
+    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    options, table = given.table_of(opened, asked)
     classes = contexts = None
     if dataset.has_classes:
         need("sklearn")

@@ -54,6 +54,8 @@ def sample(
         raise BadInput(f"--depth: got {depth}, needs 8 or 16, and --png-dir, whose pictures it is of")
     if columns is not None:
         check_integer("--columns", columns)
+        if out is gif is None:
+            raise BadInput(f"--columns: got {columns} without a picture of all samples, needs --out or --gif")
     opened = runs.load_run(run)
     shape = sample_shape(opened.model)
     if out or gif or png_dir:

@@ -12,7 +12,7 @@ from ddpm import runs
 from ddpm.data import ALL
 from ddpm.distributed import World
 from ddpm.engines import ENGINES
-from ddpm.errors import BadInput, check_choice, check_integer
+from ddpm.errors import BadInput, check_choice, check_integer, check_number
 from ddpm.files import check_writable
 from ddpm.networks.protocol import condition_shape, one_hot_conditions, sample_shape
 from ddpm.progress import Bar
@@ -20,6 +20,7 @@ from ddpm.sampling import sample
 from ddpm.solvers import SOLVERS, SPACINGS, given, make_table
 from ddpm.table import StepTable
 from ddpm.trajectory import check_room, chunk_size
+from kernels import philox
 
 # The options of `table_of`, for every command line that takes them.
 Solver = Annotated[str | None, Option(help=f"{', '.join(SOLVERS)}, or a table FILE.json [the run's]")]
@@ -43,6 +44,8 @@ def check_output(path: Path | None, option: str, suffix: str) -> None:
         raise BadInput(f"{option}: got {path}, needs a file name ending in {suffix}")
     if _is_folder(path) or not _is_folder(path.parent):
         raise BadInput(f"{option}: cannot write {path}, needs a file in an existing folder")
+    if path.name in runs.FILES and (path.parent / runs.CONFIG).exists():
+        raise BadInput(f"{option}: got {path}, which is a run's own file, needs another name")
     _check_writable(path, option)
 
 
@@ -113,9 +116,11 @@ def class_count(run: runs.Run) -> int:
     return shape[0] if shape is not None and len(shape) == 1 else 0
 
 
-def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int) -> Tensor | None:
-    """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes."""
-    check_room("--n", n, sample_shape(run.model), torch.device("cpu"))  # before there is a row of each
+def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int, count: str = "--n") -> Tensor | None:
+    """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes. count: n's option."""
+    # Before there is a row of each.
+    check_room(count, n, sample_shape(run.model), torch.device("cpu"))
+    check_number("--first-sample", first_sample, 0, philox.SAMPLE_LIMIT - n, "0..2^56 - n")
     if text is None:
         return None
     if text == ALL and class_count(run):

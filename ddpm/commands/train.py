@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ddpm import runs, training
+from ddpm.command_line import typed
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput
 from ddpm.extras import need
@@ -31,9 +32,7 @@ def train(
     if not save_every > 0:
         raise BadInput(f"--save-every: got {save_every}, needs seconds > 0")
     if resume and (out / runs.CONFIG).exists():
-        # Only what stands on the command line was asked for, not what was left at its default.
-        asked = [name for name in given if context.get_parameter_source(name).name == "COMMANDLINE"]
-        options = training.resumed_options(out, {name: given[name] for name in asked})
+        options = training.resumed_options(out, {name: given[name] for name in typed(context) if name in given})
     else:
         options = TrainOptions(**given)
     target = pick_device(device)

@@ -92,6 +92,8 @@ class Trainer:
         if options.batch_size // world.size == 1 and normalised:
             needs = "at least 2 images per rank (BatchNorm)"
             raise BadInput(f"--batch-size: got {options.batch_size} on {world.size} ranks, needs {needs}")
+        if options.flip and not dataset.is_images:
+            raise BadInput(f"--flip: mirrors images, {dataset.name} has points, needs none")
         self.options, self.dataset, self.schedule = options, dataset, options.make_schedule()
         self.device, self.world, self.index = device, world, 0
         self.network = network.to(device, memory_format=self.layout).train()

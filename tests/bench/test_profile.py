@@ -436,10 +436,20 @@ def test_two_profiles_stand_beside_each_other(run, profiled, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "B: digits: another, 2 images" in shown
     assert "conv2d" in shown
-    paths[1].write_text('{"records": []}')
-    for wrong in (paths, [tmp_path / "none", paths[0]]):
-        assert main(["profile", "--compare", *map(str, wrong)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    for wrong in (
+        '{"records": []}',
+        *(json.dumps({name: value for name, value in second.items() if name != gone}) for gone in ("latency", "parts")),
+        *(json.dumps(second | {name: 5}) for name in ("latency", "parts", "operators", "recipe", "run", "machine")),
+        json.dumps(second | {"parts": [{"name": "a", "ms": "x"}]}),
+    ):
+        paths[1].write_text(wrong)
+        assert main(["profile", "--compare", *map(str, paths)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {paths[1]}: ")
+        assert said.count("\n") == 1
+    assert main(["profile", "--compare", str(tmp_path / "none"), str(paths[0])]) == 2
+    assert main(["profile", "--compare", str(paths[0]), str(paths[0]), "--batch", "2"]) == 2
+    assert "--compare A.json B.json alone" in capsys.readouterr().err
     assert main(["profile", str(run)]) == 2
 
 
@@ -498,6 +508,7 @@ def test_numbers_have_three_digits_and_no_exponent():
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
+        (("--batch", 10**12), 2, "--batch: got 1000000000000, which are"),
         (("--batch", 0), 2, "'--batch': Input should be greater than or equal to 1"),
         (("--steps", 0), 2, "steps: got 0"),
         (("--steps", 11), 2, "needs an integer in 1..10"),
