@@ -29,6 +29,7 @@ from export.verification import (
     require_quality,
 )
 
+SAMPLES = 100  # that fp16 and int8 are judged by
 NAMES = ("denoiser.onnx", "sampler.onnx", "step.onnx", "run.py", "manifest.json")
 DENOISER, SAMPLER, STEP, RUNNER, MANIFEST = NAMES
 
@@ -50,12 +51,13 @@ def write(
     noise: str = "philox",
     open_table: bool = False,
     verify: bool = True,
-    evaluate: int = 100,
+    evaluate: int | None = None,
     data: str | None = None,
     labels: str | None = None,
 ) -> dict[str, Any]:
     """Export a run into the folder `out`, with the table that was asked for (see `table_of`), and return the manifest.
 
+    evaluate: how many samples fp16 and int8 are judged by, default SAMPLES; data, labels: what beside.
     open_table makes the table and its clip inputs of sampler.onnx and step.onnx, constants otherwise.
 
     Everything is written beside its place, opened and measured there, and renamed only if it passed; otherwise the
@@ -66,7 +68,8 @@ def write(
     check_network(opened)
     check_choice("--precision", precision, PRECISIONS)
     check_choice("--noise", noise, run.NOISE_MODES)
-    check_integer("--evaluate", evaluate, 2)
+    judged = verify and precision != "fp32"
+    samples = _samples_of(evaluate, data, labels, judged, f"--precision {precision}{'' if verify else ' --no-verify'}")
     if noise == "none" and any(table.noisy):
         solver = options["solver"]
         raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
@@ -74,9 +77,7 @@ def write(
         raise BadInput(
             f"--open-table: {options['solver']} is more than its rows, needs one of whole timesteps, each once"
         )
-    if precision == "fp32" and (data or labels):
-        raise BadInput("--data, --labels: got them with --precision fp32, needs fp16 or int8, which are judged by data")
-    dataset = dataset_of(opened, data, labels) if verify and precision != "fp32" else (None, None)
+    dataset = dataset_of(opened, data, labels) if judged else (None, None)
     # A table by the options of `make_table` that make it, or whole.
     described = {"options": options, "steps": len(table), "clip": table.clip}
     described |= {"stored": table.asdict()} if is_table_file(asked.get("solver")) else {}
@@ -88,6 +89,8 @@ def write(
         return json.dumps(describe(opened, kind, precision, **more))
 
     with held(out), nothing_written(), replacing_all([out / name for name in NAMES]) as partials:
+        if out.resolve() == opened.folder.resolve():
+            opened.check_present()
         paths = dict(zip(NAMES, partials, strict=True))
         model, count = opened.model, opened.schedule.timesteps
         traced = in_precision(trace(model), precision, opened)
@@ -98,7 +101,7 @@ def write(
         onnx.save(models.step(model, traced, table, count, noted, open_table), paths[STEP])
         shutil.copyfile(run.__file__, paths[RUNNER])
         files = {kind: paths[f"{kind}.onnx"] for kind in run.KINDS}
-        parity, measured = _judged(files, opened, precision, evaluate, *dataset) if verify else ([], None)
+        parity, measured = _judged(files, opened, precision, samples, *dataset) if verify else ([], None)
         require(parity)
         manifest = {
             "format_version": run.FORMAT_VERSION,
@@ -114,6 +117,15 @@ def write(
         }
         paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
     return manifest
+
+
+def _samples_of(evaluate: int | None, data: str | None, labels: str | None, judged: bool, what: str) -> int:
+    """How many samples a file is judged by. Raises BadInput for what was given to judge one that is not."""
+    if not judged and not evaluate is data is labels is None:
+        raise BadInput(f"--data, --labels, --evaluate: got them for {what}, needs a verified fp16 or int8 sampler")
+    samples = SAMPLES if evaluate is None else evaluate
+    check_integer("--evaluate", samples, 2)
+    return samples
 
 
 def _judged(
@@ -147,13 +159,12 @@ def precision_of(graph: onnx.GraphProto) -> str:
 
 
 def verify(
-    path: Path, opened: Run, data: str | None = None, labels: str | None = None, evaluate: int = 100
+    path: Path, opened: Run, data: str | None = None, labels: str | None = None, evaluate: int | None = None
 ) -> tuple[list[Parity], Quality | None]:
     """Measure one exported file against a run again: (parities, quality or None).
 
     A file of lower precision is judged by what its kind can tell. Raises ModelError, BadInput, WorkFailed.
     """
-    check_integer("--evaluate", evaluate, 2)
     metadata = run.metadata_of(run.open_session(path), path)
     # Files of format 1 have the network's name among its arguments.
     told = {name: value for name, value in metadata["model"].items() if name != "kind"}
@@ -163,7 +174,6 @@ def verify(
     if metadata["precision"] != found:
         raise run.ModelError(f"{path}: says {metadata['precision']}, its weights are {found}; export it again")
     by_data = found != "fp32" and kind == "sampler"
-    if (data or labels) and not by_data:
-        raise BadInput("--data, --labels: got them for a file not judged by data, needs an fp16 or int8 sampler")
+    samples = _samples_of(evaluate, data, labels, by_data, f"a {found} {kind}")
     dataset = dataset_of(opened, data, labels) if by_data else (None, None)
-    return _judged({kind: path}, opened, found, evaluate, *dataset)
+    return _judged({kind: path}, opened, found, samples, *dataset)

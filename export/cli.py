@@ -26,7 +26,7 @@ Verify = Annotated[
 ]
 Data = Annotated[str | None, typer.Option(help="where the training data lies now, for fp16 and int8 [as trained]")]
 Labels = Annotated[str | None, typer.Option(help="where its labels lie now [as trained]")]
-Evaluate = Annotated[int, typer.Option(help="samples that fp16 and int8 are judged by")]
+Evaluate = Annotated[int | None, typer.Option(help=f"samples that fp16 and int8 are judged by [{bundle.SAMPLES}]")]
 
 
 @app.command()
@@ -45,7 +45,7 @@ def onnx(
         bool, typer.Option("--open-table", help="make the solver's table an input: one file runs any steps")
     ] = False,
     verify: Verify = True,
-    evaluate: Evaluate = 100,
+    evaluate: Evaluate = None,
     data: Data = None,
     labels: Labels = None,
 ) -> None:
@@ -83,7 +83,7 @@ def info(file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported 
 def verify(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="an exported .onnx")],
     folder: RunFolder,
-    evaluate: Evaluate = 100,
+    evaluate: Evaluate = None,
     data: Data = None,
     labels: Labels = None,
 ) -> None:
@@ -115,10 +115,11 @@ def aoti(
 
 
 def _package(folder: Path, out: Path, write: Callable[[Run, Path, bool], Parity | None], verify: bool) -> None:
-    opened = runs.load_run(folder)
     check_output(out, "--out", ".pt2")
-    bundle.check_network(opened)
-    parity = write(opened, out, verify)
+    with runs.held_beside(out):
+        opened = runs.load_run(folder)
+        bundle.check_network(opened)
+        parity = write(opened, out, verify)
     print_parity([] if parity is None else [parity])
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
 

@@ -86,13 +86,16 @@ def _of_package(path: Path) -> dict[str, str]:
     """Of a .pt2: nothing in it is loaded but the JSON that was noted."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if min((entry.header_offset for entry in archive.infolist()), default=1):
+            names, entries = archive.namelist(), archive.infolist()
+            if min((entry.header_offset for entry in entries), default=1):
                 raise zipfile.BadZipFile  # its end is that of an archive inside it
             compiled = [name for name in names if "/data/aotinductor/" in name and name.endswith("_metadata.json")]
             noted = next((name for name in names if name.endswith("/extra/fused_ddpm.json")), None)
             if not compiled and noted is None:
                 raise run.ModelError(f"{path}: an archive of another program, needs a file that ddpm-export wrote")
+            # Such files are not compressed, and PyTorch compares no checksums.
+            if sum(entry.file_size for entry in entries) > path.stat().st_size or archive.testzip() is not None:
+                raise zipfile.BadZipFile
             text = archive.read(noted) if noted else json.loads(archive.read(compiled[0])).get(run.KEY)
         if text is None:
             return {"kind": f"denoiser, {PACKAGE} of an earlier version, which noted nothing"}
@@ -100,7 +103,9 @@ def _of_package(path: Path) -> dict[str, str]:
         kind = f"{metadata['kind']}, {PACKAGE if compiled else PROGRAM}"
         names = ("x", "t") if run.condition_shape(metadata) is None else ("x", "t", "context")
         return {"kind": kind, "call": f"({', '.join(names)}), by position"} | _of_metadata(metadata)
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except run.ModelError:
+        raise
+    except Exception as error:  # zipfile, and what such a file says of itself, raise nearly anything
         raise run.ModelError(f"{path}: damaged ({type(error).__name__}), needs to be exported again") from error
 
 
@@ -118,8 +123,8 @@ def _of_table(table: StepTable) -> dict[str, str]:
 def _of_rows(path: Path) -> dict[str, str]:
     try:
         rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise run.ModelError(f"{path}: damaged ({type(error).__name__}), needs a whole .npy file") from error
-    if rows.dtype.kind != "f" or rows.shape[1:] != (run.COLUMNS,):
+    if rows.dtype.kind != "f" or rows.shape[1:] != (run.COLUMNS,) or not len(rows):
         raise run.ModelError(f"{path}: {rows.dtype} {list(rows.shape)}, needs a table's floats [steps, {run.COLUMNS}]")
     return {"kind": "rows of a table", "rows": f"{len(rows)}", "timesteps": f"{rows[0, 7]:g} to {rows[-1, 7]:g}"}

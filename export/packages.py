@@ -2,7 +2,6 @@
 
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,15 +130,13 @@ def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     options = {"aot_inductor.metadata": {"fused_ddpm": json.dumps(describe(run, "denoiser", "fp32"))}}
     if hasattr(inductor.config.aot_inductor, "check_lowerbound"):  # else its checks take no batch of one
         options["aot_inductor.check_lowerbound"] = False
-    # The name of the file is that of the folder inside the archive.
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), quiet(), _checked_inputs():
-        package = Path(folder) / path.name
-        inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=options)
-        content = package.read_bytes()
+    content = io.BytesIO()
+    with torch.no_grad(), quiet(), _checked_inputs():
+        inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=options)
 
     def load(name: str) -> Callable:
         call = inductor.aoti_load_package(name)
         _require_checks(call, run, path)
         return call
 
-    return _written(run, path, content, load, verify)
+    return _written(run, path, content.getvalue(), load, verify)

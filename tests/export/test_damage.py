@@ -107,11 +107,12 @@ def with_half_the_weights(model):
     ("kind", "says"), [("denoiser", "relative L2"), ("sampler", "sampler.onnx"), ("step", "step.onnx")]
 )
 def test_every_file_of_a_lower_precision_is_measured_itself(half, run_folder, export, tmp_path, kind, says):
-    assert export("verify", half / f"{kind}.onnx", run_folder, "--evaluate", 2).code == 0
+    evaluate = ("--evaluate", 2) if kind == "sampler" else ()
+    assert export("verify", half / f"{kind}.onnx", run_folder, *evaluate).code == 0
     model = onnx.load(half / f"{kind}.onnx")
     with_half_the_weights(model)
     onnx.save(model, tmp_path / "ruined.onnx")
-    answer = export("verify", tmp_path / "ruined.onnx", run_folder, "--evaluate", 2)
+    answer = export("verify", tmp_path / "ruined.onnx", run_folder, *evaluate)
     assert answer.code == 1
     assert says in answer.err.splitlines()[-1]
 
@@ -145,8 +146,17 @@ def test_lower_precisions_without_noise(run_folder, export, tmp_path):
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["quality"]["solver"] == "ddim"
 
 
-def test_data_is_refused_where_nothing_is_judged_by_it(exported, run_folder, export):
-    assert "not judged by data" in line(export("verify", exported / "denoiser.onnx", run_folder, "--data", "x"), 2)
+@pytest.mark.parametrize("option", ["--data", "--labels", "--evaluate"])
+def test_what_judges_is_refused_where_nothing_is_judged_by_it(exported, half, run_folder, export, tmp_path, option):
+    for words, what in (
+        (("verify", exported / "sampler.onnx", run_folder), "a fp32 sampler"),
+        (("verify", half / "denoiser.onnx", run_folder), "a fp16 denoiser"),
+        (("onnx", run_folder, "--out", tmp_path / "x"), "--precision fp32"),
+        (("onnx", run_folder, "--out", tmp_path / "x", "--precision", "fp16", "--no-verify"), "fp16 --no-verify"),
+    ):
+        said = line(export(*words, option, 5), 2)
+        assert "--data, --labels, --evaluate: got them for " in said
+        assert f"{what}, needs a verified fp16 or int8 sampler" in said
 
 
 def test_steps_refuse_noise_of_another_batch(exported):
@@ -205,7 +215,7 @@ def test_each_floor_holds(figures, says):
 
 def test_the_denoiser_of_int8_is_not_a_copy_of_fp32(run_folder, opened, export, tmp_path, monkeypatch):
     monkeypatch.setitem(verification.FLOORS, "int8", verification.Floor(-50.0, 5.0, 1.0))
-    arguments = ("--precision", "int8", "--evaluate", 2, "--no-verify")
+    arguments = ("--precision", "int8", "--no-verify")
     assert export("onnx", run_folder, "--out", tmp_path / "x", *arguments).code == 0
     session = run.open_session(tmp_path / "x" / "denoiser.onnx", threads=1)
     x, t, c = torch.randn(2, 3, 16, 16), torch.full((2,), 0.5), torch.eye(3)[:2]

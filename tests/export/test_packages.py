@@ -1,14 +1,17 @@
 """torch.export programs and AOTInductor packages, and what `info` tells of every kind of file."""
 
 import resource
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
-from ddpm import make_table
+from ddpm import make_table, runs
 from ddpm.engines.compile import compiler_missing
+from ddpm.errors import BadInput
+from export import bundle
 from tests.export.test_commands import line
 
 
@@ -60,6 +63,57 @@ def test_info_tells_all_kinds_apart(exported, exported_open, program, opened, ex
 def test_info_of_a_damaged_package(program, export, tmp_path, cut):
     (tmp_path / "cut.pt2").write_bytes(program.read_bytes()[:cut])
     assert f"{tmp_path / 'cut.pt2'}: damaged" in line(export("info", tmp_path / "cut.pt2"), 3)
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_info_of_a_package_with_a_flipped_bit(program, export, tmp_path, where):
+    content = bytearray(program.read_bytes())
+    content[int(where * len(content))] ^= 64
+    (tmp_path / "flipped.pt2").write_bytes(content)
+    assert f"{tmp_path / 'flipped.pt2'}: damaged" in line(export("info", tmp_path / "flipped.pt2"), 3)
+
+
+def packed(path, text, compression=zipfile.ZIP_STORED):
+    """A package that notes this of itself."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("d/extra/fused_ddpm.json", text)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{}", "[]", "1", "\0", '{"kind": []}'])
+def test_info_of_a_package_that_lies(export, tmp_path, text):
+    packed(tmp_path / "a.pt2", text)
+    assert f"{tmp_path / 'a.pt2'}: damaged" in line(export("info", tmp_path / "a.pt2"), 3)
+
+
+def test_info_unpacks_no_more_than_the_file_holds(export, tmp_path, monkeypatch):
+    packed(tmp_path / "a.pt2", " " * (1 << 20), zipfile.ZIP_DEFLATED)
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", None)
+    assert "damaged (BadZipFile)" in line(export("info", tmp_path / "a.pt2"), 3)
+
+
+@pytest.mark.parametrize("shape", [(10**12, 8), (0, 8)])
+def test_info_of_rows_that_are_not_there(export, tmp_path, shape):
+    with (tmp_path / "rows.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    assert f"{tmp_path / 'rows.npy'}: " in line(export("info", tmp_path / "rows.npy"), 3)
+
+
+def test_a_run_that_is_written_to_is_not_exported_into_its_folder(run_folder, export, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    with runs.held(run):
+        assert "another process is writing to it" in line(export("torch", run), 2)
+        assert "another process is writing to it" in line(export("aoti", run, "--out", run / "x.pt2"), 2)
+        assert export("torch", run, "--out", tmp_path / "d.pt2", "--no-verify").code == 0
+    assert {path.name for path in run.iterdir()} == {path.name for path in run_folder.iterdir()}
+
+
+def test_a_run_that_was_replaced_is_not_exported_into_its_folder(run_folder, unconditional, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    opened = runs.load_run(run)
+    runs.start_run(run, unconditional.config, unconditional.model)
+    with pytest.raises(BadInput, match="another run has taken its place"):
+        bundle.write(opened, run, {})
+    assert {path.name for path in run.iterdir()} == {runs.CONFIG, runs.MODEL}
 
 
 def test_info_of_somebody_elses_files(export, tmp_path):
