@@ -46,6 +46,7 @@ class StepLoop:
         self.device, self.batch, self.guided = provider, batch, guided
         if type(batch) is not int or batch < 1:
             raise run.UsageError(f"batch: got {batch!r}, needs a whole number >= 1")
+        run.check_clip(clip, rows)
         own = np.asarray(self.metadata["table"]["rows"], np.float32), self.metadata["table"]["clip"]
         self.rows, clip = own if rows is None else (run.check_table(rows, self.metadata, "rows"), clip)
         required = {value.name for value in self.session.get_inputs()}

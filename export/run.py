@@ -53,6 +53,7 @@ PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 
 BATCH_SIZE = 16
 CELL_PIXELS, GAP = 64, 4
 MOST_STEPS = 1_000_000
+SAMPLE_LIMIT = 1 << 56  # of the noise contract
 FLOAT_MAX = float(np.finfo(np.float32).max)
 COLUMNS = 8  # of a table's row: seven coefficients and t
 NOISE_MODES = ("philox", "input", "none")
@@ -98,6 +99,11 @@ def _reason(error: Exception) -> str:
     return " ".join(_PREAMBLE.sub("", str(error).strip().split("\n")[0]).split())[:300]
 
 
+def _is_special(path: Path) -> bool:
+    """Whether a folder, a pipe or the like lies there; of a pipe nobody may be at the other end."""
+    return os.path.exists(path) and not os.path.isfile(path)  # noqa: PTH110, PTH113 (False for a name that is too long)
+
+
 def _digest(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -109,6 +115,8 @@ def _digest(path: Path) -> str:
 def known_digest(path: Path) -> object:
     """The sha256 of a file by the manifest.json beside it, None where there is none or it is not about the file."""
     manifest = path.with_name(MANIFEST)
+    if _is_special(manifest):
+        raise ModelError(f"{manifest}: is no regular file, needs to be exported again")
     try:
         return json.loads(manifest.read_text(encoding="utf-8"))["files"][path.name]["sha256"]
     except (FileNotFoundError, KeyError, TypeError):
@@ -137,7 +145,7 @@ def open_session(
     if not 0 <= threads <= cores:
         raise UsageError(f"--threads: got {threads}, needs 0 (all cores) to {cores}")
     if not os.path.isfile(path):  # noqa: PTH113 (False for a name that is too long)
-        found = "is no regular file" if os.path.exists(path) else "no such file"  # noqa: PTH110
+        found = "is no regular file" if _is_special(path) else "no such file"
         raise ModelError(f"{path}: {found}, needs a model that `ddpm-export onnx` wrote")
     if path.stat().st_size == 0:
         raise ModelError(f"{path}: is empty, needs to be exported again")
@@ -372,8 +380,9 @@ def check_draw(
     """Raise UsageError for values that onnxruntime would take silently."""
     samples, shape = np.asarray(samples), condition_shape(metadata)
     whole = samples.ndim == 1 and samples.dtype.kind in "iu" and len(samples)
-    if not whole or samples[0] < 0 or (samples != samples[0] + np.arange(len(samples))).any():
-        raise UsageError(f"samples: got {samples.tolist()!r:.80}, needs consecutive whole numbers >= 0")
+    inside = whole and samples[0] >= 0 and samples[-1] < SAMPLE_LIMIT
+    if not inside or (samples != samples[0] + np.arange(len(samples))).any():
+        raise UsageError(f"samples: got {samples.tolist()!r:.80}, needs consecutive whole numbers in 0..2^56 - 1")
     if type(seed) is bool or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise UsageError(f"seed: got {seed!r}, needs a whole number in 0..{2**63 - 1}")
     if not _is_finite(guidance) or np.ndim(guidance):
@@ -407,6 +416,14 @@ def check_table(table: Any, metadata: dict[str, Any], name: str = "table") -> np
     if metadata["noise"] == "none" and (rows[:, 6] != 0).any():
         raise UsageError(f"{name}: has noise (column 6), but the model was exported with --noise none")
     return rows.astype(np.float32)
+
+
+def check_clip(clip: float | None, table: np.ndarray | None) -> None:
+    """Raise UsageError for a bound of x0 that is none, or that has no table which it belongs to."""
+    if clip is not None and table is None:
+        raise UsageError(f"clip: got {clip} without a table, whose steps it belongs to")
+    if clip is not None and (np.ndim(clip) or not (_is_finite(clip) and clip > 0)):
+        raise UsageError(f"clip: got {clip!r}, needs a finite bound > 0 or None")
 
 
 def _coefficients(solver: str, bars: list[float], prediction: str, options: dict[str, Any]) -> list[list[float]]:
@@ -481,10 +498,7 @@ def draw(
     """
     samples = np.asarray(samples)
     check_draw(metadata, samples, context, seed, guidance)
-    if clip is not None and table is None:
-        raise UsageError(f"clip: got {clip} without a table, whose steps it belongs to")
-    if clip is not None and not (_is_finite(clip) and clip > 0):
-        raise UsageError(f"clip: got {clip!r}, needs a finite bound > 0 or None")
+    check_clip(clip, table)
     own, taken = metadata["table"], {value.name for value in session.get_inputs()}
     if table is None and "table" in taken:
         table, clip = np.asarray(own["rows"], np.float32), own["clip"]
@@ -530,9 +544,17 @@ def _show_progress(start: int, done: int, total: int, began: float) -> None:
         print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
 
 
+def to_pixels(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, H, W, C] of images [n, C, H, W] in [-1, 1], clamped."""
+    return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
-    """A picture of images [n, C, H, W] in [-1, 1], clamped; square unless columns says otherwise."""
-    pixels = np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    """A picture of images, square unless columns says otherwise; what is transparent (a fourth channel) is white."""
+    if images.shape[1] == 4:
+        colour, opacity = images[:, :3].clip(-1, 1), images[:, 3:].clip(-1, 1)
+        images = (colour - 1) * (opacity + 1) / 2 + 1
+    pixels = to_pixels(images)
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     n, height, width = pixels.shape[:3]
     columns = columns or math.ceil(math.sqrt(n))
@@ -553,11 +575,28 @@ def _sweep(folder: Path) -> None:
             path.unlink()
 
 
-def _write(path: Path, suffix: str, save: Any) -> None:
-    """Write beside the file, then rename over it: never half a file."""
-    partial = path.with_name(f".fused-ddpm-{secrets.token_hex(8)}.partial{suffix}")
+def _partial(path: Path) -> Path:
+    return path.with_name(f".fused-ddpm-{secrets.token_hex(8)}.partial{path.suffix}")
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Raise UsageError if a file of this name cannot be written: before the work, not after it."""
+    probe = _partial(path)
     try:
-        _sweep(path.parent)
+        str(path).encode()
+        with suppress(FileNotFoundError):
+            path.lstat()
+        probe.touch()
+        probe.unlink()
+    except (OSError, UnicodeEncodeError) as error:
+        reason = getattr(error, "strerror", None) or "its name is not in UTF-8"
+        raise UsageError(f"{option}: {path} cannot be written ({reason}), needs another place") from error
+
+
+def _write(path: Path, save: Any) -> None:
+    """Write beside the file, then rename over it: never half a file."""
+    partial = _partial(path)
+    try:
         try:
             with partial.open("xb") as file:
                 with suppress(OSError):  # a file system without locks: there nobody can sweep
@@ -573,7 +612,6 @@ def _write(path: Path, suffix: str, save: Any) -> None:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
-    print(f"wrote {path}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -606,6 +644,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--table", type=Path, help=f"another solver table: .npy, float [steps, 8], {opened}")
     made.add_argument("--clip", type=float, help="bound of x0 with another table, 0 = none [the model's]")
     made.add_argument("--out", type=Path, help="picture of all samples, .png")
+    made.add_argument("--png-dir", type=Path, help="folder for a .png of each sample, named by its global index")
     made.add_argument("--npy", type=Path, help="samples as float32 [n, C, H, W], not clamped")
     made.add_argument("--columns", type=int, help="of the picture [square, or one per class]")
     made.add_argument("--provider", default="cpu", help=f"{', '.join(PROVIDERS)} [cpu]")
@@ -617,8 +656,10 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _check(given: argparse.Namespace) -> None:
     """Raise UsageError for arguments out of range, before anything is loaded."""
-    if given.out is None and given.npy is None:
-        raise UsageError("--out, --npy: got neither, needs at least one to write")
+    if given.out is given.npy is given.png_dir is None:
+        raise UsageError("--out, --npy, --png-dir: got none, needs at least one to write")
+    if given.columns is not None and given.out is None:
+        raise UsageError(f"--columns: got {given.columns} without --out, the picture that has them")
     for option, path, suffix in (("--out", given.out, ".png"), ("--npy", given.npy, ".npy")):
         try:
             usable = path is None or (path.suffix.lower() == suffix and path.parent.is_dir() and not path.is_dir())
@@ -626,7 +667,19 @@ def _check(given: argparse.Namespace) -> None:
             usable = False
         if not usable:
             raise UsageError(f"{option}: got {path}, needs a file name ending in {suffix} in an existing folder")
-    limits = {"n": (1, 2**31), "seed": (0, 2**63 - 1), "first_sample": (0, 2**56 - given.n), "batch_size": (1, 2**31)}
+        if path is not None:
+            _check_writable(option, path)
+    if given.png_dir is not None:
+        there = os.path.isdir(given.png_dir)  # noqa: PTH112 (False for a name that is too long)
+        if not there and (os.path.lexists(given.png_dir) or not os.path.isdir(given.png_dir.parent)):  # noqa: PTH112
+            raise UsageError(f"--png-dir: got {given.png_dir}, needs a folder, or a name in an existing one")
+        _check_writable("--png-dir", given.png_dir / "0.png" if there else given.png_dir)
+    limits = {
+        "n": (1, 2**31),
+        "seed": (0, 2**63 - 1),
+        "first_sample": (0, SAMPLE_LIMIT - given.n),
+        "batch_size": (1, 2**31),
+    }
     limits |= {"columns": (1, 2**31)} if given.columns is not None else {}
     for name, (low, high) in limits.items():
         if not low <= getattr(given, name) <= high:
@@ -646,6 +699,8 @@ def _check(given: argparse.Namespace) -> None:
 
 def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
     """The rows [steps, 8] of a .npy file, for this model. Raises UsageError."""
+    if _is_special(path):
+        raise UsageError(f"{path}: is no regular file, needs a .npy file of floats [steps, {COLUMNS}]")
     try:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
@@ -668,8 +723,12 @@ def sample(given: argparse.Namespace) -> None:
     metadata = metadata_of(session, path, "sampler")
     if known_digest(path) is None:
         print(f"note: no {MANIFEST} knows the sha256 of {path.name}: damage would go unnoticed", file=sys.stderr)
-    if given.out is not None and metadata["channels"] not in (1, 3):
-        raise UsageError(f"--out: images have {metadata['channels']} channels, a picture needs 1 or 3 (use --npy)")
+    shape = metadata["channels"], metadata["height"], metadata["width"]
+    if not given.out is given.png_dir is None and shape[0] not in (1, 3, 4):
+        raise UsageError(f"--out, --png-dir: images have {shape[0]} channels, a picture needs 1, 3 or 4 (use --npy)")
+    size = 4 * given.n * math.prod(shape)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UsageError(f"--n: got {given.n}, which are {size / 1e9:.3g} GB of samples, needs fewer than memory holds")
     if session.get_providers()[0] != PROVIDERS["cpu"] and metadata["noise"] == "philox":
         print("note: this model draws its noise on the CPU; `--noise input` exports run faster here", file=sys.stderr)
     samples = np.arange(given.first_sample, given.first_sample + given.n)
@@ -694,12 +753,25 @@ def sample(given: argparse.Namespace) -> None:
         if sys.stderr.isatty():
             print(file=sys.stderr)
     images = np.concatenate(drawn)
+    if given.png_dir is not None:
+        given.png_dir.mkdir(exist_ok=True)
+    for folder in {path.parent for path in (given.out, given.npy, given.png_dir and given.png_dir / "0") if path}:
+        _sweep(folder)
     if given.npy is not None:
-        _write(given.npy, ".npy", lambda file: np.save(file, images))
+        _write(given.npy, lambda file: np.save(file, images))
+        print(f"wrote {given.npy}")
     if given.out is not None:
         columns = given.columns or (condition_shape(metadata)[0] if given.context == "all" else None)
         picture = grid(images, columns)
-        _write(given.out, ".png", lambda file: picture.save(file, format="PNG"))
+        _write(given.out, lambda file: picture.save(file, format="PNG"))
+        print(f"wrote {given.out}")
+    if given.png_dir is not None:
+        for number, pixels in zip(samples, to_pixels(images), strict=True):
+            own = Image.fromarray(pixels[..., 0] if shape[0] == 1 else pixels)
+            _write(given.png_dir / f"{number:06d}.png", lambda file, own=own: own.save(file, format="PNG"))
+        others = sum(1 for _ in given.png_dir.iterdir()) - given.n
+        more = f", which holds {others} other files" if others else ""
+        print(f"wrote {given.n} pictures into {given.png_dir}{more}")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

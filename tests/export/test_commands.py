@@ -1,6 +1,7 @@
 """`ddpm-export` from outside: what it writes, what it refuses, and that nothing half-written is left."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ddpm import pictures
+from ddpm.commands import main as ddpm
 from ddpm.networks import PointMLP
 from ddpm.runs import load_run
 from export import run, verification
@@ -230,9 +233,62 @@ def test_bad_arguments_of_run_exit_with_2(exported, export, tmp_path, arguments,
     assert not list(tmp_path.iterdir())
 
 
+def test_run_writes_each_sample_as_a_picture_of_its_own(exported, run_folder, export, tmp_path):
+    """Those of `ddpm sample --png-dir`, but for a last bit here and there."""
+    how = ("--n", 3, "--context", "all", "--seed", 5, "--first-sample", 7)
+    answer = export("run", exported / "sampler.onnx", *how, "--png-dir", tmp_path / "own")
+    assert answer.code == 0, answer.err
+    assert ddpm([str(word) for word in ("sample", run_folder, *how, "--png-dir", tmp_path / "theirs")]) == 0
+    names = [path.name for path in sorted((tmp_path / "own").iterdir())]
+    assert names == [path.name for path in sorted((tmp_path / "theirs").iterdir())] == [f"00000{k}.png" for k in "789"]
+    for name in names:
+        own, theirs = (np.asarray(Image.open(tmp_path / who / name)).astype(int) for who in ("own", "theirs"))
+        assert np.abs(own - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_grids_are_those_of_ddpm_sample(channels):
+    images = torch.rand(3, channels, 8, 8, generator=torch.manual_seed(0)) * 2.2 - 1.1
+    own = np.asarray(run.grid(images.numpy()))
+    for k, (y, x) in enumerate(((4, 4), (4, 72), (72, 4))):
+        assert np.abs(own[y : y + 64 : 8, x : x + 64 : 8].astype(int) - pictures.to_pixels(images)[k]).max() <= 1
+    assert [value.shape for value in run.to_pixels(images.numpy())] == [(8, 8, channels)] * 3
+
+
 def test_run_needs_something_to_write(exported, export, tmp_path):
-    assert "--out, --npy" in line(export("run", exported / "sampler.onnx"), 2)
+    assert "--out, --npy, --png-dir: got none" in line(export("run", exported / "sampler.onnx"), 2)
     assert "existing folder" in line(export("run", exported / "sampler.onnx", "--out", tmp_path / "no" / "g.png"), 2)
+    assert "without --out" in line(export("run", exported / "sampler.onnx", "--npy", "x.npy", "--columns", 2), 2)
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "says"),
+    [
+        ("--out", "/proc/x.png", "cannot be written"),
+        ("--npy", "/proc/x.npy", "cannot be written"),
+        ("--png-dir", "/proc", "cannot be written"),
+        ("--png-dir", "x" * 300, "File name too long"),
+        ("--png-dir", "no/such", "a name in an existing one"),
+        ("--npy", "\udcff.npy", "its name is not in UTF-8"),
+        ("--png-dir", "\udcff", "its name is not in UTF-8"),
+    ],
+)
+def test_run_knows_before_it_draws_what_it_cannot_write(exported, export, tmp_path, monkeypatch, option, place, says):
+    monkeypatch.setattr(run, "draw", None)
+    monkeypatch.chdir(tmp_path)
+    said = line(export("run", exported / "sampler.onnx", option, place), 2)
+    assert says in said
+    assert said.startswith(f"error: {option}: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_waits_for_no_pipe(exported, copied, export, tmp_path):
+    os.mkfifo(tmp_path / "t.npy")
+    words = ("--n", 1, "--npy", tmp_path / "x.npy")
+    said = line(export("run", exported, *words, "--table", tmp_path / "t.npy"), 2)
+    assert f"{tmp_path / 't.npy'}: is no regular file" in said
+    os.mkfifo(copied / "manifest.json")
+    assert f"{copied / 'manifest.json'}: is no regular file" in line(export("run", copied, *words), 3)
 
 
 def test_tables_of_noise_are_refused_where_there_is_none(run_folder, export, tmp_path):
@@ -287,7 +343,9 @@ def test_samples_that_do_not_fit_into_memory(exported, export, tmp_path, monkeyp
         raise MemoryError
 
     monkeypatch.setattr(run, "draw", draw)
-    assert "memory" in line(export("run", exported / "sampler.onnx", "--npy", tmp_path / "g.npy"), 1)
+    words = ("run", exported / "sampler.onnx", "--npy", tmp_path / "g.npy")
+    assert "memory" in line(export(*words), 1)
+    assert f"--n: got {2**31}, which are 6.6e+03 GB" in line(export(*words, "--n", 2**31), 2)
     assert not list(tmp_path.iterdir())
 
 
@@ -318,6 +376,7 @@ def test_names_too_long_for_the_disk(exported, export, tmp_path):
         ({"table": np.full((2, 8), np.nan)}, "table: has NaN"),
         ({"table": np.ones((2, 8)), "clip": float("nan")}, "clip: got nan"),
         ({"clip": 1.0}, "without a table"),
+        ({"samples": np.array([2**56 - 1, 2**56])}, "in 0..2^56 - 1"),
         ({"context": None}, "context"),
         ({"context": np.full((2, 3), np.nan, np.float32)}, "NaN"),
         ({"context": np.zeros((2, 4), np.float32)}, "needs [2, 3]"),
@@ -330,10 +389,6 @@ def test_draw_refuses_what_onnxruntime_would_take(exported, change, says):
     given = {"samples": np.arange(2), "context": np.zeros((2, 3), np.float32)} | change
     with pytest.raises(run.UsageError, match=re.escape(says)):
         run.draw(session, metadata, **given)
-
-
-def test_data_is_for_lower_precisions(run_folder, export, tmp_path):
-    assert "fp16 or int8" in line(export("onnx", run_folder, "--out", tmp_path / "x", "--data", "digits"), 2)
 
 
 def test_nan_in_the_model_fails_the_run(copied, export):

@@ -91,7 +91,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_one_file_that_the_next_
     code = (
         "import os, sys; from export import run; import pathlib\n"
         "def save(file): file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)\n"
-        "run._write(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1]).suffix, save)"
+        "run._write(pathlib.Path(sys.argv[1]), save)"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, check=False)
     assert killed.returncode == -9

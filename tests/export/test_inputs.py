@@ -201,6 +201,9 @@ def test_a_step_loop_runs_other_tables_where_they_are_open(exported, exported_op
     assert distance(loop(np.arange(2), context.numpy(), seed=4), eager) <= SAMPLER_TOLERANCE
     with pytest.raises(run.UsageError, match=r"^rows: got other ones than the model's, which are constants"):
         StepLoop(exported / "step.onnx", table.rows().numpy(), table.clip, 2, provider="cpu")
+    for clip, rows in ((1.0, None), (np.nan, table.rows().numpy()), (-1, table.rows().numpy())):
+        with pytest.raises(run.UsageError, match=r"^clip: got"):
+            StepLoop(exported_open / "step.onnx", rows, clip, provider="cpu")
     for batch in (0, 1.5, True):
         with pytest.raises(run.UsageError, match=rf"^batch: got {batch}, needs a whole number >= 1"):
             StepLoop(exported / "step.onnx", batch=batch, provider="cpu")
