@@ -20,6 +20,7 @@ from bench.registry import check_suites, expression_of
 from bench.run import merged, refuse_unwritable, suite_arguments
 from bench.suite_files import is_file, located
 from bench.verdicts import LEAST_PROCESSES, NOT_RUN, THRESHOLD, TOO_NOISY, Pair, Thresholds, Verdict
+from ddpm.command_line import typed
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.files import json_text, write_text
 from ddpm.progress import Bar
@@ -29,6 +30,8 @@ FIRST_ROUND, SECOND_ROUND = 0, 1
 # Processes of the second round as a multiple of the first's. There is one only where something is suspected, and it
 # runs the suspects alone; both rounds together decide (`verdicts.pooled`).
 AGAIN = 2
+# Options that mean nothing to the other kind.
+OF_REFS, OF_FILES = ("suite", "quick", "pattern", "processes", "build", "timeout"), ("across_machines",)
 OURS = "kernels"  # what is measured of this project unless something is asked for
 
 Contents = dict[str, list[store.Content]]
@@ -204,6 +207,7 @@ def _told_nothing(error: Exception, markdown: Path | None, json_file: Path | Non
 
 
 def compare(
+    context: typer.Context,
     base: Annotated[str, typer.Argument(metavar="BASE", help="a file of `run --processes`, or a git ref")],
     head: Annotated[str, typer.Argument(metavar="HEAD", help="the same kind")],
     suite: Annotated[
@@ -242,6 +246,10 @@ def compare(
     refuse_unwritable(markdown=markdown, json=json_file)
     if _is_file(base) != _is_file(head):
         raise BadInput(f"got {base} and {head}, needs two stored files or two git refs")
+    others, needs = (OF_REFS, "two git refs") if _is_file(base) else (OF_FILES, "two stored files")
+    odd = next((option for name, option in typed(context).items() if name in others), None)
+    if odd is not None:
+        raise BadInput(f"{odd}: got it with {base} and {head}, needs {needs}")
     configured = config.read(machine.repository())
     limit = threshold if threshold is not None else configured.threshold or THRESHOLD
     thresholds = Thresholds(limit, [*configured.rules, *(threshold_for or [])])

@@ -18,6 +18,7 @@ from bench.registry import SUITES, Workload, check_suites, expression_of, seed_o
 from bench.suite_files import import_folders, is_file, located
 from ddpm.command_line import FAILED
 from ddpm.errors import BadInput
+from ddpm.files import check_writable
 from ddpm.progress import Bar
 
 # Quick: of rows of 5 to 20 ms (EPYC) 15 rounds had a median 0.4 to 1.6% off that of 30; processes differ by 1 to 6%.
@@ -114,6 +115,8 @@ def refuse_unwritable(**outputs: Path | None) -> None:
     for option, path in outputs.items():
         if path is not None and (not path.parent.is_dir() or path.is_dir()):
             raise BadInput(f"--{option}: {path} cannot be written, needs a file in a folder that exists")
+        if path is not None:
+            check_writable(path)
 
 
 def exit_code(content: store.Content) -> int:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpm.errors import BadInput
-from ddpm.files import read_json, write_text
+from ddpm.files import check_readable, read_json, write_text
 
 FORMAT_VERSION = 1
 KIND = "fused-ddpm benchmark"
@@ -94,10 +94,9 @@ def _object(text: str, place: str) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> Content:
     """The content of a file of JSON Lines. Raises BadInput naming the line that is cut off or does not belong there."""
+    check_readable(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from error
     lines = text.split("\n")
@@ -164,6 +163,8 @@ def _check_record(record: Any, place: str) -> None:
     counted = record.get("counts", {})
     if not isinstance(counted, dict) or not all(map(_is_count, counted.values())):
         raise BadInput(f"{place}: {row_of(record)} has counts that are no numbers from 0, needs a whole file")
+    if not isinstance(record.get("uncounted", {}), dict):
+        raise BadInput(f"{place}: {row_of(record)} does not say why something was not counted, needs a whole file")
 
 
 def _is_time(value: object) -> bool:

@@ -29,6 +29,7 @@ from bench.store import Content, content_of
 from bench.suites import cuda, training
 from ddpm import command_line
 from ddpm.files import read_json, write_json
+from ddpm.runs import held
 
 BUDGET_SECONDS = 500.0  # nine minutes less 40 s to start, to end and for what may overrun
 GRACE_SECONDS = 10.0  # for a case that is being measured when a part's time is over
@@ -236,5 +237,5 @@ def gpu(
     if not torch.cuda.is_available():
         raise typer.BadParameter("this PyTorch sees no CUDA device, needs one", param_hint="gpu")
     out = out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    return run_parts(out, [name for name in PARTS if name in asked], budget, torch.device("cuda"), pattern)
+    with held(out):
+        return run_parts(out, [name for name in PARTS if name in asked], budget, torch.device("cuda"), pattern)

@@ -12,12 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.run import refuse_unwritable
 from bench.show import Table
 from bench.static import ARCHS, BASELINE, sass
 from bench.static.cards import CARDS, Card
 from bench.static.cases import CASES
 from ddpm.command_line import FAILED
+from ddpm.files import write_text
 from ddpm.progress import Bar
+from ddpm.runs import make_folder
 
 # Heading -> what stands below it.
 COLUMNS = {"kernel": "{kernel}", "regs": "{registers}", "spill": "{spill_store_bytes}/{spill_load_bytes}"}
@@ -64,8 +67,8 @@ def report(archs: Sequence[str], names: Sequence[str], dump: Path | None) -> lis
             records.append(record)
             if dump is not None:
                 stem = "-".join(record["kernel"].replace(",", "").split()) + "." + record["arch"]
-                (dump / f"{stem}.ttir").write_text(ttir)
-                (dump / f"{stem}.sass").write_text(listing)
+                write_text(dump / f"{stem}.ttir", ttir)
+                write_text(dump / f"{stem}.sass", listing)
             bar.update(len(records))
     return records
 
@@ -141,15 +144,13 @@ def static(
     names = [name for name in CASES if pattern.search(name)]
     if not names:
         raise typer.BadParameter(f"{kernel!r} matches none of: {'; '.join(CASES)}", param_hint="--kernel")
+    refuse_unwritable(json=json_file)
     if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-    if json_file is not None and not json_file.parent.is_dir():
-        raise typer.BadParameter(f"the folder of {json_file} does not exist", param_hint="--json")
-
+        make_folder(dump)
     records = report(archs, names, dump)
     show(records, archs)
     if json_file is not None:
-        json_file.write_text(json.dumps({"versions": versions(), "records": records}, indent=1) + "\n")
+        write_text(json_file, json.dumps({"versions": versions(), "records": records}, indent=1) + "\n")
     if check_baseline:
         baseline = json.loads(BASELINE.read_text())
         if baseline["versions"] != versions():

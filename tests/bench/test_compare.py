@@ -83,6 +83,11 @@ def test_bad_files_are_one_line(files, tmp_path, capsys, content):
         (["HEAD", "HEAD", "--timeout", "nan"], "'--timeout'"),
         ([base, base, "--threshold", "nan"], "needs numbers > 0"),
         ([base, base, "--threshold", "0"], "needs numbers > 0"),
+        ([base, base, "--filter", "softmax"], "--filter: got it with"),
+        ([base, base, "--full"], "--quick: got it with"),
+        ([base, base, "--suite", "kernels"], "needs two git refs"),
+        (["HEAD", "HEAD", "--across-machines"], "--across-machines: got it with HEAD and HEAD, needs two stored files"),
+        ([base, base, "--json", "/proc/x.json"], "/proc/x.json: cannot be written"),
         ([base], "HEAD"),
     ):
         assert main(["compare", *arguments]) == 2

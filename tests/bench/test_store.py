@@ -1,6 +1,7 @@
 """Stored files: JSON Lines or an object, a record a line; what is cut off or mixed is refused by name and line."""
 
 import json
+import os
 import re
 
 import pytest
@@ -123,3 +124,10 @@ def test_the_stored_measurements_are_lines():
         assert files
         for file in files:
             assert store.load(file)["records"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("r.json", "r.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(BadInput, match=r"r\.jsonl?: is no regular file"):
+            store.load(tmp_path / name)
