@@ -1,4 +1,4 @@
-"""What of a project has to be built before it can be imported, in each checkout: extensions, generated files."""
+"""What of a project is built in each checkout before it can be imported: extensions, generated files, plugins."""
 
 import os
 import re
@@ -31,6 +31,8 @@ HOOKS = {
         ("tool.setuptools.ext-modules", "tool.setuptools_scm.version_file", "tool.setuptools_scm.write_to"),
     ),
 }
+# What an installation says of a project beside its files, and what a process finds its code by.
+PLUGINS = ("project.entry-points", "tool.poetry.plugins")
 IN_SETUP = re.compile(
     r"\b(ext_modules|\w*Extension\b|cythonize|cmake|cffi_modules|rust_extensions|cmdclass|write_to|version_file)", re.I
 )
@@ -54,10 +56,10 @@ def _has(table: Mapping[str, Any], dotted: str) -> bool:
 
 
 def is_built(project: Path) -> bool:
-    """Whether a project's files alone cannot be imported: it declares extensions or generated files."""
+    """Whether a project's files alone are not all: it declares extensions, generated files or plugins."""
     table = _table(project)
     backend = table.get("build-system", {}).get("build-backend", SETUPTOOLS[-1])
-    if backend not in HOOKS or any(_has(table, hook) for hook in HOOKS[backend]):
+    if backend not in HOOKS or any(_has(table, hook) for hook in (*PLUGINS, *HOOKS[backend])):
         return True
     setup = project / "setup.py"
     in_setup = setup.is_file() and IN_SETUP.search(setup.read_text(encoding="utf-8", errors="replace"))

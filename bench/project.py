@@ -178,21 +178,25 @@ def is_of(side: Side, name: str, file: str, homes: Sequence[Path], by_distributi
 
     homes: the tracked files that it may be a copy of. by_distribution: nothing else counts.
     """
-    owners = _owners(file, name)
+    owners = owners_of(file, name)
     if any(
         _normal(owner.name.partition("-")[0]) in side.distributions
         or side.place(_source(owner) or os.sep) == "repository"
         for owner in owners
     ):
         return True
-    homes = [home for home in homes if not STAND_INS & set(home.parts)]
-    if owners or by_distribution:
+    if by_distribution:
         return False
+    of_projects = [home for home in homes if not ASIDE & set(home.parts) and side.is_project(folder_of(home))]
+    if of_projects and not owners:
+        return True
+    # With owners it is another distribution's, or one's whose name only its setup.py can tell.
+    homes = of_projects if owners else [home for home in homes if not STAND_INS & set(home.parts)]
     return any(_alike(Path(file), Path(side.folder, home)) for home in homes)
 
 
 @cache
-def _owners(file: str, name: str) -> list[Path]:
+def owners_of(file: str, name: str) -> list[Path]:
     """The dist-info folders whose distributions say that they installed this file, the module of this name."""
     up = name.count(".") + (1 if Path(file).stem == "__init__" else 0)
     if len(Path(file).parents) <= up:
@@ -215,8 +219,10 @@ def _source(dist_info: Path) -> str | None:
 
 
 def _alike(one: Path, other: Path) -> bool:
-    """Whether two modules or packages define much the same."""
-    if one.name != other.name or not one.is_file():
+    """Whether two modules or packages define much the same, as far as can be told."""
+    if one.suffix != ".py" or not one.is_file():
+        return True  # compiled, or in an archive: nobody can tell
+    if one.name != other.name:
         return False
     if one.read_bytes() == other.read_bytes():
         return True

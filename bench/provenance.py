@@ -86,12 +86,14 @@ def _why_elsewhere(side: Side, name: str, file: str, native: list[str]) -> str |
     parent_file = _file_of(parent) if rest else None
     if parent_file is not None and side.place(parent_file) == "checkout":
         return f"is not of the checkout of {side.side}, as its package is: a build has to make it"
-    named = any(
-        name.rpartition(".")[2] in Path(side.folder, recipe).read_text(encoding="utf-8", errors="replace")
+    stem = name.rpartition(".")[2]
+    named = any(Path(source).stem == stem for source in native) or any(
+        stem in Path(side.folder, recipe).read_text(encoding="utf-8", errors="replace")
         for recipe in side.files
         if Path(recipe).name in RECIPES
     )
-    if named and project.is_of(side, name, file, [], by_distribution=False):
+    nobodys = not rest and not project.owners_of(file, name)
+    if named and (nobodys or project.is_of(side, name, file, [])):
         return f"is an installed copy of what {side.side} compiles: a build has to make it"
     return None
 

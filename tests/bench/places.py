@@ -4,6 +4,7 @@ The processes are those that list a side's workloads, with a suite that needs no
 that measure import. The fixture `place` makes them.
 """
 
+import compileall
 import shutil
 import venv
 
@@ -112,6 +113,25 @@ def stale(place, folder, top):
     """A line of a path file imports the package before anything else runs."""
     copied(place, folder, top)
     (place.site / "early.pth").write_text(f"import {top}\n")
+
+
+def zipped(place, folder, top):
+    """As setuptools once left eggs."""
+    shutil.make_archive(str(place.site / "mine-1.0.egg"), "zip", folder, top)
+    (place.site / "easy-install.pth").write_text("./mine-1.0.egg.zip\n")
+
+
+def sourceless(place, folder, top):
+    copied(place, folder, top)
+    compileall.compile_dir(place.site / top, legacy=True, quiet=1)
+    for file in (place.site / top).glob("*.py"):
+        file.unlink()
+
+
+def from_an_index(place, folder, top):
+    """By a distribution of whose name only its setup.py knows that it is the project's."""
+    installed(place, folder, top)
+    (place.site / "mine-1.0.dist-info" / "direct_url.json").unlink()
 
 
 INSTALLS = (nothing, path_file, setuptools_finder, first_finder, copied, installed)

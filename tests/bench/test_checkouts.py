@@ -23,6 +23,7 @@ from tests.bench.places import (
     compared,
     copied,
     first_finder,
+    installed,
     nothing,
     package,
     path_file,
@@ -172,6 +173,41 @@ def test_an_extension_that_is_not_built_is_named(compiled, install):
         WorkFailed, match=r"head: module mine\._fast: \S+/mine/_fast\.\S+\.so .* a build has to make it"
     ):
         compared(compiled, build="")
+
+
+def test_an_extension_without_a_package_is_of_a_build_too(place):
+    """Copied by hand: nothing says whose it is but its name."""
+    place = place()
+    place.write({"fast.c": EXTENSION.replace("_fast", "fast"), ".gitignore": "*.so\nbuild/\n"})
+    place.write({"speed.py": SUITE.format(imports="import fast", times="fast.TIMES")})
+    two_commits(place, "fast.c", '"TIMES", 1', '"TIMES", 3')
+    build = 'cc -shared -fPIC $(python -c "{}") -o {}/fast.abi3.so fast.c'
+    build = build.format("import sysconfig; print('-I' + sysconfig.get_path('include'))", "{}")
+    subprocess.run(build.format(place.site), shell=True, check=True, cwd=place.root)  # noqa: S602
+    with pytest.raises(WorkFailed, match=r"head: module fast: \S+site-packages/fast\.abi3\.so is an installed copy"):
+        compared(place)
+    assert compared(place, build=build.format(".")) == SEEN
+
+
+def test_plugins_are_those_that_each_commit_declares(place):
+    """What an installation says of them is of one commit alone."""
+    place = place()
+    declared = PROJECT.format("mine") + 'version = "1"\n[project.entry-points."mine.plugins"]\na = "mine.core:{}"\n'
+    imports = "from importlib.metadata import entry_points\n\n(one,) = entry_points(group='mine.plugins')"
+    place.write(
+        {
+            "python/mine/__init__.py": "",
+            "python/mine/core.py": "ONE = 1\nTHREE = 3\n",
+            "python/pyproject.toml": declared.format("ONE"),
+            "speed.py": SUITE.format(imports=imports, times="one.load()"),
+        }
+    )
+    two_commits(place, "python/pyproject.toml", "core:ONE", "core:THREE")
+    installed(place, place.root / "python", "mine")
+    info = place.site / "mine-1.0.dist-info"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mine.plugins]\na = mine.core:THREE\n")
+    assert compared(place) == SEEN
 
 
 def test_a_compiled_file_in_the_commit_is_not_what_its_sources_make(compiled):

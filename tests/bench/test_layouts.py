@@ -14,10 +14,13 @@ from tests.bench.places import (
     SUITE,
     compared,
     copied,
+    from_an_index,
     package,
     path_file,
+    sourceless,
     stale,
     two_commits,
+    zipped,
 )
 
 # {layout: (files, the file with the number, the folder that an installation leads to, the suite, what it imports)}
@@ -73,6 +76,29 @@ def test_what_was_imported_before_anything_else_is_named(place):
         WorkFailed, match=r"head: module mine\S*: \S+site-packages/mine/\S+\.py is a copy of python/mine/"
     ):
         compared(place)
+
+
+@pytest.mark.parametrize("install", [zipped, sourceless, from_an_index], ids=lambda install: install.__name__)
+def test_a_copy_that_says_little_of_itself_is_one(place, install):
+    place = place()
+    setup = "from setuptools import setup\n\nNAME = 'mine'\nsetup(name=NAME, packages=[NAME])\n"
+    suite = SUITE.format(imports="import mine", times="mine.TIMES")
+    place.write(
+        package("python") | {"speed.py": suite} | ({"python/setup.py": setup} if install is from_an_index else {})
+    )
+    two_commits(place, "python/mine/core.py")
+    install(place, place.root / "python", "mine")
+    assert compared(place) == SEEN
+
+
+def test_what_nobody_installed_is_a_copy_of_what_a_project_of_that_name_has(place):
+    """However little of it is the same: an old release, say."""
+    place = place()
+    suite = SUITE.format(imports="import mine", times="mine.TIMES")
+    place.write(package("python", **{"python/pyproject.toml": PROJECT.format("mine"), "speed.py": suite}))
+    two_commits(place, "python/mine/core.py")
+    (place.site / "mine.py").write_text("TIMES = 7\nold = 1\nolder = 2\n")
+    assert compared(place) == SEEN
 
 
 def test_a_copy_of_one_of_two_is_refused_by_name(place):
