@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import config, machine, packages, project, store
@@ -115,6 +115,14 @@ class _Suites:
         _aside(own).rename(own)
 
 
+class _NotInBase(WorkFailed):
+    """A suite that base has not and cannot run. names: what head has in it."""
+
+    def __init__(self, error: WorkFailed, names: list[str]) -> None:
+        super().__init__(str(error))
+        self.names = names
+
+
 def _aside(own: Path) -> Path:
     return own.with_name(f"{own.name}.own")
 
@@ -150,9 +158,16 @@ def checkouts(
             side: _checkout(side, top, trees, shared, build, ours, dropped if side == "base" else ()) for side in trees
         }
         expression = expression_of(pattern)
-        found = [_listed(sides, one, quick, expression, timeout) for one in shared]
+        found, added = [], {}
+        for one in shared:
+            try:
+                found.append(_listed(sides, one, quick, expression, timeout))
+            except _NotInBase as error:
+                found.append(([], error.names, []))
+                added[one] = error
         found += [(_own_names(sides["base"], one, quick, timeout), [], []) for one in dropped]
         known, now, lost = ([name for names in side for name in names] for side in zip(*found, strict=True))
+        sides["base"] = _without(sides["base"], added, known)
         matching = [name for name in dict.fromkeys((*known, *now)) if expression.search(name)]
         if not matching:
             raise BadInput(f"--filter: {pattern!r} matches none of: {'; '.join(dict.fromkeys((*known, *now)))}")
@@ -169,6 +184,19 @@ def _refuse_unfetched(base: Mapping[str, str], head: Mapping[str, str]) -> None:
                 " here, needs git submodule update --init"
             )
         print(f"note: submodule {path} is not fetched here, the same commit in base and head", file=sys.stderr)
+
+
+def _without(base: Checkout, added: Mapping[_Suites, _NotInBase], known: Sequence[str]) -> Checkout:
+    """Base without suites that head adds for what base lacks: their rows are new.
+
+    Raises their error if base knows one of them from another suite, or has nothing else to run.
+    """
+    left = tuple(suite for suite in base.suites if all(suite not in one.within(base.root) for one in added))
+    for one, error in added.items():
+        if not left or {*error.names} & {*known}:
+            raise error
+        print(f"note: {', '.join(one.names)} is new, base cannot run it ({error})", file=sys.stderr)
+    return replace(base, suites=left)
 
 
 def _dropped(root: Path, shared: Sequence[_Suites]) -> list[_Suites]:
@@ -278,6 +306,7 @@ def _listed(
     if suites.place == Path("bench"):  # the runner itself
         suites.lay(head.root)
     names = _names("head", head, suites, quick, timeout)
+    is_new = own is not None and not own.exists()
     known = _own_names(base, suites, quick, timeout) if own is not None and own.exists() else []
     if own is not None and own.is_file() and own.read_bytes() == suites.source.read_bytes():
         return known, names, []
@@ -296,7 +325,8 @@ def _listed(
                 raise WorkFailed(f"base: {row}: {wrong}")
     except (BadInput, WorkFailed) as error:
         if not known:
-            raise WorkFailed(f"{error} (base has no benchmarks of its own to run instead)") from error
+            failed = WorkFailed(f"{error} (base has no benchmarks of its own to run instead)")
+            raise (_NotInBase(failed, names) if is_new else failed) from error
         print(f"note: base runs its own benchmarks, head's need what it lacks ({error})", file=sys.stderr)
         suites.restore(base.root)
         return known, names, lost
