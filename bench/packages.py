@@ -137,6 +137,7 @@ def refuse_clashes(folder: Path, suite: Path, places: Sequence[Path] = ()) -> No
     importlib.import_module. Does nothing in a checkout of ours, or where no folder has a name of ours.
     """
     places = [place for place in places or (folder, folder / "src") if not place.is_relative_to(ROOT)]
+    places = [place for place in places if not is_ours(place)]  # a submodule of theirs
     if is_ours(folder) or not any(_in(places, name) for name in OURS):
         return
     from ddpm.errors import BadInput  # not above: nothing of ours is imported before `install`

@@ -136,6 +136,22 @@ def test_what_is_measured_may_not_import_it_either_even_late_or_with_a_way_out(f
     assert Path(kernels.__file__).is_relative_to(packages.ROOT)
 
 
+def test_a_submodule_with_our_packages_is_no_clash(tmp_path, monkeypatch):
+    ours = tmp_path / "libs" / "fused-ddpm"
+    (ours / "bench").mkdir(parents=True)
+    (ours / "bench" / "__init__.py").write_text("Bench = 1\n")
+    monkeypatch.setattr(builtins, "__import__", builtins.__import__)
+    scope = {"__file__": str(tmp_path / "speed.py"), "__name__": "speed"}
+    (ours / "pyproject.toml").write_text("[project]\nname = 'fused-ddpm'\n")
+    refuse_clashes(tmp_path, tmp_path / "speed.py", [ours])
+    exec("from bench import Bench", scope)  # noqa: S102
+    assert scope["Bench"] is bench.Bench
+    (ours / "pyproject.toml").unlink()
+    refuse_clashes(tmp_path, tmp_path / "speed.py", [ours])
+    with pytest.raises(BadInput, match="imports bench, which is"):
+        exec("from bench import Bench", scope)  # noqa: S102
+
+
 def test_without_a_clash_nothing_is_watched(tmp_path, monkeypatch):
     plain = builtins.__import__
     (tmp_path / "mine").mkdir()
