@@ -3,6 +3,7 @@
 How one ended is told with whose it was and with what it was doing (see `bench.status`).
 """
 
+import math
 import os
 import re
 import signal
@@ -73,6 +74,13 @@ def environment(paths: Sequence[Path], threads: int = 1, extra: Mapping[str, str
     # As users run it: a benchmark of Triton's interpreter is of no use to anybody.
     fixed = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "TRITON_INTERPRET": "0", "PYTHONFAULTHANDLER": "1"}
     return os.environ | kept | fixed | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))} | (extra or {})
+
+
+def time_limit(asked: float | None, configured: float | None) -> float:
+    """Seconds a process may take, by --timeout or else the configuration. Raises BadInput where that is no limit."""
+    if asked is not None and not asked < math.inf:
+        raise BadInput(f"--timeout: got {asked}, needs seconds > 0")
+    return asked or configured or TIMEOUT
 
 
 class Ended(NamedTuple):

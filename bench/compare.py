@@ -12,7 +12,7 @@ import torch
 import typer
 
 from bench import checkouts, config, machine, packages, store, verdicts
-from bench.children import TIMEOUT, Running, run_child
+from bench.children import TIMEOUT, Running, run_child, time_limit
 from bench.comparison import KIND, compare_markdown, compare_table, result_of
 from bench.config import TABLE, TooNoisy
 from bench.measure import one_line
@@ -111,6 +111,9 @@ def compare_files(
 ) -> tuple[list[Pair], list[Verdict]]:
     """Verdicts on two stored files, which were not interleaved: drift between them looks like a change."""
     contents = store.load(base), store.load(head)
+    quick = [content.get("quick") for content in contents]
+    if None not in quick and quick[0] != quick[1]:  # a suite may do less under the same names
+        raise BadInput(f"base was measured {'with' if quick[0] else 'without'} --quick and head not so, needs the same")
     for difference in verdicts.comparable(*contents, across_machines):
         print(f"note: {difference}", file=sys.stderr)
     print("note: stored files were not measured side by side; what the machine did in between counts", file=sys.stderr)
@@ -169,7 +172,7 @@ def compare_refs(base: str, head: str, job: Job, thresholds: Thresholds) -> tupl
 
 def _suites(asked: Sequence[str] | None, configured: config.Config) -> list[str]:
     """What is measured of two refs. Raises BadInput where another project says nothing."""
-    found = list(asked or configured.suites)
+    found = list(dict.fromkeys(asked or configured.suites))
     top = machine.repository()
     if packages.is_ours(top):
         return [located(suite) for suite in found or [OURS]]
@@ -262,7 +265,7 @@ def compare(
                 quick,
                 pattern,
                 _processes(processes, configured),
-                timeout or configured.timeout or TIMEOUT,
+                time_limit(timeout, configured.timeout),
                 configured.build if build is None else build,
                 configured=not suite and bool(configured.suites),
             )

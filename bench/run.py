@@ -11,7 +11,7 @@ import torch
 import typer
 
 from bench import config, machine, packages, provenance, store
-from bench.children import TIMEOUT, Running, run_child
+from bench.children import TIMEOUT, Running, run_child, time_limit
 from bench.machine import ROOT, describe
 from bench.measure import convolution_ceiling, matrix_ceiling, measure
 from bench.registry import SUITES, Workload, check_suites, expression_of, seed_of, selected
@@ -160,7 +160,7 @@ def run(
         arguments = [*suite_arguments(suites), "--filter", pattern, *(["--quick"] if quick else [])]
         arguments += [] if rounds is None else ["--rounds", str(rounds)]
         arguments += [] if ceilings else ["--no-ceilings"]
-        limit = timeout or configured.timeout or TIMEOUT
+        limit = time_limit(timeout, configured.timeout)
         content = _run_apart(suites, arguments, processes, threads or 1, limit, quiet)
     store.write(out, content)
     if not quiet:

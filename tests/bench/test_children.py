@@ -180,6 +180,16 @@ def test_processes_import_what_one_alone_does(folder):
     assert subprocess.run(command, env=environment([ROOT]), check=False).returncode == 0
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_time_limit_that_is_none_is_refused(folder, capsys, value):
+    (folder / "speed.py").write_text(SUITE.format(bad="pass"))
+    for command in (["compare", "a", "b"], ["run", "--out", "r.json", "--processes", "6"]):
+        assert main([*command, "--suite", "speed.py", "--timeout", value]) == 2
+        said = capsys.readouterr().err
+        assert "--timeout" in said
+        assert said.count("\n") == 1
+
+
 def test_a_time_limit_without_processes_is_refused(folder, capsys):
     (folder / "speed.py").write_text(SUITE.format(bad="pass"))
     assert main(["run", "--suite", "speed.py", "--timeout", "5", "--out", "r.json"]) == 2

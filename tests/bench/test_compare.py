@@ -96,6 +96,16 @@ def test_bad_files_are_one_line(files, tmp_path, capsys, content):
         assert sum(line.startswith("error: ") for line in error) == 1
 
 
+def test_files_of_a_quick_and_a_whole_measurement_are_not_compared(tmp_path, content, capsys):
+    """Under the same names a suite may do less."""
+    for name, quick in (("quick", True), ("whole", False)):
+        store.write(tmp_path / f"{name}.jsonl", content(ROWS) | {"quick": quick})
+    quick, whole = str(tmp_path / "quick.jsonl"), str(tmp_path / "whole.jsonl")
+    assert main(["compare", whole, whole]) == 0
+    assert main(["compare", quick, whole]) == 2
+    assert "base was measured with --quick and head not so, needs the same" in capsys.readouterr().err
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A repository of two commits with a file each, and bench/ as the runner."""
