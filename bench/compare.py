@@ -34,6 +34,8 @@ AGAIN = 2
 OF_REFS, OF_FILES = ("suite", "quick", "pattern", "processes", "build", "timeout"), ("across_machines",)
 OURS = "kernels"  # what is measured of this project unless something is asked for
 
+MISSING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
+
 Contents = dict[str, list[store.Content]]
 
 
@@ -66,14 +68,25 @@ class CertainFailure(Exception):
         self.found, self.contents = found, contents
 
 
-def _certain(contents: Contents) -> list[Verdict]:
-    """The rows that are broken for good. One that never ran in base is not: there is nothing to compare it with."""
+def _is_not_installed(error: str, both: Path) -> bool:
+    """Whether a row failed for want of a module that neither commit has: one that base still depends on, say."""
+    missing = MISSING.search(error)
+    return missing is not None and not any(any(both.rglob(name)) for name in (missing[1], f"{missing[1]}.*"))
+
+
+def _certain(contents: Contents, both: Path) -> list[Verdict]:
+    """The rows that are broken for good. One that never ran in base is not: there is nothing to compare it with.
+
+    both: the folder of the checkouts; what base lacks and they have is new, what both lack hides how fast base is.
+    """
     found = []
     for side, several in contents.items():
         rows = store.rows([record for content in several for record in content["records"]])
         for row, records in rows.items():
             broken = verdicts.trouble(row, side, records, len(several))
-            if broken is not None and (side == "head" or any(map(store.is_good, records))):
+            if broken is None:
+                continue
+            if side == "head" or any(map(store.is_good, records)) or _is_not_installed(broken.detail, both):
                 found.append(broken)
     return found
 
@@ -100,7 +113,7 @@ def measure_sides(
                 except BadInput as error:
                     raise WorkFailed(str(error)) from error
                 running.ended(side)
-                broken = _certain(contents)
+                broken = _certain(contents, checkout.root.parent)
                 if broken:
                     raise CertainFailure(broken, contents)
     return {side: merged(several) for side, several in contents.items()}

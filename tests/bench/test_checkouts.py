@@ -419,14 +419,15 @@ def test_base_runs_its_own_where_heads_needs_what_it_lacks(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("suite", "found"),
+    ("suite", "base"),
     [
-        ("import mine\nmine.b\n\n\ndef workloads(quick):\n    return ['b']\n", ([], ["b"])),
+        ("import mine\nmine.b\n\n\ndef workloads(quick):\n    return ['b']\n", ["speed.py"]),
+        ("import mine\nmine.a\n\n\ndef workloads(quick):\n    return ['b']\n", ["speed.py", "more.py"]),
         ("import mine\nmine.b\n\n\ndef workloads(quick):\n    return ['a', 'b']\n", None),  # base knows a
     ],
-    ids=["new", "moved"],
+    ids=["new", "both run", "moved"],
 )
-def test_a_suite_that_head_adds_for_what_base_lacks_is_new(place, capsys, suite, found):
+def test_a_suite_that_head_adds_is_new_where_base_cannot_run_it(place, capsys, suite, base):
     place = place()
     place.write({"mine.py": "a = 1\n", "speed.py": "def workloads(quick):\n    return ['a']\n"})
     git(place.root, "init", "-q")
@@ -434,7 +435,7 @@ def test_a_suite_that_head_adds_for_what_base_lacks_is_new(place, capsys, suite,
     place.write({"mine.py": "a = b = 1\n", "more.py": suite})
     commit(place.root, "head")
     suites = [str(place.root / name) for name in ("speed.py", "more.py")]
-    if found is None:
+    if base is None:
         with (
             pytest.raises(WorkFailed, match=r"base: .*no attribute 'b'.* \(base has no benchmarks of its own"),
             checkouts.checkouts("base", "head", suites, True, ""),
@@ -442,12 +443,13 @@ def test_a_suite_that_head_adds_for_what_base_lacks_is_new(place, capsys, suite,
             pass
         return
     with checkouts.checkouts("base", "head", suites, True, "") as made:
-        assert (made.gone, made.new) == found
+        assert (made.gone, made.new) == ([], ["b"] if base == ["speed.py"] else [])
         names = {side: [Path(name).name for name in made.sides[side].suites] for side in made.sides}
-        assert names == {"base": ["speed.py"], "head": ["speed.py", "more.py"]}
-    assert "note: more.py is new, base cannot run it (base: " in capsys.readouterr().err
-    with pytest.raises(WorkFailed, match="base has no benchmarks of its own"):  # then there is nothing to compare with
-        compared(place, "more.py")
+        assert names == {"base": base, "head": ["speed.py", "more.py"]}
+    if made.new:
+        assert "note: more.py is new, base cannot run it (base: " in capsys.readouterr().err
+        with pytest.raises(WorkFailed, match="base has no benchmarks of its own"):  # there is nothing to compare with
+            compared(place, "more.py")
 
 
 def told(place, *arguments, environment=None):

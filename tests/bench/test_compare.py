@@ -317,6 +317,16 @@ def test_what_never_ran_in_base_is_no_failure_and_what_ran_once_is(planted, caps
     assert calls[-1] == ("base", 2)
 
 
+def test_a_module_that_base_lacks_is_new_in_head_or_was_not_installed(planted, repository, capsys):
+    """A dependency that head drops is not where head is installed: that base then runs nothing is no news of head."""
+    for name, code in (("kernels.marker", 0), ("runner", 0), ("nobody_has_it.at_all", 3)):
+        why = f"ModuleNotFoundError: No module named '{name}'"
+        planted({"base": {process: {"failed": why} for process in range(8)}})
+        assert main(["compare", "one", "two"]) == code
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("SOMETHING DID NOT RUN" in said) == bool(code)
+
+
 def test_a_benchmark_that_vanished_is_told_before_anything_is_measured(repository, monkeypatch, tmp_path):
     listed = {"one": ["a", "b"], "two": ["a"]}
     monkeypatch.setattr(
