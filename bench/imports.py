@@ -143,13 +143,13 @@ class CheckoutFirst(MetaPathFinder):
         return PathFinder.find_spec(name, [str(Path(self.side.folder, *folders))]) if len(folders) == 1 else None
 
     def _namespace(self, name: str) -> list[str]:
-        """The one folder of this name that lies in a project's folder and is no package."""
+        """The folders of this name that lie in a project's folder and are no package."""
         places = {
             place
             for place in self.side.namespaces(name)
             if self.side.is_project(place.parent) and not ASIDE & set(place.parts)
         }
-        return [str(Path(self.side.folder, place)) for place in places] if len(places) == 1 else []
+        return [str(Path(self.side.folder, place)) for place in sorted(places)]
 
 
 def finder() -> CheckoutFirst | None:

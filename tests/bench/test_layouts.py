@@ -3,6 +3,8 @@
 HEAD has a 3 where base has a 1, and the one workload of the suite is named by it.
 """
 
+import shutil
+
 import pytest
 
 from ddpm.errors import WorkFailed
@@ -15,6 +17,7 @@ from tests.bench.places import (
     compared,
     copied,
     from_an_index,
+    nothing,
     package,
     path_file,
     sourceless,
@@ -65,6 +68,25 @@ def test_each_side_imports_its_own(place, layout, install):
     install(place, place.root / folder, module.partition(".")[0])
     git(place.root, "checkout", "-q", "head")
     assert compared(place, suite) == SEEN
+
+
+@pytest.mark.parametrize("install", [nothing, path_file, copied], ids=lambda install: install.__name__)
+def test_two_projects_that_share_a_namespace(place, install):
+    place = place()
+    for name in ("mine", "other"):
+        place.write(package(f"{name}/src/space", name))
+        for file in ("__init__", "core"):
+            path = place.root / name / "src" / "space" / name / f"{file}.py"
+            path.write_text(path.read_text().replace(f"from {name}", f"from space.{name}"))
+        place.write({f"{name}/pyproject.toml": PROJECT.format(f"space-{name}")})
+    place.write({"speed.py": SUITE.format(imports="import space.mine, space.other", times="space.mine.TIMES")})
+    two_commits(place, "mine/src/space/mine/core.py")
+    git(place.root, "checkout", "-q", "base")
+    if install is path_file:
+        (place.site / "both.pth").write_text("".join(f"{place.root}/{name}/src\n" for name in ("mine", "other")))
+    for name in ("mine", "other") if install is copied else ():
+        shutil.copytree(place.root / name / "src" / "space", place.site / "space", dirs_exist_ok=True)
+    assert compared(place) == SEEN
 
 
 def test_what_was_imported_before_anything_else_is_named(place):
