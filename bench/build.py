@@ -121,7 +121,7 @@ def _run(side: str, command: str | list[str], folder: Path, extra: Mapping[str, 
 def build(
     side: str, root: Path, files: Sequence[str], target: Path, command: str | None, extra: Mapping[str, str]
 ) -> None:
-    """Build a checkout: by a command of the shell ("" is none), or into `target` what its projects declare.
+    """Build a checkout: by a command of the shell ("" is none), or into folders of `target` what its projects declare.
 
     files: the tracked ones. extra: of the environment, beside this process's. Raises WorkFailed with the last line.
     """
@@ -129,5 +129,5 @@ def build(
         if command.strip():
             _run(side, command, root, extra)
         return
-    for project in projects(root, files):
-        _run(side, _default(root / project, target), root, extra)
+    for number, project in enumerate(projects(root, files)):  # pip would replace what two of them share, a namespace
+        _run(side, _default(root / project, target / str(number)), root, extra)

@@ -276,7 +276,7 @@ def _checkout(
     suites = [Path(name) for one in shared for name in one.within(root)]
     tops = [place for each in (folder, root) for place in (each, each / "src")]
     listed = [*suites, *(Path(name) for one in dropped for name in one.within(root))]
-    places = [built, *tops, *(suite.parent for suite in listed if is_file(suite.name))]
+    places = [*built.glob("*"), *tops, *(suite.parent for suite in listed if is_file(suite.name))]
     kept = {name: [file for file in tree.files if _tells(file)] for name, tree in trees.items()}
     working = said("ls-files", "-z").split("\0")
     others = {file for files in (*kept.values(), working) for file in files if _tells(file)} - set(kept[side])

@@ -59,10 +59,8 @@ class CheckoutFirst(MetaPathFinder):
         home = self._home(fullname) if path is None else None
         if home is not None:
             return home
-        portions = self._portions(ours)
-        if path is None and not portions:
-            portions = self._namespace(fullname)
-        portions += self._portions(rest)
+        namespace = self._namespace(fullname) if path is None else []
+        portions = [*self._portions(ours), *namespace, *self._portions(rest)]
         if not portions:
             self._refuse_fallback(fullname, here)
             return rest

@@ -210,6 +210,24 @@ def test_plugins_are_those_that_each_commit_declares(place):
     assert compared(place) == SEEN
 
 
+@pytest.mark.long
+def test_a_namespace_of_projects_that_are_built_and_one_that_is_not(place):
+    place = place()
+    for name in ("built", "mine", "plain"):
+        plugins = "" if name == "plain" else '[project.entry-points."mine.plugins"]\na = "space.mine:TIMES"\n'
+        place.write(
+            {
+                f"{name}/space/{name}/__init__.py": "TIMES = 1\n",
+                f"{name}/pyproject.toml": f'{PROJECT.format(f"space-{name}")}version = "1"\n{plugins}'
+                f'[tool.setuptools]\npackages = ["space.{name}"]\n',
+            }
+        )
+    modules = "space.built, space.mine, space.plain"
+    place.write({"speed.py": SUITE.format(imports=f"import {modules}", times="space.mine.TIMES")})
+    two_commits(place, "mine/space/mine/__init__.py")
+    assert compared(place) == SEEN
+
+
 def test_a_compiled_file_in_the_commit_is_not_what_its_sources_make(compiled):
     subprocess.run(INPLACE, shell=True, check=True, cwd=compiled.root)  # noqa: S602
     git(compiled.root, "checkout", "-q", "--detach", "head")
