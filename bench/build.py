@@ -33,6 +33,7 @@ HOOKS = {
 }
 # What an installation says of a project beside its files, and what a process finds its code by.
 PLUGINS = ("project.entry-points", "tool.poetry.plugins")
+PIPS_OWN = tuple(f"error: {what}" for what in ("subprocess-exited-with-error", "metadata-generation-failed"))
 IN_SETUP = re.compile(
     r"\b(ext_modules|\w*Extension\b|cythonize|cmake|cffi_modules|rust_extensions|cmdclass|write_to|version_file)", re.I
 )
@@ -92,6 +93,12 @@ def _default(project: Path, target: Path) -> list[str]:
     return [*command, str(project)]
 
 
+def told(output: str) -> str:
+    """The line of a build's output that says most: its first error, if it names one, else its last."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    return next((line for line in lines if re.search(r"\berror\b", line, re.I) and line not in PIPS_OWN), lines[-1])
+
+
 def _run(side: str, command: str | list[str], folder: Path, extra: Mapping[str, str]) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     environment = without_git(os.environ) | extra | {"PATH": path}
@@ -112,10 +119,10 @@ def _run(side: str, command: str | list[str], folder: Path, extra: Mapping[str, 
     if debugging():
         sys.stderr.write(output)
     if late or process.returncode:
-        last = ([line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"])[-1]
+        said = told(output)
         shown = command if shell else " ".join(["python", *command[1:]])
         how = f"no end after {TIMEOUT:g} s" if late else f"exit code {process.returncode}"
-        raise WorkFailed(f"{side}: the build failed: {shown}: {how}: {last}")
+        raise WorkFailed(f"{side}: the build failed: {shown}: {how}: {said}")
 
 
 def build(

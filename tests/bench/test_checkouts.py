@@ -470,6 +470,23 @@ def test_a_suite_that_head_adds_is_new_where_base_cannot_run_it(place, capsys, s
             compared(place, "more.py")
 
 
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        ("begun\nmine.c:3:1: error: no ';'\nerror: command 'gcc' failed with exit code 1", "mine.c:3:1: error: no ';'"),
+        ("gcc -Werror=format-security mine.c\nmake: *** [all] Killed\n\n", "make: *** [all] Killed"),
+        (
+            "  error: subprocess-exited-with-error\n  error: invalid command 'bdist_wheel'\n"
+            "error: metadata-generation-failed\nhint: See above for details.",
+            "error: invalid command 'bdist_wheel'",
+        ),
+        ("", "it said nothing"),
+    ],
+)
+def test_a_failed_build_tells_its_first_error(output, line):
+    assert build.told(output) == line
+
+
 def told(place, *arguments, environment=None):
     """(exit code, last line of stderr) of the command."""
     line = [sys.executable, "-m", "bench", "compare", *arguments, "--suite", "speed.py"]
