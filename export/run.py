@@ -14,7 +14,9 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import zipfile
@@ -614,6 +616,13 @@ def _write(path: Path, save: Any) -> None:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def _save_array(file: Any, array: np.ndarray) -> None:
+    """A .npy file. Not by np.save, which overlooks a disk that is full when its buffer is written at last."""
+    array = np.ascontiguousarray(array)
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """argparse's messages in the form of ours."""
@@ -758,7 +767,7 @@ def sample(given: argparse.Namespace) -> None:
     for folder in {path.parent for path in (given.out, given.npy, given.png_dir and given.png_dir / "0") if path}:
         _sweep(folder)
     if given.npy is not None:
-        _write(given.npy, lambda file: np.save(file, images))
+        _write(given.npy, lambda file: _save_array(file, images))
         print(f"wrote {given.npy}")
     if given.out is not None:
         columns = given.columns or (condition_shape(metadata)[0] if given.context == "all" else None)
@@ -774,15 +783,25 @@ def sample(given: argparse.Namespace) -> None:
         print(f"wrote {given.n} pictures into {given.png_dir}{more}")
 
 
+class _Terminated(BaseException):
+    """SIGTERM, so that what is half written is removed."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     ort.set_default_logger_severity(FATAL)
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if here else None
     try:
         sample(parser(prog).parse_args(arguments))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as error:
         print("stopped", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, _Terminated) else 130
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     except (OSError, MemoryError) as error:  # of standard output
@@ -794,6 +813,9 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not set from Python
     return 0
 
 

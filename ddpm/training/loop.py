@@ -1,13 +1,15 @@
 """The training loop, and the run folder that keeps its state over a kill at any moment."""
 
+import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,9 +18,9 @@ from ddpm import runs
 from ddpm.command_line import handling
 from ddpm.data import Dataset
 from ddpm.distributed import World
-from ddpm.errors import BadInput, WorkFailed
+from ddpm.errors import BadInput, WorkFailed, first_line
 from ddpm.files import digest_of, json_text, read_noted, warn_if_unchecked, write_tensors, write_text
-from ddpm.networks.protocol import build_network
+from ddpm.networks.protocol import build_network, condition_shape, network_for, sample_shape
 from ddpm.progress import Bar
 from ddpm.solvers import given
 from ddpm.training.engines import Trainer, make_trainer
@@ -139,6 +141,33 @@ def make_network(options: TrainOptions, dataset: Dataset, folder: Path, resume: 
     return options.make_network(dataset)
 
 
+def check_options(folder: Path, options: TrainOptions, own_network: bool) -> None:
+    """Raise BadInput unless a run's training options make the network and the schedule that its config.json has.
+
+    Before either, or the data, cost time or memory. own_network: whether the options make the network at all.
+    """
+    config, path = runs.read_config(folder), folder / runs.CONFIG
+    network, schedule = runs.outline(folder, config)
+    try:
+        pairs = [(schedule, options.make_schedule())]
+        if own_network and options.init is None:
+            shape, condition = sample_shape(network), condition_shape(network)
+            if options.image_size not in (None, shape[-1]):
+                raise ValueError(f"image_size {options.image_size}, its network is for samples {list(shape)}")
+            with torch.device("meta"):
+                pairs += [(network, network_for(options.network, shape, math.prod(condition or (0,)), options.n_feat))]
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise BadInput(f"{path}: its training options are no run's: {first_line(error)}") from error
+    _check_same(path, pairs)
+
+
+def _check_same(config: Path, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """Of what config.json has and what its training options make."""
+    if any(json_text(stored.config()) != json_text(made.config()) for stored, made in pairs):
+        needs = "one run's: they make another network or schedule than its training options"
+        raise BadInput(f"{config}: 'model' and 'schedule', needs {needs}")
+
+
 def resume_from(folder: Path, trainer: Trainer) -> None:
     """Load the training state of the folder. Raises BadInput if it is damaged, or of another run or other data."""
     resumed_options(folder, asdict(trainer.options))
@@ -146,9 +175,7 @@ def resume_from(folder: Path, trainer: Trainer) -> None:
     if config["data"]["digest"] != trainer.dataset.digest():
         raise BadInput(f"{folder}: {_other(trainer.options)} to resume")
     pairs = zip(runs.outline(folder, config), (trainer.network, trainer.schedule), strict=True)
-    if any(json_text(stored.config()) != json_text(own.config()) for stored, own in pairs):
-        needs = "one run's: they make another network or schedule than its training options"
-        raise BadInput(f"{folder / runs.CONFIG}: 'model' and 'schedule', needs {needs}")
+    _check_same(folder / runs.CONFIG, pairs)
     state, metadata = read_noted(path)
     if not runs.is_of_run(config, metadata):
         raise BadInput(f"{path}: training state does not fit {runs.CONFIG} beside it: it is of another run")
@@ -220,6 +247,8 @@ def train(
     """
     with runs.held(folder) if world.is_main else nullcontext():
         continued = world.is_main and open_folder(folder, resume, overwrite)
+        if continued:
+            check_options(folder, options, own_network=network is None)
         dataset = options.load_data() if dataset is None else dataset
         network = make_network(options, dataset, folder, resume) if network is None else network
         trainer = make_trainer(network, dataset, options, device, world)

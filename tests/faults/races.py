@@ -86,7 +86,14 @@ class Pair:
 
     @cached_property
     def pictures(self) -> dict[str, set[str]]:
-        """Of commands that sample while the run is trained: the pictures of every checkpoint, by their file's name."""
+        """Files of which each may be another's, whatever the others are, by name: what each may hold.
+
+        Of commands that sample while the run is trained, the pictures of every checkpoint; of two that write the same
+        pictures, those of both.
+        """
+        if self.name.startswith("two ") and self.serial[0][0] == [True, True]:
+            ends = [left for _, left in self.serial]
+            return {name: {left[name] for left in ends} for name in ends[0] if len({left[name] for left in ends}) > 1}
         if "resume" not in self.name or "sample" not in self.name:
             return {}
         known: dict[str, set[str]] = {}
@@ -113,10 +120,10 @@ class Pair:
         found = content(folder)
         for name, known in self.pictures.items():
             if name in found and found[name] in known:
-                found[name] = "a checkpoint's"
+                found[name] = "one of those"
         reasons = []
         for succeeded, left in self.serial:
-            left = {name: "a checkpoint's" if name in self.pictures else of for name, of in left.items()}
+            left = {name: "one of those" if name in self.pictures else of for name, of in left.items()}
             odd = differences(found, left)
             if good == succeeded and not odd:
                 return
