@@ -12,6 +12,7 @@ import pytest
 
 from bench import build, checkouts, worktrees
 from bench.packages import ROOT
+from bench.registry import selected
 from ddpm.errors import BadInput, WorkFailed
 from tests.bench.foreign import commit, git
 from tests.bench.places import (
@@ -518,6 +519,30 @@ def test_where_git_refuses_its_own_line_is_told(place, tmp_path):
     code, line = told(root, "base", "head", environment=environment)
     assert code == 2
     assert f"git says of {root}: fatal: detected dubious ownership in repository at '{root}'" in line
+
+
+def test_a_change_of_a_tracked_file_that_no_commit_has_is_refused(place):
+    place = place()
+    place.write({"mine.py": "TIMES = 1\n", "my notes/a b.txt": "1"})
+    two_commits(place, "mine.py")
+    place.write({"untracked.py": ""})
+    worktrees.refuse_dirty()
+    place.write({"my notes/a b.txt": "2"})
+    with pytest.raises(BadInput, match=r'^"my notes/a b\.txt": is changed in no ref \(1 such file'):
+        worktrees.refuse_dirty()
+
+
+def test_two_suites_with_one_name_are_two_and_two_rows_with_one_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "from bench import Workload\n\n\ndef workloads(quick):\n    return [Workload('{}', 'speed', None)]\n"
+    for folder, row in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "speed.py").write_text(text.format(row))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    suites = {folder: str(tmp_path / folder / "speed.py") for folder in "abc"}
+    assert [one.name for one in selected([suites["a"], suites["b"]], True, "")[0]] == ["one", "two"]
+    with pytest.raises(BadInput, match=r"a/speed\.py and c/speed\.py: two workloads are called one, needs"):
+        selected(list(suites.values()), True, "")
 
 
 def test_the_variables_of_a_hook_lead_nowhere_else(place, monkeypatch, tmp_path):
