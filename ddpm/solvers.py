@@ -102,15 +102,24 @@ def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior
 
 
 @solver("ddim")
-def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0) -> Rows:
-    """Song, Meng, Ermon 2021, equations 12 and 16, with the network's own eps; eta: noise, 0 (deterministic) to 1."""
+def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0, rederive: bool = False) -> Rows:
+    """Song, Meng, Ermon 2021, equations 12 and 16, with the network's own eps; eta: noise, 0 (deterministic) to 1.
+
+    rederive: eps is derived again from x and the clipped x0, (x - sqrt(a) x0) / sqrt(1 - a).
+    """
     eta = check_number("eta", eta, 0, 1, "0 <= eta <= 1")
+    if not isinstance(rederive, bool):
+        raise ValueError(f"rederive: got {rederive!r}, needs True or False")
     rows = []
     for a, s in pairwise(alpha_bars):
         noise = eta * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
         direction = math.sqrt(max(1 - s - noise**2, 0.0))
         p, q = to_eps(prediction, a)
-        rows.append([*to_x0(prediction, a), direction * p, math.sqrt(s), direction * q, 0.0, noise])
+        of_x, of_x0, of_m = direction * p, math.sqrt(s), direction * q
+        if rederive:
+            of_x, of_m = direction / math.sqrt(1 - a), 0.0
+            of_x0 -= of_x * math.sqrt(a)
+        rows.append([*to_x0(prediction, a), of_x, of_x0, of_m, 0.0, noise])
     return rows
 
 

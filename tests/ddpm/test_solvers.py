@@ -229,6 +229,27 @@ def test_ddims_direction_keeps_the_networks_eps_under_clip(prediction):
     np.testing.assert_allclose(got, expected, atol=1e-9 * np.abs(x0).max(), rtol=0)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_ddims_direction_can_be_derived_again_from_the_clipped_x0(prediction, eta):
+    """Without a clip it is the same solver."""
+    table = make_table(COSINE, "ddim", 10, prediction=prediction, clip=0.1, eta=eta, rederive=True)
+    x, eps, z = start(), start() + 0.5, np.random.default_rng(6).standard_normal((10, *start().shape))
+    a, s, *_ = knots(COSINE, table)
+    x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    m = {"eps": eps, "x0": x0, "v": math.sqrt(a) * eps - math.sqrt(1 - a) * x0}[prediction]
+    clipped, sigma = np.clip(x0, -0.1, 0.1), eta * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
+    direction = (x - math.sqrt(a) * clipped) / math.sqrt(1 - a)
+    expected = math.sqrt(s) * clipped + math.sqrt(1 - s - sigma**2) * direction + sigma * z[0]
+    np.testing.assert_allclose(execute(table, x, lambda *_: m, z)[1], expected, atol=1e-9, rtol=0)
+    given = {"steps": 10, "prediction": prediction, "eta": eta}
+    ends = [
+        execute(make_table(COSINE, "ddim", **given, rederive=again), x, lambda x, t: m * 0.3, z)[-1]
+        for again in (True, False)
+    ]
+    np.testing.assert_allclose(*ends, rtol=1e-6, atol=1e-6)
+
+
 def test_ddpms_mean_uses_the_clipped_x0():
     table = make_table(LINEAR, "ddpm", clip=0.1)
     x, eps, t = start(), start() + 0.5, 1000
@@ -267,6 +288,7 @@ BAD = [
     ({"eta": -0.1}, "eta: got -0.1"),
     ({"eta": 1.1}, "eta: got 1.1"),
     ({"eta": math.nan}, "eta: got nan"),
+    ({"rederive": 1}, "rederive: got 1, needs True or False"),
     ({"clip": 0.0}, "clip: got 0"),
     ({"clip": -1.0}, "clip: got -1"),
     ({"clip": math.nan}, "clip: got nan"),
