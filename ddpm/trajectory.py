@@ -139,8 +139,6 @@ class Trajectory:
     ) -> None:
         if not isinstance(table, StepTable):
             raise TypeError(f"table: got a {type(table).__name__}, needs a StepTable (see make_table)")
-        if getattr(model, "self_condition", False):
-            raise ValueError("self_condition: got True, which engines do not keep an estimate for yet, needs False")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype!r}, needs a floating type of torch")
         if not isinstance(schedule, NoiseSchedule):

@@ -49,6 +49,8 @@ class Stream(IntEnum):
     ORDER = 5
     AUGMENTATION = 6
     LATENT = 7
+    SELF_CONDITION = 8
+    OFFSET = 9
 
 
 def is_integer(value: object) -> bool:

@@ -93,10 +93,10 @@ class CompileEngine(FusedEngine):
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
         return super().lacks(device, dtype, custom_noise) or (compiler_missing() if device.type == "cpu" else None)
 
-    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        batch_may_vary(x)
+    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
+        batch_may_vary(x, *recalled)
         batch_may_vary(*(rows or ()), dim=1)
-        return self.form.compiled(x, table_row, rows)
+        return self.form.compiled(x, table_row, rows, *recalled)
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()

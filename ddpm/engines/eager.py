@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, Engine, FormOf, engine
 from ddpm.inference.form import checked, typed
-from ddpm.networks.protocol import in_type, null_condition
+from ddpm.networks.protocol import in_type, null_condition, predict
 from kernels import philox
 from kernels.solver_step import guide, reference
 
@@ -34,14 +34,22 @@ class EagerEngine(Engine):
         null = null_condition(self.model, context) if guided else None
         x0 = torch.zeros_like(x)
         for i, (step, time) in enumerate(zip(steps, self.time_of_row, strict=True)):
-            m = self._output(x, time, context, null, weights[i])
+            m = self._output(x, time, context, null, weights[i], *((x0,) if self.recalls else ()))
             z = chunk.noise(chunk.samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)
             if chunk.callback is not None:
                 chunk.callback(i, x0)
         return x
 
-    def _output(self, x: Tensor, time: float, context: Tensor | None, null: Tensor | None, guidance: float) -> Tensor:
+    def _output(
+        self,
+        x: Tensor,
+        time: float,
+        context: Tensor | None,
+        null: Tensor | None,
+        guidance: float,
+        *recalled: Tensor,
+    ) -> Tensor:
         """The network's output, guided. Both halves of guidance are one call of [2n, ...] rows.
 
         So a single guided sample is a batch of two: PyTorch convolves a batch of one on the CPU by another algorithm,
@@ -49,12 +57,14 @@ class EagerEngine(Engine):
         sprites run with guidance 2.
         """
         if guidance == 1.0 or null is None:
-            return self._network(x, time, context)
-        both = self._network(torch.cat((x, x)), time, torch.cat((context, null)))
+            return self._network(x, time, context, *recalled)
+        twice = (torch.cat((each, each)) for each in recalled)
+        both = self._network(torch.cat((x, x)), time, torch.cat((context, null)), *twice)
         conditional, unconditional = both.chunk(2)
         return guide(conditional, unconditional, guidance)
 
-    def _network(self, x: Tensor, time: float, context: Tensor | None) -> Tensor:
+    def _network(self, x: Tensor, time: float, context: Tensor | None, *recalled: Tensor) -> Tensor:
         t = torch.full((x.shape[0],), time, dtype=self.kind, device=x.device)
         c = None if context is None else context.to(self.dtype)
-        return checked(self.model(x.to(self.dtype), t, c), x).to(x.dtype)
+        recalled = (each.to(self.dtype) for each in recalled)
+        return checked(predict(self.model, x.to(self.dtype), t, c, *recalled), x).to(x.dtype)

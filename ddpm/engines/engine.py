@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import register
 from ddpm.inference import Form, make_form
-from ddpm.networks.protocol import network_times
+from ddpm.networks.protocol import network_times, recalls
 from ddpm.noise import Noise
 from ddpm.table import StepTable
 
@@ -59,7 +59,8 @@ class Engine:
         self, model: nn.Module, count: int, table: StepTable, dtype: torch.dtype, form: FormOf = make_form
     ) -> None:
         self.count, self.table, self.dtype = count, table, dtype
-        self.noisy, self.memory = table.noisy, table.has_memory
+        self.recalls = recalls(model)  # the network itself reads the x0 before it
+        self.noisy, self.memory = table.noisy, table.has_memory or self.recalls
         self.times = network_times(model, table.timesteps, count)
         self.prepare(model, form)
 

@@ -56,17 +56,18 @@ class FusedEngine(Engine):
         tables, rows = self.tables(x.device), self.rows(chunk)
         by_kernel = x.is_cuda and x.dtype == torch.float32 and isinstance(chunk.noise, PhiloxNoise)
         update = self.in_kernel(chunk) if by_kernel else self.update(chunk)
-        previous = torch.zeros_like(x) if self.memory and not by_kernel else None
+        previous = torch.zeros_like(x) if self.recalls or (self.memory and not by_kernel) else None
         for i, index in enumerate(torch.arange(len(self.table), device=x.device).split(1)):
-            m, *uncond = self.network(x, at(tables, index), rows).chunk(halves(rows))
+            recalled = (previous,) if self.recalls else ()
+            m, *uncond = self.network(x, at(tables, index), rows, *recalled).chunk(halves(rows))
             x, x0 = update(i, x, m, uncond[0] if uncond else None, previous)
             previous = x0 if self.memory else None
             if chunk.callback is not None:
                 chunk.callback(i, x0)
         return x
 
-    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        return self.form(x, table_row, rows)
+    def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
+        return self.form(x, table_row, rows, *recalled)
 
     def in_kernel(self, chunk: Chunk) -> Update:
         """The update by the operator, in place on a copy of x; it keeps the x0 before it itself."""

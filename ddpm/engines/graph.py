@@ -52,6 +52,7 @@ class Capture:
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         self.x = torch.zeros_like(x, memory_format=layout)
         self.x0 = torch.zeros_like(self.x) if keeps_x0 else None
+        self.recalled = (self.x0,) if by.recalls else ()
         self.samples = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
@@ -76,7 +77,8 @@ class Capture:
                         self._step()
 
     def _step(self) -> None:
-        m, *uncond = self.form(self.x, at(self.tables, self.index), self.rows).chunk(halves(self.rows))
+        given = self.x, at(self.tables, self.index), self.rows, *self.recalled
+        m, *uncond = self.form(*given).chunk(halves(self.rows))
         row = self.table, self.index, self.seed, self.samples
         solver_step(self.x, m, *row, uncond[0] if uncond else None, self.guidance, self.x0, self.clip)
         self.index.add_(1)

@@ -2,7 +2,8 @@
 
     tables(times)                what depends on the step alone, each [S, ...]; times [S]: what `network_times` gives
     rows(condition, n, guided)   what depends on the condition alone, each [k, n, ...]; condition [n, ...] or None
-    forward(x, table_row, rows)  m [k * n, ...] for x [n, ...]; table_row: each table's row [1, ...]
+    forward(x, table_row, rows)  m [k * n, ...] for x [n, ...]; table_row: each table's row [1, ...]. A fourth argument,
+                                 x0_previous [n, ...], only of a network with self_condition
     refresh(model)               take over the model's present weights, in place where they have room: compiled code and
                                  captured graphs go on
 
@@ -17,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ddpm.networks.protocol import in_type, null_condition
+from ddpm.networks.protocol import in_type, null_condition, predict
 
 Rows = tuple[Tensor, ...] | None
 
@@ -95,15 +96,17 @@ class PlainForm(Form):
     def refresh(self, model: nn.Module) -> None:
         self.model = typed(model, self.dtype)
 
-    def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
-        x, condition = x.to(self.dtype), None
-        if rows is not None:
-            condition, copies = rows[0].flatten(0, 1), rows[0].shape[0]
-            if torch.compiler.is_exporting():  # where the copies are not known before
-                x = x.expand(copies, *x.shape).flatten(0, 1)
-            elif copies > 1:
-                x = torch.cat((x,) * copies)
-        return checked(self.model(x, table_row[0].expand(x.shape[0]), condition), x)
+    def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
+        condition = None if rows is None else rows[0].flatten(0, 1)
+        x, *recalled = [self._repeated(each.to(self.dtype), rows) for each in (x, *recalled)]
+        return checked(predict(self.model, x, table_row[0].expand(x.shape[0]), condition, *recalled), x)
+
+    def _repeated(self, x: Tensor, rows: Rows) -> Tensor:
+        """Once for each half."""
+        copies = halves(rows)
+        if rows is not None and torch.compiler.is_exporting():  # where the copies are not known before
+            return x.expand(copies, *x.shape).flatten(0, 1)
+        return torch.cat((x,) * copies) if copies > 1 else x
 
 
 FORMS: dict[type[nn.Module], type[Form]] = {}  # by the network's class

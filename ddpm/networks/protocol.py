@@ -5,6 +5,8 @@
     time               what forward gets: "fraction", t / T as a float in (0, 1] (unstated: this), or "index", t - 1 as
                        int64, what other libraries' networks take
     continuous_time    False where only whole steps have an embedding; unstated: True
+    self_condition     True where forward takes a fourth argument, x0_previous [n, *sample_shape] or None = zeros: the
+                       estimate of x0 in the row before; unstated: False
     null_condition(n)  [n, *condition_shape] of "no condition"; unstated: zeros
     config()           the arguments that build it again
     for_data(shape, classes, n_feat)   classmethod: the network for samples of this shape, for `ddpm train`
@@ -131,6 +133,16 @@ def null_condition(model: nn.Module, condition: Tensor) -> Tensor:
     if nothing.shape != condition.shape:
         raise ValueError(f"null_condition: returned {list(nothing.shape)}, needs {list(condition.shape)}")
     return nothing.to(condition)
+
+
+def recalls(model: nn.Module) -> bool:
+    """Whether the network takes the estimate of x0 that came before."""
+    return bool(getattr(model, "self_condition", False))
+
+
+def predict(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None, x0_previous: Tensor | None = None) -> Tensor:
+    """The network's output; x0_previous reaches those that take it."""
+    return model(x, t, c, x0_previous) if recalls(model) else model(x, t, c)
 
 
 def broadcast(values: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.protocol import broadcast, in_type, network_times, null_condition
+from ddpm.networks.protocol import broadcast, in_type, network_times, null_condition, predict, recalls
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.options import TrainOptions
 from kernels import backend, noise_mse, philox
@@ -22,6 +22,21 @@ def target_of(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> 
     if prediction == "eps":
         return noise
     return x0 if prediction == "x0" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+
+
+def x0_of(prediction: str, x_t: Tensor, output: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The x0 that an output stands for; alpha_bar broadcasts against x_t."""
+    clean, noisy = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    return {"eps": (x_t - noisy * output) / clean, "v": clean * x_t - noisy * output, "x0": output}[prediction]
+
+
+def for_half(x0: Tensor, seed: int | Tensor, samples: Tensor) -> Tensor:
+    """x0_previous of self-conditioning (Chen, Zhang, Hinton 2023): the estimate for half of the samples, else 0.
+
+    It is kept where word 0 of stream 8 is below 2^31: computed for all, nothing is read on the host.
+    """
+    kept = philox.first_word(seed, samples, philox.Stream.SELF_CONDITION) < 1 << 31
+    return torch.where(broadcast(kept, x0), x0, 0.0)
 
 
 def min_snr_weights(alpha_bars: Tensor, prediction: str, gamma: float) -> Tensor:
@@ -84,15 +99,26 @@ class Objective(nn.Module):
         labels = labels[rows]
         return torch.where(broadcast(dropped, labels), null_condition(self.network, labels), labels)
 
+    def output(self, x_t: Tensor, times: Tensor, context: Tensor | None, *previous: Tensor | None) -> Tensor:
+        """The network's, float32 [n, ...]."""
+        # Each call under an autocast of its own: it keeps the weights that it has cast, with or without gradients.
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            output = predict(self.network, x_t, times, context, *previous)
+        return output.float()
+
     def forward(self, values: Tensor, labels: Tensor | None, rows: Tensor, samples: Tensor) -> Tensor:
         """values [N, ...], labels [N, K] or None; of them rows int64 [n] as samples int64 [n] -> the loss, a scalar."""
         options = self.options
         x_t, t, noise = self.diffused(values, rows, samples)
         context = self.context(labels, rows, samples)
         times = in_type(network_times(self.network, t, self.alpha_bars.shape[0] - 1))
-        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            output = self.network(x_t, times, context)
-        output = output.float()
+        previous = None
+        if recalls(self.network):
+            with torch.no_grad():
+                output = self.output(x_t, times, context)
+            estimate = x0_of(options.prediction, x_t, output, broadcast(self.alpha_bars[t], x_t))
+            previous = for_half(estimate, self.seed, samples)
+        output = self.output(x_t, times, context, previous)
         weight = None if self.weights is None else self.weights[t]
         if self.redraws:
             return noise_mse(output, self.seed, samples, weight)

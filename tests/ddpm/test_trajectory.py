@@ -412,13 +412,6 @@ def test_sample_takes_a_table_or_what_makes_one(model, beside):
         sample(model, SCHEDULE, 1, table=table(), **beside)
 
 
-def test_a_network_that_wants_its_own_estimate_is_refused(unet):
-    model = unet()
-    model.self_condition = True
-    with pytest.raises(ValueError, match="self_condition: got True"):
-        Trajectory(model, SCHEDULE, make_table(SCHEDULE, "ddim", 3))
-
-
 def test_what_is_no_tensor_is_named():
     class Wrapped(torch.nn.Module):
         sample_shape = (2,)

@@ -106,7 +106,7 @@ def test_every_counter_has_its_own_words():
     steps = [*range(12), 500, 500 | 1 << 20, 500 | 2 << 20, 2**32 - 1]
     words = [philox.word_tensor(3, samples, step, stream, 32) for step in steps for stream in philox.Stream]
     blocks = torch.stack(words).reshape(-1, 4)
-    assert len(torch.unique(blocks, dim=0)) == len(blocks) == len(steps) * 8 * len(samples) * 8
+    assert len(torch.unique(blocks, dim=0)) == len(blocks) == len(steps) * len(philox.Stream) * len(samples) * 8
 
 
 def test_every_seed_has_its_own_words():
