@@ -16,7 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from ddpm.networks.protocol import condition_shape, in_type, network_times, null_condition, sample_shape
+from ddpm.networks.protocol import condition_shape, in_type, network_times, null_condition, recalls, sample_shape
 from ddpm.runs import MODEL, Run, taken_options
 from ddpm.solvers import make_table
 from ddpm.table import StepTable
@@ -41,6 +41,7 @@ TIMES = {FLOAT: "t / T of every row, in (0, 1]", INT64: "t - 1 of every row, in 
 CONTEXT = "a condition for every sample: a class as its one-hot vector; finite numbers"
 GUIDANCE = "w of classifier-free guidance, finite; 1 is none, and half the work"
 TABLE = "a row for every step: seven coefficients (see ddpm/solvers.py) and the step's t, a whole number in 1..T"
+RECALLED = "x0 that the call before this one predicted; zeros at first"
 CLIP = "bound of the predicted x0; infinity for none"
 
 
@@ -58,7 +59,8 @@ def _rows(b: Builder, traced: Traced, conditions: str, leading: str) -> list[str
 def denoiser(model: nn.Module, traced: Traced, metadata: str) -> onnx.ModelProto:
     """x [batch, C, H, W], t [batch] as forward gets it, context [batch, ...] (if there is one) -> m.
 
-    A t of another length than x's batch is an error of its Reshape, not a broadcast.
+    x0_previous like x is the last input of networks that read it. A t of another length than x's batch is an error of
+    its Reshape, not a broadcast.
     """
     b = Builder()
     shape, condition = ("batch", *sample_shape(model)), condition_shape(model)
@@ -70,6 +72,8 @@ def denoiser(model: nn.Module, traced: Traced, metadata: str) -> onnx.ModelProto
     if condition is not None:
         context = _of_batch(b, b.input("context", FLOAT, ["batch", *condition], CONTEXT), batch, condition)
         arguments += _rows(b, traced, context, b.op("Concat", b.integers(1), batch, axis=0))
+    if recalls(model):
+        arguments.append(b.op("Reshape", b.input("x0_previous", FLOAT, shape, RECALLED), b.op("Shape", x), allowzero=1))
     (m,) = b.inline(traced.network.graph, arguments, "network.")
     b.output(m, "m", FLOAT, shape, "what the network predicts: see `prediction` in the metadata")
     return model_of(b, "denoiser", metadata, ABOUT["denoiser"])
@@ -260,7 +264,8 @@ def sampler(
         guidance = body.input("weight", FLOAT, [])
     elif condition is not None:
         guidance = inside[len(halves)]
-    (m,) = body.inline(traced.network.graph, [x, *at, *inside[: len(halves)]], "network.")
+    recalled = [x0_previous] if recalls(model) else []
+    (m,) = body.inline(traced.network.graph, [x, *at, *inside[: len(halves)], *recalled], "network.")
     if condition is not None:
         m = _guided(body, m, guidance, x)
     x_new, x0, c6, t = _update(body, row, x, m, x0_previous, inside[-1] if is_open else _bound(body, table))
@@ -299,7 +304,7 @@ def step(
     b = Builder()
     images, condition = ("batch", *sample_shape(model)), condition_shape(model)
     x = b.input("x", FLOAT, images, "images so far; normal noise at first")
-    x0_previous = b.input("x0_previous", FLOAT, images, "x0 of the step before; zeros at first")
+    x0_previous = b.input("x0_previous", FLOAT, images, RECALLED)
     index = b.input("index", INT64, [1], "row of the table; 0 at first")
     noise = b.input("noise", FLOAT, ("window", *images), "normal noise of some steps")
     noise_start = b.input("noise_start", INT64, [1], "row of the table that the first noise belongs to")
@@ -316,6 +321,7 @@ def step(
         leading = b.op("Concat", b.op("Shape", contexts, start=0, end=1), batch, axis=0)
         flat = b.op("Reshape", contexts, b.op("Concat", leading, b.integers(*condition), axis=0), allowzero=1)
         arguments += _rows(b, traced, b.op("Reshape", flat, b.integers(-1, *condition)), leading)
+    arguments += [x0_previous] if recalls(model) else []
     (m,) = b.inline(traced.network.graph, arguments, "network.")
     if condition is not None:
         weights = _weights(b, table, guidance)
@@ -357,6 +363,8 @@ def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]
     condition = condition_shape(run.model)
     if condition is not None and (null := null_of(run.model, condition)).any():
         more["null_condition"] = null.tolist()
+    if recalls(run.model):
+        more["self_condition"] = True
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from ddpm.engines.compile import compiler_missing
 from ddpm.errors import WorkFailed
 from ddpm.files import replacing
-from ddpm.networks import condition_shape, sample_shape
+from ddpm.networks.protocol import condition_shape, recalls, sample_shape
 from ddpm.runs import Run
 from export.models import describe
 from export.traced import Denoiser, example_times, quiet
@@ -21,13 +21,17 @@ from export.verification import Parity, denoiser_cases, denoiser_parity, nothing
 
 
 def program_of(run: Run) -> ExportedProgram:
-    """The denoiser (x [batch, C, H, W], t [batch][, context [batch, ...]]) -> m with a dynamic batch."""
+    """The denoiser (x [batch, C, H, W], t [batch][, context [batch, ...]]) -> m with a dynamic batch.
+
+    x0_previous like x is the fourth argument of networks that read it.
+    """
     module = Denoiser(run.model).eval()
-    condition = condition_shape(run.model)
+    condition, x = condition_shape(run.model), torch.zeros(3, *sample_shape(run.model))
     context = None if condition is None else torch.zeros(3, *condition)
-    arguments = (torch.zeros(3, *sample_shape(run.model)), example_times(run.model, 3), context)
+    recalled = (torch.zeros_like(x),) if recalls(run.model) else ()
+    arguments = (x, example_times(run.model, 3), context, *recalled)
     batch = {0: Dim("batch")}
-    dynamic = (batch, batch, None if context is None else batch)
+    dynamic = tuple(None if argument is None else batch for argument in arguments)
     with torch.no_grad(), quiet():
         program = torch.export.export(module, arguments, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
@@ -100,8 +104,8 @@ def _checked_inputs() -> Iterator[None]:
 
 def _require_checks(call: Callable, run: Run, path: Path) -> None:
     """Raise WorkFailed unless a package refuses inputs that it would read wrongly."""
-    _, x, t, c = next(case for case in denoiser_cases(run.model, run.schedule.timesteps) if len(case[1]) > 1)
-    more = () if c is None else (c,)
+    cases = denoiser_cases(run.model, run.schedule.timesteps)
+    _, x, t, *more = next(case for case in cases if len(case[1]) > 1)
     wrong = {
         "of another batch": (x, t[:1], *more),
         "of other strides": (torch.cat([x, x], dim=-1)[..., : x.shape[-1]], t, *more),

@@ -28,11 +28,14 @@ CALIBRATION_PER_CLASS, CALIBRATION_STEPS, CALIBRATION_GUIDANCE, CALIBRATION_SEED
 
 QUANTISED = ["Conv"]  # MaxPool too: 1% faster, MatMul too: 2% slower (n_feat 64, batch 32, VNNI)
 
-Call = tuple[Tensor, Tensor, Tensor | None]
+Call = tuple[Tensor | None, ...]
 
 
 def trajectory_calls(run: Run, seed: int) -> list[Call]:
-    """What the network is called with on real trajectories of every class: (x [n, ...], t [n], c [n, ...]) each."""
+    """What the network is called with on real trajectories of every class: (x [n, ...], t [n], c [n, ...]) each.
+
+    x0_previous [n, ...] comes last where it is read.
+    """
     calls: list[Call] = []
 
     def note(_: torch.nn.Module, arguments: Call) -> None:
@@ -85,9 +88,9 @@ def to_int8(network: onnx.ModelProto, names: Sequence[str], run: Run) -> onnx.Mo
     form = exported_form(run.model)
 
     def feeds() -> Iterator[dict[str, np.ndarray]]:
-        for x, t, c in trajectory_calls(run, CALIBRATION_SEED):
+        for x, t, c, *recalled in trajectory_calls(run, CALIBRATION_SEED):
             with torch.no_grad():
-                values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()))
+                values = (x, *form.tables(t[:1]), *(form.rows(c, len(x), False) or ()), *recalled)
             yield {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
     calls = feeds()

@@ -2,7 +2,7 @@
 
 tables    times [S], what forward gets                     -> what depends on the step alone, each [S, ...]
 rows      conditions [r, *condition_shape]                 -> what depends on the condition alone, each [1, r, ...]
-network   x [n, ...], a row of each table, rows [k, n, ..] -> m [k * n, ...]
+network   x [n, ...], a row of each table, rows [k, n, ..] -> m [k * n, ...]; x0_previous [n, ..] last, if it is read
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from ddpm.errors import WorkFailed
 from ddpm.inference import EXPORTED, Form, make_form
-from ddpm.networks.protocol import condition_shape, in_type, network_times, sample_shape
+from ddpm.networks.protocol import condition_shape, in_type, network_times, recalls, sample_shape
 from export.graph import OPSET
 
 EXAMPLE_ROWS = 3  # any but 0 and 1, which tracing would take for fixed
@@ -47,14 +47,15 @@ class _Part(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """forward(x, t[, context]) -> m as the network's own, by its form: what torch.export and AOTInductor take."""
+    """forward(x, t[, context, x0_previous]) -> m by the network's form: what torch.export and AOTInductor take."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.form = exported_form(model)
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.form(x, self.form.tables(t), self.form.rows(context, x.shape[0], False))
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, x0_previous: Tensor | None = None) -> Tensor:
+        recalled = () if x0_previous is None else (x0_previous,)
+        return self.form(x, self.form.tables(t), self.form.rows(context, x.shape[0], False), *recalled)
 
 
 def exported_form(model: nn.Module) -> Form:
@@ -118,11 +119,13 @@ def trace(model: nn.Module) -> Traced:
         if conditions is not None:
             of_rows = _Part(form, lambda form, c: tuple(row.clone() for row in form.rows(c, c.shape[0], False)))
             rows_graph = _graph(of_rows, (conditions,), ("conditions",), row_names, {0: batch})
-        cut, names = len(table_row), ("x", *table_names, *row_names)
-        of_x = _Part(form, lambda form, x, *more: form(x, more[:cut], more[cut:] or None))
+        x, recalled = torch.zeros(n, *sample_shape(model)), ("x0_previous",) if recalls(model) else ()
+        cut, end, names = len(table_row), len(table_row) + len(rows), ("x", *table_names, *row_names, *recalled)
+        of_x = _Part(form, lambda form, x, *more: form(x, more[:cut], more[cut:end] or None, *more[end:]))
         dynamic = ({0: batch}, *({} for _ in table_row), *({0: copies, 1: batch} for _ in rows))
-        x = torch.zeros(n, *sample_shape(model))
-        return Traced(tables, rows_graph, _graph(of_x, (x, *table_row, *rows), names, ("m",), *dynamic), names)
+        dynamic += tuple({0: batch} for _ in recalled)
+        arguments = (x, *table_row, *rows, *(torch.zeros_like(x) for _ in recalled))
+        return Traced(tables, rows_graph, _graph(of_x, arguments, names, ("m",), *dynamic), names)
     except Exception as error:  # the exporter raises nearly anything on code that it cannot follow
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise WorkFailed(f"{type(model).__name__}: PyTorch's exporter cannot follow its forward: {reason}") from error

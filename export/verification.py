@@ -25,7 +25,14 @@ from ddpm import evaluation, training
 from ddpm.data import Dataset
 from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import CALL_TOLERANCE, ENGINE_TOLERANCE, distance, psnr, relative_l2, worst
-from ddpm.networks.protocol import condition_shape, in_type, network_times, one_hot_conditions, sample_shape
+from ddpm.networks.protocol import (
+    condition_shape,
+    in_type,
+    network_times,
+    one_hot_conditions,
+    recalls,
+    sample_shape,
+)
 from ddpm.progress import Bar
 from ddpm.runs import Run
 from ddpm.sampling import sample
@@ -55,7 +62,7 @@ PSNR_MOST = 200.0  # dB, of equal images: JSON has no infinity
 FIGURES = ("samples", "solver", "steps", "guidance", "psnr_db", "accuracy", "accuracy_fp32", "frechet", "frechet_fp32")
 FIGURES += ("relative_l2",)
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], np.ndarray]
+Denoise = Callable[..., np.ndarray]  # of (x, t, c), and x0_previous where the network reads it
 # precision, skipped (why there is no evaluation), trajectories (PSNR of each file along its own table) and FIGURES,
 # None where they belong to a file that was not measured, or to the evaluation.
 Quality = dict[str, Any]
@@ -114,8 +121,11 @@ def allowed(tolerance: float, error: float, own: Callable[[], float]) -> float:
     return min(max(tolerance, OWN_DISTANCES * exact + OWN_ADDED), MOST_ALLOWED) if math.isfinite(exact) else tolerance
 
 
-def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
-    """(name, x, t, c): batches 1, 2, 5; t at both ends, and mixed; conditions zero, one-hot and random."""
+def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[Any, ...]]:
+    """(name, x, t, c): batches 1, 2, 5; t at both ends, and mixed; conditions zero, one-hot and random.
+
+    Where the network reads it also x0_previous, random.
+    """
     generator = torch.Generator().manual_seed(CASE_SEED)
     shape = condition_shape(model)
     kinds = ("zero",) if shape is None else ("zero", "one-hot", "random")
@@ -128,7 +138,8 @@ def denoiser_cases(model: nn.Module, timesteps: int) -> Iterator[tuple[str, Tens
             c = one_hot_conditions(model, torch.arange(n))
         elif kind == "random":
             c = torch.randn(n, *shape, generator=generator)
-        yield f"batch {n}, t {end}, context {kind}", x, t, c
+        recalled = (torch.randn(x.shape, generator=generator),) if recalls(model) else ()
+        yield f"batch {n}, t {end}, context {kind}", x, t, c, *recalled
 
 
 def denoiser_parity(name: str, denoise: Denoise, run: Run) -> Parity:
@@ -136,7 +147,7 @@ def denoiser_parity(name: str, denoise: Denoise, run: Run) -> Parity:
 
     def furthest(call: Denoise) -> float:
         cases = denoiser_cases(run.model, run.schedule.timesteps)
-        return worst(distance(call(x, t, c), run.model(x, t, c)) for _, x, t, c in cases)
+        return worst(distance(call(*given), run.model(*given)) for _, *given in cases)
 
     with torch.no_grad():
         error = furthest(denoise)
@@ -152,9 +163,9 @@ def file_denoiser(path: Path, optimise: bool = True) -> Denoise:
     """A denoiser.onnx as a function."""
     session = open_session(path, optimise=optimise)
 
-    def denoise(x: Tensor, t: Tensor, c: Tensor | None) -> np.ndarray:
-        feeds = {"x": x.numpy(), "t": t.numpy()} | ({} if c is None else {"context": c.numpy()})
-        return session.run(["m"], feeds)[0]
+    def denoise(*call: Tensor | None) -> np.ndarray:
+        feeds = dict(zip(("x", "t", "context", "x0_previous"), call, strict=False))
+        return session.run(["m"], {name: value.numpy() for name, value in feeds.items() if value is not None})[0]
 
     return denoise
 
@@ -241,9 +252,9 @@ def _of_denoiser(path: Path, run: Run) -> float:
     """Relative L2 over the calls of trajectories."""
     denoise, shape, pairs = file_denoiser(path), condition_shape(run.model), []
     with torch.no_grad():
-        for x, t, c in trajectory_calls(run, QUALITY_SEED):
+        for x, t, c, *recalled in trajectory_calls(run, QUALITY_SEED):
             c = torch.zeros(len(x), *shape) if c is None and shape is not None else c
-            pairs.append((denoise(x, t, c), run.model(x, t, c).numpy()))
+            pairs.append((denoise(x, t, c, *recalled), run.model(x, t, c, *recalled).numpy()))
     return relative_l2(*map(np.concatenate, zip(*pairs, strict=True)))
 
 
