@@ -5,7 +5,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddpm.networks import ContextUnet, PointMLP, load_context_unet_weights
+    from ddpm.networks import ContextUnet, PointMLP, Unet, load_context_unet_weights
     from ddpm.runs import Run, load_run
     from ddpm.sampling import sample
     from ddpm.schedule import NoiseSchedule
@@ -25,6 +25,7 @@ _HOMES = {
     "Run": "ddpm.runs",
     "StepTable": "ddpm.table",
     "Trajectory": "ddpm.trajectory",
+    "Unet": "ddpm.networks",
     "load_context_unet_weights": "ddpm.networks",
     "load_run": "ddpm.runs",
     "make_table": "ddpm.solvers",
@@ -38,6 +39,7 @@ __all__ = [
     "Run",
     "StepTable",
     "Trajectory",
+    "Unet",
     "load_context_unet_weights",
     "load_run",
     "make_table",
