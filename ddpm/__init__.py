@@ -5,6 +5,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm.gaussian_diffusion import GaussianDiffusion
     from ddpm.networks import ContextUnet, PointMLP, Unet, load_context_unet_weights
     from ddpm.runs import Run, load_run
     from ddpm.sampling import sample
@@ -20,6 +21,7 @@ with suppress(metadata.PackageNotFoundError):  # Hugging Face's, of the name of 
 # Imported when asked for: whoever needs one part, as the benchmarks of another project do, does not wait for all.
 _HOMES = {
     "ContextUnet": "ddpm.networks",
+    "GaussianDiffusion": "ddpm.gaussian_diffusion",
     "NoiseSchedule": "ddpm.schedule",
     "PointMLP": "ddpm.networks",
     "Run": "ddpm.runs",
@@ -34,6 +36,7 @@ _HOMES = {
 
 __all__ = [
     "ContextUnet",
+    "GaussianDiffusion",
     "NoiseSchedule",
     "PointMLP",
     "Run",

@@ -101,9 +101,9 @@ def _of_package(path: Path) -> dict[str, str]:
             return {"kind": f"denoiser, {PACKAGE} of an earlier version, which noted nothing"}
         metadata = json.loads(text)
         kind = f"{metadata['kind']}, {PACKAGE if compiled else PROGRAM}"
-        names = ["x", "t"] + ([] if run.condition_shape(metadata) is None else ["context"])
+        names = ["x", "t", *([] if run.condition_shape(metadata) is None else ["context"])]
         if metadata.get("self_condition"):
-            names = ["x", "t", (names + ["None"])[2], "x0_previous"]
+            names += [*(["None"] if len(names) == 2 else []), "x0_previous"]
         return {"kind": kind, "call": f"({', '.join(names)}), by position"} | _of_metadata(metadata)
     except run.ModelError:
         raise

@@ -56,7 +56,7 @@ LONG = (
     r"ddpm-export (torch|verify)",
     # Their like is run in docs/engines.md and docs/export.md.
     r"ddpm evaluate runs/(digits|sprites)",
-    r"ddpm-export .*digits-onnx",
+    r"ddpm-export .*(digits|flowers)-onnx",
 )
 NOT_RUN = {
     r"make ": "each installs, tests, trains or measures for minutes; `make -n` has the target",
