@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm.beta_schedules import buffers_of, schedule_of
-from ddpm.errors import check_choice, check_integer
+from ddpm.errors import check_choice, check_integer, check_number
 from ddpm.inference import kept_form
 from ddpm.networks.protocol import broadcast, predict
-from ddpm.networks.unet import check_number, sides_of
+from ddpm.networks.unet import sides_of
 from ddpm.noise import Noise, PhiloxNoise
-from ddpm.runs import free_folder, make_config, make_folder, start_run
+from ddpm.runs import free_folder, held, make_config, start_run
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from ddpm.table import FLOAT64_MAX, StepTable
@@ -176,9 +176,9 @@ class GaussianDiffusion(nn.Module):
         folder, sampling = Path(folder), self._options(self.is_ddim_sampling)
         self._tell((self.channels, *self.image_size))
         config = make_config(self.model, self.schedule, self.prediction, sampling=sampling)
-        free_folder(folder, overwrite)
-        make_folder(folder)
-        start_run(folder, config, self.model)
+        with held(folder):
+            free_folder(folder, overwrite)
+            start_run(folder, config, self.model)
 
     # --- between x_t, x0, noise and v; t: int64 [n], from 0 -------------------------------------------------------
 

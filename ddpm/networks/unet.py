@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.errors import check_integer
+from ddpm.errors import check_integer, check_number
 from ddpm.networks.protocol import network
 from ddpm.table import FLOAT64_MAX
 
@@ -129,12 +129,6 @@ class Sinusoidal(nn.Module):
         frequencies = torch.exp(torch.arange(half, device=time.device) * -(math.log(self.theta) / (half - 1)))
         angles = time.reshape(-1, 1) * frequencies
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-def check_number(name: str, value: object, low: float, high: float, needs: str) -> None:
-    """Raise ValueError unless the value is a number in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: got {value!r}, needs {needs}")
 
 
 def _per_level(name: str, value: object, levels: int, kind: type) -> tuple:
