@@ -32,6 +32,14 @@ PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 LOSSES = {"l1": "l1", "l2": "mse", "huber": "huber"}
 
 
+def sampling_options(steps: int | None, eta: float = 0.0) -> dict[str, Any]:
+    """Of `make_table`, but the prediction: DDIM in so many steps, or ancestral for None."""
+    if steps is None:
+        return {"solver": "ddpm", "clip": 1.0}
+    more = {"eta": float(eta), "rederive": True, "spacing": "lucidrains"}
+    return {"solver": "ddim", "steps": int(steps), "clip": 1.0} | more
+
+
 class ModelPrediction(NamedTuple):
     """What a network's output says of the noise and of x0, each [n, C, H, W]."""
 
@@ -149,21 +157,18 @@ class GaussianDiffusion(nn.Module):
             self._schedule = NoiseSchedule.from_alpha_bars(held)
         return self._schedule
 
-    def _options(self, ddim: bool) -> dict[str, Any]:
-        """Of `make_table`, but the prediction."""
-        if not ddim:
-            return {"solver": "ddpm", "clip": 1.0}
-        more = {"eta": float(self.ddim_sampling_eta), "rederive": True, "spacing": "lucidrains"}
-        return {"solver": "ddim", "steps": int(self.sampling_timesteps), "clip": 1.0} | more
+    def sampling(self, ddim: bool | None = None) -> dict[str, Any]:
+        """The options of `table`, but the prediction."""
+        ddim = self.is_ddim_sampling if ddim is None else ddim
+        return sampling_options(self.sampling_timesteps if ddim else None, self.ddim_sampling_eta)
 
     def table(self, ddim: bool | None = None) -> StepTable:
         """What `sample` runs. ddim: DDIM rather than ancestral; None: by sampling_timesteps."""
-        options = self._options(self.is_ddim_sampling if ddim is None else ddim)
-        return make_table(self.schedule, prediction=self.prediction, **options)
+        return make_table(self.schedule, prediction=self.prediction, **self.sampling(ddim))
 
-    def _tell(self, shape: tuple[int, ...]) -> None:
+    def tell_model(self, shape: tuple[int, ...] | None = None) -> None:
         """Make the model say what a network states: a U-Net draws any size, and another module may say nothing."""
-        self.model.sample_shape = shape
+        self.model.sample_shape = shape or (self.channels, *self.image_size)
         if getattr(self.model, "time", None) != "index":
             self.model.time = "index"
 
@@ -173,9 +178,9 @@ class GaussianDiffusion(nn.Module):
         Raises BadInput for a folder that cannot be written to, or that holds a run without `overwrite`; ValueError for
         a network that has no name (see `ddpm.networks`).
         """
-        folder, sampling = Path(folder), self._options(self.is_ddim_sampling)
-        self._tell((self.channels, *self.image_size))
-        config = make_config(self.model, self.schedule, self.prediction, sampling=sampling)
+        folder = Path(folder)
+        self.tell_model()
+        config = make_config(self.model, self.schedule, self.prediction, sampling=self.sampling())
         with held(folder):
             free_folder(folder, overwrite)
             start_run(folder, config, self.model)
@@ -332,7 +337,7 @@ class GaussianDiffusion(nn.Module):
             needs = "a function noise(samples, step, stream, shape) -> [n, *shape]"
             raise TypeError(f"noise: got a {type(noise).__name__}, needs {needs}")
         n, *image = shape
-        self._tell(tuple(image))
+        self.tell_model(tuple(image))
         trajectory = Trajectory(self.model, self.schedule, table, engine=engine, dtype=dtype, form=kept_form)
         given = {"seed": seed, "first_sample": first_sample, "noise": noise, "x_T": x_T}
         if not return_all_timesteps:

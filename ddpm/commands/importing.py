@@ -1,12 +1,9 @@
-"""`ddpm import`: published ContextUnet weights in, run folder out."""
+"""`ddpm import`: published weights in, run folder out. Those of a ContextUnet here."""
 
-import re
 import warnings
-import zipfile
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Any
 
 import torch
@@ -14,109 +11,27 @@ import typer
 from torch import Tensor
 
 from ddpm import runs
+from ddpm.commands.importing_unet import FAMILY, import_unet, other_library
+from ddpm.commands.weight_files import places_of, read_entries, say_left_out, take_network
 from ddpm.data import check_class_names
-from ddpm.errors import BadInput, first_line
-from ddpm.files import read_tensors
+from ddpm.errors import BadInput, check_choice
 from ddpm.networks import ContextUnet, load_context_unet_weights
 from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import given
 
 FIRST = "init_conv.conv1.0.weight"  # every network of this kind has it, and so tells where in a file it lies
 STATISTICS = "init_conv.conv1.1.running_mean"
-NESTED_MAX = 8  # levels of containers in containers that are looked through
 LEVELS_MAX = 16  # of a network; at 16 its sides are multiples of 65,536 pixels
+WEIGHTS = ("ema", "online")
 
 
-class _Ignored:
-    """What stands for the plain objects that people save beside their weights: nothing of theirs is made or run."""
-
-    NAMES = (
-        "argparse.Namespace",
-        "numpy.dtype",
-        "numpy.ndarray",
-        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-        *(f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows")),
-    )
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-def read_entries(path: Path) -> dict[str, Tensor]:
-    """Every tensor in a .pth or .safetensors under its path, say `ema.shadow.out.0.bias`; no code of it runs.
-
-    Raises BadInput, naming the file, for pickled objects, and for one that unpacks to more than it holds.
-    """
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file")
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"  # the length of a JSON header, then that
-    if is_safetensors:
-        return read_tensors(path)
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                unpacked = sum(record.file_size for record in archive.infolist())
-                if unpacked > path.stat().st_size:
-                    raise ValueError(f"{unpacked} bytes in a file of {path.stat().st_size}")
-                damaged = archive.testzip()  # PyTorch compares no checksums
-            if damaged is not None:
-                raise ValueError(f"{damaged} does not have its checksum")
-        with torch.serialization.safe_globals([(_Ignored, name) for name in _Ignored.NAMES]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's readers of old formats raise nearly anything on damaged bytes
-        text, needs = str(error), ""
-        reason = "damaged, or with pickled objects" if isinstance(error, UnpicklingError) else first_line(error)
-        pickled = re.search(r"GLOBAL (\S+)", text)
-        if pickled or "TorchScript" in text:
-            reason = f"a pickled {pickled[1]}" if pickled else "TorchScript"
-            needs = ", needs those: torch.save(model.state_dict(), FILE)"
-        raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason}){needs}") from error
-    return _tensors(content)
-
-
-def _tensors(content: object) -> dict[str, Tensor]:
-    """The tensors in containers in containers, each container once, by their keys joined with dots."""
-    found, seen, waiting = {}, set(), [("", content, 0)]
-    for name, value, depth in waiting:  # grows meanwhile
-        if isinstance(value, Tensor):
-            found[name] = value.detach()
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen and depth < NESTED_MAX:
-            seen.add(id(value))
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}.{key}" if name else str(key), each, depth + 1) for key, each in items]
-    return found
-
-
-def network_in(path: Path) -> dict[str, Tensor]:
-    """The state dict of the ContextUnet in a file, bare of what training loops wrap it in. Raises BadInput.
-
-    Of several networks it takes the moving average. What else the file has is left out, which is said.
-    """
-    entries = read_entries(path)
-    places = [name.removesuffix(FIRST) for name in entries if f".{name}".endswith(f".{FIRST}")]
-    if not places:
-        raise BadInput(f"{path}: not a ContextUnet state dict ({len(entries)} tensors, none of them {FIRST})")
+def network_in(path: Path, entries: dict[str, Tensor], online: bool = False) -> dict[str, Tensor]:
+    """The state dict of the ContextUnet in a file, bare of what training loops wrap it in. Raises BadInput."""
+    places = places_of(FIRST, entries)
     # Averages of parameters alone, and the optimiser's state, have no BatchNorm statistics.
     places = [place for place in places if place + STATISTICS in entries] or places
-    averages = [len(re.findall(r"(?<![a-z])ema(?![a-z])", place.lower())) for place in places]
-    best = [place for place, words in zip(places, averages, strict=True) if words == max(averages)]
-    if len(best) > 1:
-        named = ", ".join(place.rstrip(".") or "the top" for place in best)
-        raise BadInput(f"{path}: holds {len(best)} networks (at {named}), needs one of them alone")
-    state = {name.removeprefix(best[0]): entries.pop(name) for name in list(entries) if name.startswith(best[0])}
-    for name, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
-            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-            raise BadInput(f"{path}: {name!r} is {kind}, needs a dense tensor with its values")
-    claimed, size = sum(tensor.nbytes for tensor in state.values()), path.stat().st_size
-    if claimed > size:
-        raise BadInput(f"{path}: {claimed} bytes of weights in a file of {size}, needs one that holds them")
-    if entries:
-        beside = f"{len(entries)} tensors beside {best[0].rstrip('.')} are left out (first: {next(iter(entries))})"
-        warnings.warn(f"{path}: {beside}", stacklevel=2)
+    place, state = take_network(path, entries, places, online)
+    say_left_out(path, place, entries)
     return state
 
 
@@ -158,19 +73,43 @@ def with_context(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def import_weights(
-    weights: Annotated[Path, typer.Argument(help="weights of a ContextUnet: .pth, .ckpt, .safetensors")],
+    weights: Annotated[Path, typer.Argument(help="a .pth, .pt, .ckpt or .safetensors")],
     out: Annotated[Path, typer.Option(help="run folder to make")],
+    which: Annotated[str, typer.Option("--weights", help="of several: ema or online")] = "ema",
     n_feat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
     n_cfeat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
     height: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
-    timesteps: Annotated[int, typer.Option(help="T it was trained with")] = 500,
-    beta_start: Annotated[float, typer.Option(help="first beta")] = 1e-4,
-    beta_end: Annotated[float, typer.Option(help="last beta")] = 0.02,
+    timesteps: Annotated[int | None, typer.Option(help="T it was trained with [500]")] = None,
+    beta_start: Annotated[float | None, typer.Option(help="first beta [1e-4]")] = None,
+    beta_end: Annotated[float | None, typer.Option(help="last beta [0.02]")] = None,
     classes: Annotated[str | None, typer.Option(help="names of the classes, comma-separated")] = None,
+    image_size: Annotated[str | None, typer.Option(help="of a Unet: side, or HEIGHTxWIDTH")] = None,
+    prediction: Annotated[str | None, typer.Option(help="of a Unet: eps, v or x0 [its loss_weight]")] = None,
+    sampling_timesteps: Annotated[int | None, typer.Option(help="of a Unet: DDIM in so many [T, ancestral]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in --out")] = False,
 ) -> None:
-    """Turn published ContextUnet weights into a run that samples as their authors did: ddpm, variance beta, no clip."""
-    state = with_context(network_in(weights))
+    """Turn published weights into a run that samples as their authors did.
+
+    Those of a ContextUnet, or a checkpoint of denoising_diffusion_pytorch's Trainer (Unet and GaussianDiffusion).
+    """
+    check_choice("--weights", which, WEIGHTS)
+    entries = read_entries(weights)
+    here = {"n_feat": n_feat, "n_cfeat": n_cfeat, "height": height, "timesteps": timesteps}
+    here |= {"beta_start": beta_start, "beta_end": beta_end, "classes": classes}
+    of_unet = {"image_size": image_size, "prediction": prediction, "sampling_timesteps": sampling_timesteps}
+    is_unet = not places_of(FIRST, entries)
+    if is_unet and not places_of(FAMILY, entries):
+        other = other_library(entries)
+        looks = f"looks like {other}" if other else f"{len(entries)} tensors, none of them {FIRST} or {FAMILY}"
+        raise BadInput(f"{weights}: not a ContextUnet state dict, nor of a Unet ({looks})")
+    for name, value in given(here if is_unet else of_unet).items():
+        holds = "a Unet, which it is not for" if is_unet else "no Unet, which it is for"
+        raise BadInput(f"--{name.replace('_', '-')}: got {value}, but {weights} holds {holds}")
+    online = which == "online"
+    if is_unet:
+        import_unet(weights, entries, out, online=online, overwrite=overwrite, **of_unet)
+        return
+    state = with_context(network_in(weights, entries, online))
     try:
         found = arguments_of(state)
     except ValueError as error:
@@ -182,7 +121,7 @@ def import_weights(
     if names and len(names) != found["n_cfeat"]:
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
     check_class_names(names, "--classes")
-    schedule = NoiseSchedule.make("context_unet", timesteps, beta_start, beta_end)
+    schedule = NoiseSchedule.make("context_unet", 500 if timesteps is None else timesteps, beta_start, beta_end)
     with runs.held(out):
         runs.free_folder(out, overwrite)
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -61,6 +62,16 @@ def trained(folder: Path, *arguments: str) -> Path:
 def tiny_options() -> tuple[str, ...]:
     """Options of `ddpm train` for a run that takes a second."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def library() -> ModuleType:
+    """denoising_diffusion_pytorch itself, where it is installed."""
+    from bench import library
+
+    if (name := library.missing()) is not None:
+        pytest.skip(f"{name} is not installed here: docs/contributing.md says how it is")
+    return library.load()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import sys
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from ddpm.errors import BadInput
 from ddpm.inference import has_form
 from ddpm.metrics import distance
 from kernels import philox
+from tests.library import our_noise
 
 OBJECTIVES = ("pred_noise", "pred_v", "pred_x0")
 SHAPE = (2, 4, 4)
@@ -430,14 +429,6 @@ def test_calls_that_do_not_fit(call, error, message):
 # --- the library ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def library(monkeypatch):
-    """denoising_diffusion_pytorch, which at its import asks torchvision for names alone."""
-    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    return pytest.importorskip("denoising_diffusion_pytorch", reason="the library is not installed here")
-
-
 def pair(library, objective="pred_v", network=None, **options):
     """The library's diffusion and ours, of the same random weights of order 1."""
     network = {"dim": 4, "dim_mults": (1, 2), "attn_dim_head": 4, "channels": 1} | (network or {})
@@ -449,21 +440,9 @@ def pair(library, objective="pred_v", network=None, **options):
     return theirs, ours
 
 
-def drawn(theirs, ours, n, monkeypatch):
+def drawn(theirs, ours, n):
     """What the library draws with our noise in the place of its own."""
-    steps = iter([(0, 0), *((step, 1) for step in ours.table().noise_steps.tolist())])
-
-    def normals(like, **_):
-        step, stream = next(steps)
-        return philox.normal(
-            5, torch.arange(n), step, stream, tuple(like.shape if isinstance(like, torch.Tensor) else like)[1:]
-        )
-
-    module = sys.modules["denoising_diffusion_pytorch.denoising_diffusion_pytorch"]
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "tqdm", lambda steps, **_: steps)
-        patch.setattr(torch, "randn", normals)
-        patch.setattr(torch, "randn_like", normals)
+    with our_noise(ours.table().noise_steps.tolist(), n):
         return theirs.sample(n)
 
 
@@ -482,7 +461,7 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_ddim_and_losses_are_the_library_s(library, monkeypatch, objective, configuration):
+def test_ddim_and_losses_are_the_library_s(library, objective, configuration):
     theirs, ours = pair(library, objective, sampling_timesteps=10, min_snr_loss_weight=True, **configuration)
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], tensor), name
@@ -494,7 +473,7 @@ def test_ddim_and_losses_are_the_library_s(library, monkeypatch, objective, conf
         **{k: v for k, v in configuration.items() if k.startswith(("beta", "schedule"))},
     )
     theirs.load_state_dict(fresh.state_dict())
-    assert distance(ours.sample(2, seed=5, engine="eager"), drawn(theirs, ours, 2, monkeypatch)) < 1e-5
+    assert distance(ours.sample(2, seed=5, engine="eager"), drawn(theirs, ours, 2)) < 1e-5
     x0, noise = torch.randn(2, 4, ours.channels, *ours.image_size).clamp(-1, 1)
     t = torch.tensor([0, 1, 500, 999])
     if not ours.self_condition:
@@ -505,8 +484,8 @@ def test_ddim_and_losses_are_the_library_s(library, monkeypatch, objective, conf
 @pytest.mark.long
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("steps", [None, 50])
-def test_whole_trajectories_are_the_library_s(library, monkeypatch, objective, steps):
+def test_whole_trajectories_are_the_library_s(library, objective, steps):
     theirs, ours = pair(library, objective, sampling_timesteps=steps)
-    expected = drawn(theirs, ours, 2, monkeypatch)
+    expected = drawn(theirs, ours, 2)
     for engine in ("eager", "fused"):
         assert distance(ours.sample(2, seed=5, engine=engine), expected) < 1e-4

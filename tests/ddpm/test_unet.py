@@ -4,8 +4,6 @@ import copy
 import json
 import math
 import random
-import sys
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -330,14 +328,6 @@ def test_every_engine_draws_eager_s_pictures(engine, self_condition, plain):
 
 
 # --- the library ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def library(monkeypatch):
-    """denoising_diffusion_pytorch, which at its import asks torchvision for names alone."""
-    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
-        monkeypatch.setitem(sys.modules, name, MagicMock())
-    return pytest.importorskip("denoising_diffusion_pytorch", reason="the library is not installed here")
 
 
 def random_arguments(seed):
