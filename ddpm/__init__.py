@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ddpm.schedule import NoiseSchedule
     from ddpm.solvers import make_table
     from ddpm.table import StepTable
+    from ddpm.trainer import Trainer
     from ddpm.trajectory import Trajectory
 
 with suppress(metadata.PackageNotFoundError):  # Hugging Face's, of the name of our folder
@@ -26,6 +27,7 @@ _HOMES = {
     "PointMLP": "ddpm.networks",
     "Run": "ddpm.runs",
     "StepTable": "ddpm.table",
+    "Trainer": "ddpm.trainer",
     "Trajectory": "ddpm.trajectory",
     "Unet": "ddpm.networks",
     "load_context_unet_weights": "ddpm.networks",
@@ -41,6 +43,7 @@ __all__ = [
     "PointMLP",
     "Run",
     "StepTable",
+    "Trainer",
     "Trajectory",
     "Unet",
     "load_context_unet_weights",

@@ -45,13 +45,13 @@ def suffixes() -> set[str]:
 
 
 def image_folder(
-    folder: Path, side: int | None, value_range: Range | None, alpha: bool
+    folder: Path, side: int | None, value_range: Range | None, alpha: bool, classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...], str]:
     """(pictures [N, C, H, W], one-hot labels or None, names of classes, a note of what was left out) of a folder.
 
-    One picture is held at its full size at a time.
+    One picture is held at its full size at a time. classes: whether subfolders are some, see `find_pictures`.
     """
-    files, numbers, names, skipped = find_pictures(folder)
+    files, numbers, names, skipped = find_pictures(folder, classes)
     further = []
 
     def pictures() -> Iterator[tuple[Path, np.ndarray]]:
@@ -70,10 +70,13 @@ def image_folder(
     return values, None if numbers is None else np.eye(len(names), dtype=np.float32)[numbers], names, note
 
 
-def find_pictures(folder: Path) -> tuple[list[Path], np.ndarray | None, tuple[str, ...], list[Path]]:
+def find_pictures(
+    folder: Path, classes: bool = True
+) -> tuple[list[Path], np.ndarray | None, tuple[str, ...], list[Path]]:
     """(pictures in sorted order, class numbers int64 [N] or None, names of the classes, files that are none).
 
-    Subfolders are the classes, with all that lies below them. Hidden files and folders are no pictures.
+    Subfolders are the classes, with all that lies below them, or without `classes` nothing but places where pictures
+    lie. Hidden files and folders are no pictures.
     """
     known, skipped = suffixes(), []
 
@@ -85,7 +88,8 @@ def find_pictures(folder: Path) -> tuple[list[Path], np.ndarray | None, tuple[st
         return found
 
     try:
-        inside = sorted(folder.iterdir(), key=lambda path: unicodedata.normalize("NFC", path.name))
+        inside = list(folder.iterdir() if classes else _files_below(folder))
+        inside.sort(key=lambda path: unicodedata.normalize("NFC", path.name))
         loose = pictures(path for path in sorted(inside) if not path.is_dir())
         by_class = {path: pictures(_files_below(path)) for path in inside if path.is_dir()}
     except OSError as error:

@@ -33,6 +33,8 @@ def train(
         raise BadInput(f"--save-every: got {save_every}, needs seconds > 0")
     if resume and (out / runs.CONFIG).exists():
         options = training.resumed_options(out, {name: given[name] for name in typed(context) if name in given})
+        if "trainer" in runs.read_config(out):
+            raise BadInput(f"{out}: was begun by a program with ddpm.Trainer, needs that program to go on")
     else:
         options = TrainOptions(**given)
     target = pick_device(device)

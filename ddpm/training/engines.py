@@ -31,6 +31,7 @@ from ddpm.distributed import World
 from ddpm.engines.graph import warm_up
 from ddpm.errors import BadInput
 from ddpm.precision import reproducible_convolutions
+from ddpm.schedule import NoiseSchedule
 from ddpm.training.objective import Objective
 from ddpm.training.options import TrainOptions
 from kernels import philox
@@ -80,6 +81,7 @@ class Trainer:
     layout: ClassVar[torch.memory_format | None] = None  # of images and weights; None: their own
     warm = True  # nothing is compiled in the first step
     run_id: str | None = None  # of the folder that keeps the run
+    more: Mapping[str, Any] = types.MappingProxyType({})  # what else its config.json says
 
     def __init__(
         self, network: nn.Module, dataset: Dataset, options: TrainOptions, device: torch.device, world: World
@@ -94,20 +96,30 @@ class Trainer:
             raise BadInput(f"--batch-size: got {options.batch_size} on {world.size} ranks, needs {needs}")
         if options.flip and not dataset.is_images:
             raise BadInput(f"--flip: mirrors images, {dataset.name} has points, needs none")
-        self.options, self.dataset, self.schedule = options, dataset, options.make_schedule()
-        self.device, self.world, self.index = device, world, 0
+        self.options, self.dataset, self.device, self.world, self.index = options, dataset, device, world, 0
+        self.schedule = self._schedule()
         self.network = network.to(device, memory_format=self.layout).train()
         self.optimizer = self._adam()
         self.ema = Ema(self.network, options.ema_decay)
-        self.total = math.ceil(options.epochs * len(dataset) / options.batch_size)
+        self.total = self._total()
         if self.total > STEPS_MAX:
             raise BadInput(f"--epochs: got {options.epochs}, which are {self.total} steps, needs at most {STEPS_MAX}")
         self.losses = torch.full((self.total,), math.nan, device=device)
         self.data, self.resident = self._placed_data()
         count, where = len(dataset), self.data[0].device
         self.order = lru_cache(maxsize=2)(lambda epoch: philox.epoch_order(options.seed, epoch, count).to(where))
-        self.objective = Objective(self.network, self.schedule, options, device, plain=not self.moves_data)
+        self.objective = self._objective()
         self.parallel = world.wrap(self.objective, device)
+
+    def _schedule(self) -> NoiseSchedule:
+        return self.options.make_schedule()
+
+    def _total(self) -> int:
+        """How many steps there are."""
+        return math.ceil(self.options.epochs * len(self.dataset) / self.options.batch_size)
+
+    def _objective(self) -> nn.Module:
+        return Objective(self.network, self.schedule, self.options, self.device, plain=not self.moves_data)
 
     def _adam(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.network.parameters(), lr=self.options.lr, fused=self.moves_data or None)
@@ -172,6 +184,10 @@ class Trainer:
         """Backward, clipping, Adam and the moving average of step k."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.update(k)
+
+    def update(self, k: int | Tensor) -> None:
+        """Clipping, Adam and the moving average of step k."""
         if self.options.clip_grad:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_grad)
         self.optimizer.step()

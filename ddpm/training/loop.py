@@ -80,7 +80,7 @@ def make_config(trainer: Trainer) -> dict[str, object]:
     """The config.json of a training run: images are clipped while sampling, points are not."""
     options, dataset = trainer.options, trainer.dataset
     more = {"data": {"name": dataset.name, "count": len(dataset), "digest": dataset.digest()}}
-    more |= {"sampling": {"clip": 1.0 if dataset.is_images else None}, "training": asdict(options)}
+    more |= {"sampling": {"clip": 1.0 if dataset.is_images else None}, "training": asdict(options)} | trainer.more
     if options.init is not None:
         more |= {"init": {"run": options.init, "digest": digest_of(trainer.network.state_dict())}}
     return runs.make_config(trainer.network, trainer.schedule, options.prediction, classes=dataset.classes, **more)
@@ -237,11 +237,13 @@ def train(
     save_every: float = 60.0,
     dataset: Dataset | None = None,
     network: nn.Module | None = None,
+    make: Callable[..., Trainer] = make_trainer,
     finish: Callable[[Trainer], object] | None = None,
 ) -> tuple[Trainer, bool]:
     """Train a run into a folder, or continue it; returns the finished trainer and whether it was finished before.
 
-    dataset, network: instead of those that the options name; the network's class needs a name (`@network`).
+    dataset, network: instead of those that the options name; the network's class needs a name (`@network`). make: what
+    makes the trainer, called as `make_trainer` is.
     finish: what the main process calls at the end, to write more into the folder while no other may.
     Raises BadInput before anything is written, Interrupted and WorkFailed as `run` does.
     """
@@ -251,7 +253,7 @@ def train(
             check_options(folder, options, own_network=network is None)
         dataset = options.load_data() if dataset is None else dataset
         network = make_network(options, dataset, folder, resume) if network is None else network
-        trainer = make_trainer(network, dataset, options, device, world)
+        trainer = make(network, dataset, options, device, world)
         if world.any(continued, device):
             resume_from(folder, trainer)
         elif world.is_main:
