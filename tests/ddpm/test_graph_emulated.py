@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm import NoiseSchedule, Trajectory, inference, make_table, sample
+from ddpm import NoiseSchedule, Trajectory, Unet, inference, make_table, sample
 from ddpm.engines import GraphEngine, choose, graph
 from ddpm.inference import Layout, kept_form
 from ddpm.metrics import distance
@@ -49,8 +49,8 @@ class Graph:
                     held.copy_(new)
 
 
-@pytest.fixture
-def captures(monkeypatch):
+@contextmanager
+def emulated(monkeypatch):
     """Emulates what the engine takes of torch.cuda. -> [(stream of the warm-up, stream, mode) of every capture]."""
     seen, warm, inside = [], [], threading.Lock()
 
@@ -83,12 +83,19 @@ def captures(monkeypatch):
     )
     monkeypatch.setattr(graph, "torch", _Torch(fake))
     # oneDNN's tensors have no address.
-    monkeypatch.setattr("ddpm.inference.context_unet.Layout", partial(Layout, pack=False))
+    for form in ("context_unet", "unet"):
+        monkeypatch.setattr(f"ddpm.inference.{form}.Layout", partial(Layout, pack=False))
     monkeypatch.setattr("kernels.backend.reads_values", lambda tensor: False)  # as on CUDA
     monkeypatch.setattr(GraphEngine, "lacks", classmethod(lambda cls, *_: None))
     graph._side_stream.cache_clear()
     yield seen
     graph._side_stream.cache_clear()
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    with emulated(monkeypatch) as seen:
+        yield seen
 
 
 class _Torch:
@@ -196,3 +203,13 @@ def test_auto_captures_only_what_has_a_form(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="ddpm"):
         assert [choose("auto", device, plain=plain).name for plain in (False, True)] == ["graph", "fused"]
     assert "fused on cuda:0 (graph, where asked for: this network has no form of its own)" in caplog.text
+
+
+@pytest.mark.parametrize("self_condition", [False, True])
+def test_a_unet_draws_eager_s_pictures(captures, self_condition):
+    torch.manual_seed(0)
+    model = Unet(4, dim_mults=(1, 2), attn_dim_head=4, self_condition=self_condition, image_size=8).eval()
+    for way in ({"solver": "ddpm"}, {"solver": "ddim", "steps": 12, "seed": 4}):
+        way |= {"context": None, "clip": 1.0}
+        assert distance(draw(model, **way), draw(model, "eager", **way)) < 1e-5
+    assert len(captures) == 2
