@@ -304,6 +304,7 @@ ROWS = [
     Row(RESUME, (CONFIG + "'model' and 'schedule'",), entry(4096, "training", "n_feat")),
     Row(RESUME, (CONFIG + "its training options are no run's: timesteps: got",), entry(10**9, "training", "timesteps")),
     Row(RESUME, (CONFIG + "its training options are no run's: image_size",), entry(10**5, "training", "image_size")),
+    Row(RESUME, ("run: was begun by a program with ddpm.Trainer",), entry({}, "trainer")),
     Row("train --out imported --resume", ("imported/config.json: no training options: an imported run",)),
     Row("evaluate imported", ("imported/config.json: an imported run knows no training data",)),
     Row("evaluate run", ("run: was trained on other data than images",), flipped("images.npy", -1)),

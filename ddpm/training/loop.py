@@ -141,16 +141,16 @@ def make_network(options: TrainOptions, dataset: Dataset, folder: Path, resume: 
     return options.make_network(dataset)
 
 
-def check_options(folder: Path, options: TrainOptions, own_network: bool) -> None:
+def check_options(folder: Path, options: TrainOptions) -> None:
     """Raise BadInput unless a run's training options make the network and the schedule that its config.json has.
 
-    Before either, or the data, cost time or memory. own_network: whether the options make the network at all.
+    Before either, or the data, cost time or memory.
     """
     config, path = runs.read_config(folder), folder / runs.CONFIG
     network, schedule = runs.outline(folder, config)
     try:
         pairs = [(schedule, options.make_schedule())]
-        if own_network and options.init is None:
+        if options.init is None:
             shape, condition = sample_shape(network), condition_shape(network)
             if options.image_size not in (None, shape[-1]):
                 raise ValueError(f"image_size {options.image_size}, its network is for samples {list(shape)}")
@@ -249,8 +249,8 @@ def train(
     """
     with runs.held(folder) if world.is_main else nullcontext():
         continued = world.is_main and open_folder(folder, resume, overwrite)
-        if continued:
-            check_options(folder, options, own_network=network is None)
+        if continued and network is None:
+            check_options(folder, options)
         dataset = options.load_data() if dataset is None else dataset
         network = make_network(options, dataset, folder, resume) if network is None else network
         trainer = make(network, dataset, options, device, world)
