@@ -20,12 +20,13 @@ def check_choice(name: str, value: object, known: Iterable[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(known)}")
 
 
-def check_integer(name: str, value: object, low: int = 1) -> None:
-    """Raise ValueError unless the value is an integer proper, and not below `low`."""
+def check_integer(name: str, value: object, low: int = 1, high: int | None = None) -> None:
+    """Raise ValueError unless the value is an integer proper, not below `low` and not above `high`."""
     from kernels.philox import is_integer  # not above: the errors alone need no operator
 
-    if not is_integer(value) or value < low:
-        raise ValueError(f"{name}: got {value!r}, needs an integer >= {low}")
+    if not is_integer(value) or value < low or (high is not None and value > high):
+        needs = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}: got {value!r}, needs an integer {needs}")
 
 
 def check_number(name: str, value: object, low: float, high: float, needs: str) -> float:

@@ -4,21 +4,24 @@
     x_new = c2 x + c3 x0 + c4 m + c5 x0_previous + c6 z                  x0_previous <- x0
 
 A solver is one function under `@solver("name")`: it gets alpha_bars at its timesteps and at 0, what the network
-predicts and the options that its signature names, and returns a row for every step. Below, a = alpha_bars[t],
-s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a. Everything is float64.
+predicts and the options that its signature names, and returns a row for every step; a step of several rows has
+`Further` ones after it. Below, a = alpha_bars[t], s = alpha_bars of the next (smaller) timestep, sigma^2 = 1 - a.
+Everything is float64.
 """
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ddpm.errors import check_choice, check_number, register
+from ddpm.errors import check_choice, check_integer, check_number, register
 from ddpm.schedule import NoiseSchedule
-from ddpm.table import COLUMNS, PREDICTIONS, StepTable
+from ddpm.table import COLUMNS, PREDICTIONS, VISITS_MAX, StepTable, noise_step
 from kernels.philox import is_integer
 
 # Keeps divisions finite where alpha_bar underflows; such tables are refused by the range of float32.
@@ -26,7 +29,16 @@ ALPHA_BAR_MIN = 1e-300
 VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
 
-Rows = list[list[float]]
+
+
+class Further(NamedTuple):
+    """A row that continues the step of the row before it, evaluated at the `at`-th timestep of the grid."""
+
+    coefficients: list[float]
+    at: int
+
+
+Rows = Sequence[list[float] | Further]
 SOLVERS: dict[str, Callable[..., Rows]] = {}
 # What a run's stored options lend to another solver than its own.
 SHARED_OPTIONS = ("prediction", "clip", "spacing")
@@ -89,15 +101,26 @@ def to_eps(prediction: str, a: float) -> tuple[float, float]:
 
 
 @solver("ddpm")
-def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior") -> Rows:
-    """q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7; variance of its noise: `posterior` or the larger `beta`."""
+def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior", resample: int = 1) -> Rows:
+    """q(x_s | x_t, x0), Ho et al. 2020, equations 6 and 7; variance of its noise: `posterior` or the larger `beta`.
+
+    resample: how often each step but the last is made; after each but the last time it is undone by the forward process
+    (RePaint, Lugmayr et al. 2022, jump length 1), so that what is given has its effect on what is not. Down and up
+    again is one row, whose two noises are one.
+    """
     check_choice("variance", variance, VARIANCES)
-    rows = []
-    for a, s in pairwise(alpha_bars):
+    check_integer("resample", resample, 1, VISITS_MAX)
+    rows: list[list[float] | Further] = []
+    last = len(alpha_bars) - 2
+    for i, (a, s) in enumerate(pairwise(alpha_bars)):
         alpha, beta = a / s, 1 - a / s
         noise = beta if variance == "beta" else beta * (1 - s) / (1 - a)
         c2, c3 = math.sqrt(alpha) * (1 - s) / (1 - a), math.sqrt(s) * beta / (1 - a)
-        rows.append([*to_x0(prediction, a), c2, c3, 0.0, 0.0, math.sqrt(noise)])
+        down = [*to_x0(prediction, a), c2, c3, 0.0, 0.0, math.sqrt(noise)]
+        up = math.sqrt(alpha)
+        back = [*down[:2], up * c2, up * c3, 0.0, 0.0, math.sqrt(alpha * noise + beta)]
+        first, *further = [*[back] * (resample - 1 if i < last else 0), down]
+        rows += [first, *(Further(row, i) for row in further)]
     return rows
 
 
@@ -142,6 +165,28 @@ def dpmpp_2m(alpha_bars: list[float], prediction: str) -> Rows:
     return [*rows, [*to_x0(prediction, last[0]), 0.0, 1.0, 0.0, 0.0, 0.0]]
 
 
+@solver("pc")
+def predictor_corrector(
+    alpha_bars: list[float], prediction: str, *, variance: str = "posterior", corrections: int = 1, snr: float = 0.16
+) -> Rows:
+    """An ancestral step, then Langevin steps that draw x to its distribution where it landed (Song et al. 2021, SDE).
+
+    x <- x + h score + sqrt(2 h) z with score = -eps / sigma and h = 2 (snr sigma)^2: algorithm 5 of that paper, with the
+    expectation 1 / sigma for the ratio of its norms, since a table does not depend on the pictures, and with its
+    factor alpha_t, which is nearly 1, left out. corrections: such steps after each step but the last.
+    """
+    check_integer("corrections", corrections, 1, VISITS_MAX - 1)
+    snr = check_number("snr", snr, 0, 1, "0 <= snr <= 1")
+    *inner, last = ddpm(alpha_bars, prediction, variance=variance)
+    rows: list[list[float] | Further] = []
+    for i, row in enumerate(inner, start=1):
+        s, sigma = alpha_bars[i], math.sqrt(1 - alpha_bars[i])
+        h, (p, q) = 2 * (snr * sigma) ** 2, to_eps(prediction, s)
+        correction = [*to_x0(prediction, s), 1 - h * p / sigma, 0.0, -h * q / sigma, 0.0, math.sqrt(2 * h)]
+        rows += [row, *[Further(correction, i)] * corrections]
+    return [*rows, last]
+
+
 def given(options: Mapping[str, object]) -> dict[str, object]:
     """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
@@ -171,7 +216,7 @@ def make_table(
 
     Args:
         schedule: only its alpha_bars are used. steps: S in 1..T, default T.
-        solver: `ddpm` (ancestral sampling), `ddim`, `dpmpp_2m`, or another of SOLVERS.
+        solver: `ddpm` (ancestral sampling), `ddim`, `dpmpp_2m`, `pc`, or another of SOLVERS.
         eta: of ddim, 0..1, default 0. variance: of ddpm, `posterior` (default) or `beta`. options: of other solvers.
         prediction: what the network was trained to output: `eps`, `v` (Salimans & Ho 2022) or `x0`.
         clip: bound of x0, or None. spacing: of the timesteps, default trailing, see `timestep_grid`.
@@ -198,12 +243,23 @@ def make_table(
         rows = SOLVERS[solver](alpha_bars, prediction, **own)
     except ArithmeticError as error:
         raise ValueError(f"schedule: {solver!r} has no finite coefficients for it ({error}), needs others") from error
-    if len(rows) != len(timesteps) or any(len(row) != COLUMNS for row in rows):
-        raise ValueError(f"solver: {solver!r} returned {len(rows)} rows, needs {len(timesteps)} of {COLUMNS} numbers")
-    coefficients = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    begins = [not isinstance(row, Further) for row in rows]
+    numbers = [row if first else row.coefficients for row, first in zip(rows, begins, strict=True)]
+    if sum(begins) != len(timesteps) or not begins[0] or any(len(row) != COLUMNS for row in numbers):
+        needs = f"{len(timesteps)} of {COLUMNS} numbers, and further ones after these"
+        raise ValueError(f"solver: {solver!r} returned {len(rows)} rows, needs {needs}")
+    counted = np.cumsum(begins) - 1
+    timesteps = timesteps[[at if first else row.at for row, first, at in zip(rows, begins, counted, strict=True)]]
+    coefficients = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     coefficients[-1, 6] = 0.0
     if not coefficients.to(torch.float32).isfinite().all():
         beyond = f"alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32"
         raise ValueError(f"schedule: {beyond}; use fewer timesteps, smaller betas, or start later")
     made_for = {"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()}
-    return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, made_for=made_for)
+    seen: Counter[int] = Counter()
+    noise_steps = []
+    for t in timesteps.tolist():
+        noise_steps.append(noise_step(t, seen[t]))
+        seen[t] += 1
+    more = {"noise_steps": torch.tensor(noise_steps), "begins": torch.tensor(begins), "made_for": made_for}
+    return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, **more)

@@ -20,6 +20,7 @@ KIND, FORMAT_VERSION = "fused-ddpm step table", 1
 REQUIRED = ("timesteps", "coefficients", "clip", "weights", "made_for")
 COLUMNS = 7
 NOISE_STEPS_LIMIT = 1 << 24  # exact in float32
+VISIT_BITS, VISITS_MAX = 20, 16
 FLOAT32_MIN, FLOAT32_MAX = 2.0**-149, torch.finfo(torch.float32).max
 FLOAT64_MAX = sys.float_info.max  # integers beyond it have no float64
 
@@ -178,6 +179,11 @@ class StepTable:
             raise
         except ValueError as error:
             raise BadInput(f"{path}: no usable step table: {error}") from error
+
+
+def noise_step(timestep: int, visit: int) -> int:
+    """Which noise the `visit`-th row at a timestep draws: t | visit << 20."""
+    return timestep | visit << VISIT_BITS
 
 
 def _numbers(name: str, values: object) -> bool:

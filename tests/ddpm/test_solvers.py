@@ -17,6 +17,7 @@ COSINE = NoiseSchedule.make("cosine", 40)
 GRIDS = [(LINEAR, 10, "trailing"), (LINEAR, 7, "linspace"), (LINEAR, 20, "leading"), (COSINE, 40, "trailing")]
 SPACINGS = ["trailing", "leading", "linspace", "lucidrains"]
 SOLVERS = [("ddpm", {}), ("ddpm", {"variance": "beta"}), ("ddim", {}), ("ddim", {"eta": 0.7}), ("dpmpp_2m", {})]
+SOLVERS += [("ddpm", {"resample": 3}), ("pc", {"corrections": 2, "snr": 0.3})]  # steps of several rows
 
 
 def knots(schedule, table):
@@ -150,6 +151,31 @@ def test_ddim_is_equation_12_of_song(schedule, steps, spacing, eta):
         np.testing.assert_allclose(got[i + 1], x, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("variance", ["posterior", "beta"])
+def test_resampling_is_a_step_down_and_the_forward_step_back_up(variance):
+    """RePaint: x_s ~ p(x_s | x_t), then x_t ~ N(sqrt(alpha) x_s, 1 - alpha); three times at each timestep but the last."""
+    plain = make_table(LINEAR, "ddpm", 5, variance=variance)
+    table = make_table(LINEAR, "ddpm", 5, variance=variance, resample=3)
+    assert table.timesteps.tolist() == [t for t in (1000, 800, 600, 400) for _ in range(3)] + [200]
+    assert (table.noise_steps >> 20).tolist() == [0, 1, 2] * 4 + [0]
+    assert (table.noise_steps & (1 << 20) - 1).tolist() == table.timesteps.tolist()
+    assert table.begins.tolist() == [True, False, False] * 4 + [True]
+    x, m = np.random.default_rng(2).standard_normal((2, 20))
+
+    def moments(c):
+        return c[2] * x + c[3] * (c[0] * x + c[1] * m) + c[4] * m, c[6] ** 2
+
+    for i, (a, s) in enumerate(pairwise(knots(LINEAR, plain)[:-1])):
+        down = plain.coefficients[i].tolist()
+        mean, noise = moments(down)
+        for row in (3 * i, 3 * i + 1):
+            got_mean, got_noise = moments(table.coefficients[row].tolist())
+            np.testing.assert_allclose(got_mean, math.sqrt(a / s) * mean, atol=1e-10)
+            assert got_noise == pytest.approx(a / s * noise + 1 - a / s, rel=1e-9)
+        assert table.coefficients[3 * i + 2].tolist() == down
+    assert table.coefficients[-1].tolist() == plain.coefficients[-1].tolist()
+
+
 def test_ddim_with_eta_1_is_ddpm():
     network, x = nonlinear_eps(COSINE), start()
     z = np.random.default_rng(3).standard_normal((40, *x.shape))
@@ -185,12 +211,13 @@ def test_dpmpp_2m_is_algorithm_2_of_lu(schedule, steps, spacing):
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 def test_the_last_row_has_no_noise_and_lands_on_x0(solver, options, steps, prediction):
     table = make_table(LINEAR, solver, steps, prediction=prediction, **options)
-    assert table.coefficients.shape == (steps, 7)
+    assert table.steps == steps
+    assert table.coefficients.shape == (len(table), 7)
     assert table.coefficients.dtype == torch.float64
     assert table.coefficients.isfinite().all()
     assert table.coefficients[-1, 2:].tolist() == pytest.approx([0, 1, 0, 0, 0], abs=1e-12)
     assert table.coefficients[-1, 6] == 0
-    noisy = solver == "ddpm" or options.get("eta", 0) > 0
+    noisy = solver in ("ddpm", "pc") or options.get("eta", 0) > 0
     assert ((table.coefficients[:-1, 6] > 0) == noisy).all()
 
 
@@ -206,7 +233,7 @@ def test_all_predictions_give_one_trajectory(solver, options, clip):
     def v(x, t):
         return np.sqrt(alpha_bars[t]) * eps(x, t) - np.sqrt(1 - alpha_bars[t]) * x0(x, t)
 
-    noise = np.random.default_rng(4).standard_normal((20, 50))
+    noise = np.random.default_rng(4).standard_normal((60, 50))
     ends = []
     for prediction, network in (("eps", eps), ("v", v), ("x0", x0)):
         table = make_table(COSINE, solver, 20, prediction=prediction, clip=clip, **options)
@@ -285,6 +312,11 @@ BAD = [
     ({"spacing": "karras"}, "spacing: got 'karras'"),
     ({"solver": "ddpm", "variance": "learned"}, "variance: got 'learned', needs one of posterior, beta"),
     ({"prediction": "score"}, "prediction: got 'score'"),
+    ({"solver": "ddpm", "resample": 0}, r"resample: got 0, needs an integer in 1\.\.16"),
+    ({"solver": "ddpm", "resample": 17}, "resample: got 17"),
+    ({"solver": "pc", "corrections": 16}, r"corrections: got 16, needs an integer in 1\.\.15"),
+    ({"solver": "pc", "snr": math.nan}, "snr: got nan, needs 0 <= snr <= 1"),
+    ({"corrections": 2}, "corrections: got 2, but solver 'ddim' takes only"),
     ({"eta": -0.1}, "eta: got -0.1"),
     ({"eta": 1.1}, "eta: got 1.1"),
     ({"eta": math.nan}, "eta: got nan"),
@@ -357,6 +389,17 @@ def test_second_order_beats_first_order():
 def test_ddpm_with_all_steps_reproduces_the_data(s, variance):
     table = make_table(LINEAR, "ddpm", variance=variance)
     assert math.sqrt(variances(LINEAR, table, s)[-1]) == pytest.approx(s, rel=0.02)
+
+
+@pytest.mark.parametrize("s", [0.5, 2.0])
+def test_correctors_bring_the_spread_nearer_to_the_datas(s):
+    """Few ancestral steps are off at the last timestep above 0; Langevin steps there draw it to the truth."""
+    off = []
+    for solver, options in (("ddpm", {}), ("pc", {"corrections": 15, "snr": 0.3})):
+        table = make_table(LINEAR, solver, 10, **options)
+        ab = LINEAR.alpha_bars[table.timesteps[-1]].item()
+        off.append(abs(variances(LINEAR, table, s)[-2] / (ab * s**2 + 1 - ab) - 1))
+    assert off[1] < off[0] / 2, off
 
 
 @pytest.mark.parametrize(("solver", "options"), SOLVERS)
