@@ -252,13 +252,21 @@ def _digits() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     return small[..., None], np.eye(10, dtype=np.float32)[digits.target], tuple("0123456789")
 
 
-def _swiss_roll() -> np.ndarray:
-    """4,096 points of scikit-learn's Swiss roll seen along its axis, mean 0, variance 1: float32 [4096, 2]."""
+def held_out(source: str) -> Tensor | None:
+    """Points float32 [N, features] of the distribution that a source draws from, other ones; None for other sources."""
+    return torch.from_numpy(_swiss_roll(drawn=1)) if source == "swiss-roll" else None
+
+
+def _swiss_roll(drawn: int = 0) -> np.ndarray:
+    """4,096 points of scikit-learn's Swiss roll seen along its axis, the first drawn with mean 0 and variance 1.
+
+    float32 [4096, 2].
+    """
     from sklearn.datasets import make_swiss_roll
 
-    points = make_swiss_roll(4096, noise=0.3, random_state=0)[0][:, [0, 2]]
-    points -= points.mean(axis=0)
-    return (points / points.std()).astype(np.float32)
+    first, points = (make_swiss_roll(4096, noise=0.3, random_state=state)[0][:, [0, 2]] for state in (0, drawn))
+    points -= first.mean(axis=0)
+    return (points / (first - first.mean(axis=0)).std()).astype(np.float32)
 
 
 def _read_idx(path: Path, magic: int) -> np.ndarray:

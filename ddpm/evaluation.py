@@ -5,6 +5,7 @@ between runs on the same data alone. Each is printed beside what real data gets.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ class Evaluation:
     frechet: distance between samples and all real items; frechet_real: between two random halves of the real ones,
     the floor. accuracy: of the samples that were asked to be of a class that the data have, the share whose class, by
     an SVM, is that; accuracy_real: the SVM's on real items that it was not trained on. It learns from at most
-    LEARNED_MAX items, drawn at random. Both accuracies are None for data without classes.
+    LEARNED_MAX items, drawn at random. Both accuracies are None for data without classes. energy: distance between
+    samples and held-out items; energy_real: between the real and the held-out ones. None without such.
     """
 
     n: int
@@ -41,6 +43,8 @@ class Evaluation:
     frechet_real: float
     accuracy: float | None
     accuracy_real: float | None
+    energy: float | None = None
+    energy_real: float | None = None
 
 
 def features(values: Tensor) -> np.ndarray:
@@ -65,10 +69,28 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def evaluate(samples: Tensor, dataset: Dataset, classes: Tensor | None, quiet: bool = True) -> Evaluation:
+def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of points [n, d] and [m, d] (Szekely & Rizzo 2013), without each with itself.
+
+    0 for equal distributions, larger for others: also where means and covariances, which Frechet's has, are equal.
+    """
+
+    def mean(one: np.ndarray, other: np.ndarray) -> float:
+        first, second = torch.from_numpy(one), torch.from_numpy(other)
+        pairs = len(one) * (len(one) - 1) if one is other else len(one) * len(other)
+        exact = partial(torch.cdist, x2=second, compute_mode="donot_use_mm_for_euclid_dist")
+        return sum(float(exact(part).sum()) for part in first.split(CHUNK)) / pairs
+
+    return 2 * mean(a, b) - mean(a, a) - mean(b, b)
+
+
+def evaluate(
+    samples: Tensor, dataset: Dataset, classes: Tensor | None, quiet: bool = True, held_out: Tensor | None = None
+) -> Evaluation:
     """Compare samples [n, ...] with the data; classes int64 [n] is what each was asked to be, or None.
 
-    quiet False shows a bar. Raises WorkFailed for samples that are not finite.
+    held_out: points [m, d] that nobody trained on, for the energy distance. quiet False shows a bar. Raises WorkFailed
+    for samples that are not finite.
     """
     if not samples.isfinite().all():
         raise WorkFailed("the samples have NaN or infinite values: try less guidance or another solver")
@@ -95,7 +117,11 @@ def evaluate(samples: Tensor, dataset: Dataset, classes: Tensor | None, quiet: b
                 learned = np.sort(order[:LEARNED_MAX])
                 accuracy = _accuracy(real[learned], labels[learned], fake[counted], asked[counted])
             bar.update(5)
-    return Evaluation(len(fake), len(real), distance, floor, accuracy, accuracy_real)
+        energy = energy_real = None
+        if held_out is not None:
+            others = features(held_out)
+            energy, energy_real = energy_distance(fake, others), energy_distance(real, others)
+    return Evaluation(len(fake), len(real), distance, floor, accuracy, accuracy_real, energy, energy_real)
 
 
 def _accuracy(known: np.ndarray, labels: np.ndarray, values: np.ndarray, expected: np.ndarray) -> float:

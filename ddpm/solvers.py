@@ -30,7 +30,6 @@ VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
 
 
-
 class Further(NamedTuple):
     """A row that continues the step of the row before it, evaluated at the `at`-th timestep of the grid."""
 
@@ -171,9 +170,9 @@ def predictor_corrector(
 ) -> Rows:
     """An ancestral step, then Langevin steps that draw x to its distribution where it landed (Song et al. 2021, SDE).
 
-    x <- x + h score + sqrt(2 h) z with score = -eps / sigma and h = 2 (snr sigma)^2: algorithm 5 of that paper, with the
-    expectation 1 / sigma for the ratio of its norms, since a table does not depend on the pictures, and with its
-    factor alpha_t, which is nearly 1, left out. corrections: such steps after each step but the last.
+    x <- x + h score + sqrt(2 h) z with score = -eps / sigma and h = 2 (snr sigma)^2: algorithm 5 of that paper with
+    the expectation of its norms' ratio, since a table does not depend on the pictures, and without its factor alpha_t,
+    which is nearly 1. corrections: such steps after each step but the last.
     """
     check_integer("corrections", corrections, 1, VISITS_MAX - 1)
     snr = check_number("snr", snr, 0, 1, "0 <= snr <= 1")

@@ -13,6 +13,8 @@ COMMANDS = {
     "train": "ddpm.commands.train:train",
     "sample": "ddpm.commands.sample:sample",
     "evaluate": "ddpm.commands.evaluate:evaluate",
+    "forward": "ddpm.commands.forward:forward",
+    "score": "ddpm.commands.score:score",
     "import": "ddpm.commands.importing:import_weights",
 }
 app_of = partial(command_line.app_of, COMMANDS, "Train a diffusion network and sample it.")

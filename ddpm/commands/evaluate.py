@@ -12,6 +12,7 @@ from typer import Argument, Option
 
 from ddpm import evaluation, runs
 from ddpm.commands import sampling_options as given
+from ddpm.data import held_out
 from ddpm.distributed import World, pick_device
 from ddpm.errors import BadInput
 from ddpm.extras import need
@@ -59,7 +60,7 @@ def evaluate(
         contexts = dataset.labels[torch.arange(n) % len(dataset)]
     more = {"guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, table, World(), **more)
-    result = evaluation.evaluate(images, dataset, classes, quiet=False)
+    result = evaluation.evaluate(images, dataset, classes, quiet=False, held_out=held_out(dataset.name))
     how = f"{options['solver']}, {len(table)} steps, guidance {guidance:g}, {precision}"
     name = str(run).encode(errors="replace").decode()  # as Text: square brackets are no markup
     shown = Table("", title=Text(f"{name}: {n} samples, {how}", style="italic"))
@@ -68,6 +69,8 @@ def evaluate(
     shown.add_row("Frechet distance of pixel features", f"{result.frechet:.3f}", f"{result.frechet_real:.3f}")
     if result.accuracy is not None:
         shown.add_row("class accuracy (SVM)", f"{result.accuracy:.1%}", f"{result.accuracy_real:.1%}")
+    if result.energy is not None:
+        shown.add_row("energy distance to held-out points", f"{result.energy:.4f}", f"{result.energy_real:.4f}")
     Console().print(shown)
     if json is not None:
         settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}

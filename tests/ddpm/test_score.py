@@ -1,6 +1,7 @@
 """Scores and the other predictions against autograd of log q of a Gaussian mixture, all in float64."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -94,9 +95,8 @@ BAD = [
 def test_bad_arguments(change, words):
     x = torch.zeros(2, 2)
     arguments = {"value": x, "x": x, "alpha_bar": 0.5, "source": "eps", "target": "score"} | change
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(words)):
         convert(**arguments)
-    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(("t", "shape"), [(0, (2, 2)), (51, (2, 2)), (1.5, (2, 2)), (3, (2, 3))])

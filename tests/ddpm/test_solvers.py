@@ -153,7 +153,7 @@ def test_ddim_is_equation_12_of_song(schedule, steps, spacing, eta):
 
 @pytest.mark.parametrize("variance", ["posterior", "beta"])
 def test_resampling_is_a_step_down_and_the_forward_step_back_up(variance):
-    """RePaint: x_s ~ p(x_s | x_t), then x_t ~ N(sqrt(alpha) x_s, 1 - alpha); three times at each timestep but the last."""
+    """RePaint: x_s ~ p(x_s | x_t), then x_t ~ N(sqrt(alpha) x_s, 1 - alpha); three times at each but the last."""
     plain = make_table(LINEAR, "ddpm", 5, variance=variance)
     table = make_table(LINEAR, "ddpm", 5, variance=variance, resample=3)
     assert table.timesteps.tolist() == [t for t in (1000, 800, 600, 400) for _ in range(3)] + [200]
