@@ -5,6 +5,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpm.editing import edit
     from ddpm.gaussian_diffusion import GaussianDiffusion
     from ddpm.networks import ContextUnet, PointMLP, Unet, load_context_unet_weights
     from ddpm.runs import Run, load_run
@@ -30,6 +31,7 @@ _HOMES = {
     "Trainer": "ddpm.trainer",
     "Trajectory": "ddpm.trajectory",
     "Unet": "ddpm.networks",
+    "edit": "ddpm.editing",
     "load_context_unet_weights": "ddpm.networks",
     "load_run": "ddpm.runs",
     "make_table": "ddpm.solvers",
@@ -46,6 +48,7 @@ __all__ = [
     "Trainer",
     "Trajectory",
     "Unet",
+    "edit",
     "load_context_unet_weights",
     "load_run",
     "make_table",

@@ -30,6 +30,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     noise: Noise | None = None,
+    x_T: Tensor | None = None,  # noqa: N803 (its name in the papers)
     callback: Callback | None = None,
     **table_options: object,
 ) -> Tensor:
@@ -51,4 +52,4 @@ def sample(
     with lock_of(model):
         guided = guidance != 1.0
         trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=guided, form=kept_form)
-        return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, callback=callback)
+        return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, x_T, callback)

@@ -12,6 +12,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 COMMANDS = {
     "train": "ddpm.commands.train:train",
     "sample": "ddpm.commands.sample:sample",
+    "edit": "ddpm.commands.edit:edit",
     "evaluate": "ddpm.commands.evaluate:evaluate",
     "forward": "ddpm.commands.forward:forward",
     "score": "ddpm.commands.score:score",

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from torch import Tensor
 from typer import Argument, Option
 
 from ddpm import runs
@@ -17,6 +18,17 @@ from ddpm.noise import PhiloxNoise
 from kernels import philox
 
 CONTEXT = "class by name or number, v1,v2,.., or all (sample k: class k % K)"
+
+
+def from_one_to_another(seeds: tuple[int, int], n: int, shape: tuple[int, ...], sample: int = 0) -> Tensor:
+    """n initial noises [n, *shape] on the great circle between those of a sample of two seeds (Shoemake 1985)."""
+    numbers = torch.tensor([sample])
+    one, other = (PhiloxNoise(seed)(numbers, 0, philox.Stream.INITIAL, shape).double() for seed in seeds)
+    angle = torch.acos((one * other).sum() / (one.norm() * other.norm()))
+    share = torch.linspace(0, 1, n, dtype=torch.float64).reshape(-1, *(1,) * len(shape))
+    if angle == 0:
+        return one.float().expand(n, *shape)
+    return ((((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()).float()
 
 
 def sample(
@@ -33,9 +45,13 @@ def sample(
     steps: given.Steps = None,
     eta: given.Eta = None,
     variance: given.Variance = None,
+    resample: given.Resample = None,
+    corrections: given.Corrections = None,
+    snr: given.Snr = None,
     clip: given.Clip = None,
     spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63; the same seed gives the same pictures")] = 0,
+    between: Annotated[tuple[int, int] | None, Option(help="two seeds: from one's first sample to the other's")] = None,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
     batch_size: Annotated[int | None, Option(help="samples at a time; changes nothing else")] = None,
     columns: Annotated[int | None, Option(help="of the picture [square, or one per class]")] = None,
@@ -69,9 +85,15 @@ def sample(
     target = pick_device(device)
     opened.model.to(target)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     options, table = given.table_of(opened, asked)
     more = {"first_sample": first_sample, "batch_size": batch_size, "guidance": guidance, "seed": seed}
     more |= {"engine": engine, "precision": precision}
+    if between is not None:
+        if any(table.noisy):
+            raise BadInput(f"--between: {options['solver']} adds noise at each step, needs ddim (eta 0) or dpmpp_2m")
+        check_integer("--n", n, 2)
+        more["x_T"] = from_one_to_another(between, n, shape, first_sample)
     with world(target) as ranks:
         if gif is not None and ranks.size > 1:
             raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")
@@ -90,14 +112,15 @@ def sample(
     caption = f"{options['solver']}, {table.steps} steps"
     caption += f", context {context}" if context not in (None, given.ALL) else ""
     caption += f", guidance {guidance:g}" if guidance != 1.0 else ""
-    caption += f", seed {seed}" + (f", from sample {first_sample}" if first_sample else "")
+    seeds = f"seed {seed}" if between is None else f"from seed {between[0]} to {between[1]}"
+    caption += f", {seeds}" + (f", from sample {first_sample}" if first_sample else "")
     if out is not None:
         pictures.save_png(out, pictures.render(images, columns, headers, caption))
     if npy is not None:
         write_array(npy, images.numpy())
     if gif is not None:
         samples = torch.arange(first_sample, first_sample + n)
-        initial = PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, shape)
+        initial = more.get("x_T", PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, shape))
         alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps[pictures.frames_of(len(table))].tolist()]
         frames = pictures.trajectory(estimates, alpha_bars, initial)
         cell = pictures.GIF_CELL_PIXELS

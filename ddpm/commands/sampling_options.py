@@ -1,6 +1,7 @@
 """Sampling options, which commands share: what they are called, the table they make, sampling with a progress bar."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,9 @@ Solver = Annotated[str | None, Option(help=f"{', '.join(SOLVERS)}, or a table FI
 Steps = Annotated[int | None, Option(help="1..T [the run's]")]
 Eta = Annotated[float | None, Option(help="noise of ddim, 0..1 [the run's]")]
 Variance = Annotated[str | None, Option(help="posterior or beta, of ddpm [the run's]")]
+Resample = Annotated[int | None, Option(help="times that ddpm makes each step, as RePaint does [the run's]")]
+Corrections = Annotated[int | None, Option(help="Langevin steps after each step of pc [the run's]")]
+Snr = Annotated[float | None, Option(help="size of pc's Langevin steps [the run's]")]
 Clip = Annotated[float | None, Option(help="bound of x0, 0 = none [the run's]")]
 Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)} [the run's]")]
 Guidance = Annotated[float, Option(help="w of classifier-free guidance, 1 = none")]
@@ -145,9 +149,14 @@ def sample_run(
     batch_size: int | None = None,
     precision: str = "fp32",
     keep: bool = False,
+    draw: Callable[..., Tensor] = sample,
+    x_T: Tensor | None = None,  # noqa: N803 (its name in the papers)
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 [n, ...] after each step that a GIF shows."""
+    """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 [n, ...] after each step that a GIF shows.
+
+    draw: what makes them, called as `sample` is.
+    """
     if batch_size is not None:
         check_integer("--batch-size", batch_size)
     check_choice("--precision", precision, PRECISIONS)
@@ -174,7 +183,9 @@ def sample_run(
 
         if count:
             context = None if context is None else context[part]
+            if x_T is not None:
+                more["x_T"] = x_T[part]
             more |= {"context": context, "first_sample": first_sample + part.start, "batch_size": batch_size}
             dtype = PRECISIONS[precision]
-            images = sample(run.model, run.schedule, count, table=table, dtype=dtype, callback=callback, **more)
+            images = draw(run.model, run.schedule, count, table=table, dtype=dtype, callback=callback, **more)
     return world.gather(images, n).cpu(), list(kept.values())

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from ddpm.inference.context_unet import ContextUnetForm
 from ddpm.inference.form import EXPORTED, FORMS, KERNELS, Form, Layout, PlainForm, at, device_of, halves
+from ddpm.inference.inpaint import InpaintForm
 from ddpm.inference.unet import UnetForm
+from ddpm.networks.inpaint import Inpaint
 from ddpm.networks.protocol import build_network, name_of
 from ddpm.precision import computed_in
 
@@ -132,6 +134,8 @@ def has_form(model: nn.Module) -> bool:
     hooks = (each._forward_hooks or each._forward_pre_hooks or "forward" in vars(each) for each in model.modules())
     if type(model) not in FORMS or hooks_every_module() or any(hooks):
         return False
+    if isinstance(model, Inpaint):  # as it is: what is in it may not be as built
+        return has_form(model.network)
     return _described(model) == _as_built(name_of(model), json.dumps(model.config()))
 
 
