@@ -11,6 +11,7 @@ Everything is float64.
 
 import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -28,6 +29,7 @@ from kernels.philox import is_integer
 ALPHA_BAR_MIN = 1e-300
 VARIANCES = ("posterior", "beta")
 SPACINGS = ("trailing", "leading", "linspace", "lucidrains")
+OFFSET = re.compile(r"leading\+(\d{1,7})")
 
 
 class Further(NamedTuple):
@@ -60,13 +62,19 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
 
     trailing: round(T - k T/S); leading: (T//S) k + 1, S must divide T; linspace: round(linspace(0, T-1, S)) + 1
     (Lin et al. 2024, table 2, shifted to 1..T); lucidrains: linspace(-1, T-1, S+1) truncated, + 1, in float32 as
-    denoising_diffusion_pytorch computes it. Raises ValueError for S outside 1..T or an unknown spacing.
+    denoising_diffusion_pytorch computes it; leading+K: (T//S) k + 1 + K for any S, also 1, diffusers' steps_offset.
+    Raises ValueError for S outside 1..T or an unknown spacing.
     """
     if not is_integer(steps) or not 1 <= steps <= timesteps:
         raise ValueError(f"steps: got {steps!r}, needs an integer in 1..{timesteps} (the schedule's timesteps)")
-    check_choice("spacing", spacing, SPACINGS)
+    offset = OFFSET.fullmatch(spacing) if isinstance(spacing, str) else None
+    check_choice("spacing", "leading" if offset else spacing, SPACINGS)
     k = np.arange(steps)
-    if steps == 1:
+    if offset:
+        grid = ((timesteps // steps) * k + 1 + int(offset[1]))[::-1]
+        if grid[0] > timesteps:
+            raise ValueError(f"spacing: got {spacing} with {steps} steps, which begin at {grid[0]} > T = {timesteps}")
+    elif steps == 1:
         grid = np.array([timesteps])
     elif spacing == "trailing":
         grid = np.round(timesteps - k * timesteps / steps)
@@ -124,16 +132,24 @@ def ddpm(alpha_bars: list[float], prediction: str, *, variance: str = "posterior
 
 
 @solver("ddim")
-def ddim(alpha_bars: list[float], prediction: str, *, eta: float = 0.0, rederive: bool = False) -> Rows:
+def ddim(
+    alpha_bars: list[float],
+    prediction: str,
+    *,
+    eta: float = 0.0,
+    rederive: bool = False,
+    ends: list[float] | None = None,
+) -> Rows:
     """Song, Meng, Ermon 2021, equations 12 and 16, with the network's own eps; eta: noise, 0 (deterministic) to 1.
 
-    rederive: eps is derived again from x and the clipped x0, (x - sqrt(a) x0) / sqrt(1 - a).
+    rederive: eps is derived again from x and the clipped x0, (x - sqrt(a) x0) / sqrt(1 - a). ends: alpha_bars where the
+    steps end, if not where the next ones begin, see `make_table`.
     """
     eta = check_number("eta", eta, 0, 1, "0 <= eta <= 1")
     if not isinstance(rederive, bool):
         raise ValueError(f"rederive: got {rederive!r}, needs True or False")
     rows = []
-    for a, s in pairwise(alpha_bars):
+    for a, s in zip(alpha_bars[:-1], ends or alpha_bars[1:], strict=True):
         noise = eta * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
         direction = math.sqrt(max(1 - s - noise**2, 0.0))
         p, q = to_eps(prediction, a)
@@ -216,7 +232,8 @@ def make_table(
     Args:
         schedule: only its alpha_bars are used. steps: S in 1..T, default T.
         solver: `ddpm` (ancestral sampling), `ddim`, `dpmpp_2m`, `pc`, or another of SOLVERS.
-        eta: of ddim, 0..1, default 0. variance: of ddpm, `posterior` (default) or `beta`. options: of other solvers.
+        eta: of ddim, 0..1, default 0. variance: of ddpm, `posterior` (default) or `beta`. options: of other solvers;
+            `ends` of ddim, 0 or 1: a step from t ends at max(t - T // S, ends), diffusers' rule, whatever comes next.
         prediction: what the network was trained to output: `eps`, `v` (Salimans & Ho 2022) or `x0`.
         clip: bound of x0, or None. spacing: of the timesteps, default trailing, see `timestep_grid`.
 
@@ -237,9 +254,14 @@ def make_table(
     spacing = "trailing" if spacing is None else spacing
     steps = schedule.timesteps if steps is None else steps
     timesteps = timestep_grid(schedule.timesteps, steps, spacing)
-    alpha_bars = schedule.alpha_bars[np.append(timesteps, 0)].clamp(min=ALPHA_BAR_MIN).tolist()
+    levels = schedule.alpha_bars.clamp(min=ALPHA_BAR_MIN)
+    alpha_bars, handed = levels[np.append(timesteps, 0)].tolist(), own
+    if "ends" in own:
+        if not is_integer(own["ends"]) or own["ends"] not in (0, 1):
+            raise ValueError(f"ends: got {own['ends']!r}, needs 0 or 1")
+        handed = own | {"ends": levels[np.maximum(timesteps - schedule.timesteps // steps, own["ends"])].tolist()}
     try:
-        rows = SOLVERS[solver](alpha_bars, prediction, **own)
+        rows = SOLVERS[solver](alpha_bars, prediction, **handed)
     except ArithmeticError as error:
         raise ValueError(f"schedule: {solver!r} has no finite coefficients for it ({error}), needs others") from error
     begins = [not isinstance(row, Further) for row in rows]

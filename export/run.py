@@ -22,7 +22,6 @@ import unicodedata
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +62,7 @@ NOISE_MODES = ("philox", "input", "none")
 FIXED = {"first_sample": 0, "guidance": 1}
 OPEN = dict.fromkeys(("table", "clip"), "a model of `ddpm-export onnx --open-table`")
 MADE_HERE, SPACINGS = ("ddpm", "ddim", "dpmpp_2m"), ("trailing", "leading", "linspace")  # of tables, see `make_rows`
+KNOWN_OPTIONS = ("solver", "steps", "prediction", "clip", "spacing", "eta", "variance", "ends")
 FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
 
 
@@ -428,10 +428,12 @@ def check_clip(clip: float | None, table: np.ndarray | None) -> None:
         raise UsageError(f"clip: got {clip!r}, needs a finite bound > 0 or None")
 
 
-def _coefficients(solver: str, bars: list[float], prediction: str, options: dict[str, Any]) -> list[list[float]]:
-    """The seven numbers of every step, as ddpm/solvers.py has them: alpha_bars of its timesteps and of 0."""
+def _coefficients(
+    solver: str, steps: list[tuple[float, float]], prediction: str, options: dict[str, Any]
+) -> list[list[float]]:
+    """The seven numbers of every step, as ddpm/solvers.py has them: alpha_bars where it begins and where it ends."""
     rows, h_previous = [], None
-    for a, s in pairwise(bars):
+    for a, s in steps:
         root, sigma = math.sqrt(a), math.sqrt(1 - a)
         to_x0 = {"eps": (1 / root, -sigma / root), "v": (root, -sigma), "x0": (0.0, 1.0)}[prediction]
         if solver == "ddpm":
@@ -462,23 +464,34 @@ def make_rows(metadata: dict[str, Any], solver: str | None, steps: int | None) -
     The model's own options hold for its own solver; another one takes over the spacing alone. Raises UsageError.
     """
     own, last = metadata["table"]["options"], metadata["schedule"]["timesteps"]
-    spacing = own.get("spacing") or "trailing"
+    spacing, _, offset = str(own.get("spacing") or "trailing").partition("+")
     if solver in (None, own["solver"]):
         solver, steps, options = own["solver"], steps or metadata["table"]["steps"], own
     else:
         steps, options = steps or last, {}
-    if solver not in MADE_HERE or spacing not in SPACINGS:
-        given = f"{solver!r} with spacing {spacing!r}"
+    odd = [name for name, value in options.items() if value is not None and name not in KNOWN_OPTIONS]
+    odd += [] if options.get("ends") in (None, 0, 1) else ["ends"]
+    odd += ["spacing"] if offset and not (spacing == "leading" and offset.isdecimal()) else []
+    if solver not in MADE_HERE or spacing not in SPACINGS or odd:
+        given = f"{solver!r} with {', '.join(odd) or f'spacing {spacing!r}'}"
         raise UsageError(f"--solver: got {given}, needs {', '.join(MADE_HERE)} with {', '.join(SPACINGS)}, or --table")
-    if not 1 <= steps <= last or (spacing == "leading" and last % steps):
-        raise UsageError(f"--steps: got {steps}, needs 1..{last}{', a divisor of it' * (spacing == 'leading')}")
+    divides = spacing == "leading" and not offset
+    if not 1 <= steps <= last or (divides and last % steps):
+        raise UsageError(f"--steps: got {steps}, needs 1..{last}{', a divisor of it' * divides}")
     k = np.arange(steps)
-    if spacing == "trailing" or steps == 1:
+    if spacing == "trailing" or (steps == 1 and not offset):
         times = np.round(last - k * last / steps)
     else:
         times = (last // steps * k if spacing == "leading" else np.round(np.linspace(0, last - 1, steps)))[::-1] + 1
-    bars = np.asarray(metadata["table"]["alpha_bars"], np.float64)[np.append(times, 0).astype(int)]
-    rows = _coefficients(solver, bars.clip(min=1e-300).tolist(), metadata["prediction"], options)
+        times = times + int(offset or 0)
+    if times[0] > last:
+        raise UsageError(f"--steps: got {steps}, which begin at {times[0]} with spacing leading+{offset}, after {last}")
+    ends = np.append(times[1:], 0)
+    if options.get("ends") is not None:
+        ends = np.maximum(times - last // steps, options["ends"])
+    bars = np.asarray(metadata["table"]["alpha_bars"], np.float64).clip(min=1e-300)
+    pairs = [(float(bars[int(t)]), float(bars[int(end)])) for t, end in zip(times, ends, strict=True)]
+    rows = _coefficients(solver, pairs, metadata["prediction"], options)
     return np.column_stack([rows, times])
 
 

@@ -32,7 +32,7 @@ Resample = Annotated[int | None, Option(help="times that ddpm makes each step, a
 Corrections = Annotated[int | None, Option(help="Langevin steps after each step of pc [the run's]")]
 Snr = Annotated[float | None, Option(help="size of pc's Langevin steps [the run's]")]
 Clip = Annotated[float | None, Option(help="bound of x0, 0 = none [the run's]")]
-Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)} [the run's]")]
+Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)}, leading+K [the run's]")]
 Guidance = Annotated[float, Option(help="w of classifier-free guidance, 1 = none")]
 EngineName = Annotated[str, Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
 Precision = Annotated[str, Option(help="of the network: fp32, bf16 or fp16")]

@@ -77,6 +77,18 @@ def test_lucidrains_grid_is_truncated_from_minus_1(timesteps, steps, expected):
     assert make_table(schedule, "ddim", steps, spacing="lucidrains").timesteps.tolist() == expected
 
 
+def test_leading_with_an_offset_takes_any_number_of_steps():
+    """diffusers' grids: arange(S) * (T // S) + steps_offset, counted from 0."""
+    assert make_table(LINEAR, "ddim", 3, spacing="leading+0").timesteps.tolist() == [667, 334, 1]
+    assert make_table(LINEAR, "ddpm", 4, spacing="leading+2").timesteps.tolist() == [753, 503, 253, 3]
+    assert make_table(LINEAR, "ddim", 1, spacing="leading+7").timesteps.tolist() == [8]
+    with pytest.raises(ValueError, match=r"spacing: got leading\+1 with 1000 steps, which begin at 1001 > T = 1000"):
+        make_table(LINEAR, "ddpm", spacing="leading+1")
+    for wrong in ("leading+", "leading-1", "leading+1.5", "trailing+1", 3):
+        with pytest.raises(ValueError, match="spacing: got"):
+            make_table(LINEAR, "ddim", 4, spacing=wrong)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_one_step_starts_at_the_end_and_all_steps_visit_everything(spacing):
     assert make_table(COSINE, "ddpm", 1, spacing=spacing).timesteps.tolist() == [40]
@@ -134,6 +146,26 @@ def test_ddpm_is_the_gaussian_posterior_between_any_two_times(schedule, steps, s
         precision = 1 / (1 - s) + (a / s) / (1 - a / s)
         of_x, of_x0 = math.sqrt(a / s) / (1 - a / s) / precision, math.sqrt(s) / (1 - s) / precision
         assert row[2:] == pytest.approx([of_x, of_x0, 0, 0, math.sqrt(1 / precision)], rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("ends", [0, 1])
+def test_ddim_ends_where_it_is_told(ends):
+    """Each row is a step of its own: that of the schedule which jumps from t to max(t - T // S, ends)."""
+    table = make_table(LINEAR, "ddim", 7, spacing="linspace", ends=ends, eta=0.3, prediction="v")
+    bars = LINEAR.alpha_bars.tolist()
+    for t, row in zip(table.timesteps[:-1].tolist(), table.coefficients.tolist(), strict=False):
+        a, s = bars[t], bars[max(t - 142, ends)]
+        noise = 0.3 * math.sqrt((1 - s) / (1 - a) * (1 - a / s))
+        way = math.sqrt(1 - s - noise**2)
+        expected = [math.sqrt(a), -math.sqrt(1 - a), way * math.sqrt(1 - a), math.sqrt(s), way * math.sqrt(a), 0, noise]
+        assert row == pytest.approx(expected, rel=1e-12)
+    assert table.coefficients[-1, 3] == math.sqrt(bars[ends])
+    assert table.made_for["ends"] == ends
+    for wrong in (2, -1, 0.5, "x", True):
+        with pytest.raises(ValueError, match="ends: got"):
+            make_table(LINEAR, "ddim", 7, ends=wrong)
+    with pytest.raises(ValueError, match=r"ends: got 0, but solver 'ddpm' takes only"):
+        make_table(LINEAR, "ddpm", 7, ends=0)
 
 
 @pytest.mark.parametrize(("schedule", "steps", "spacing"), GRIDS)

@@ -165,6 +165,8 @@ def test_inputs_that_a_program_froze_are_not_fed(exported, tmp_path):
         {"solver": "ddim", "steps": 6, "spacing": "leading"},
         {"solver": "dpmpp_2m", "steps": 5, "spacing": "linspace"},
         {"solver": "dpmpp_2m", "steps": 1},
+        {"solver": "ddim", "eta": 0.7, "steps": 5, "spacing": "leading+0", "ends": 1},
+        {"solver": "ddim", "steps": 7, "spacing": "linspace", "ends": 0},
     ],
     ids=str,
 )
