@@ -22,7 +22,8 @@ from ddpm.errors import BadInput
 from ddpm.extras import lacks
 
 SUITES = {
-    name: f"bench.suites.{name}" for name in ("kernels", "step", "sampling", "training", "export", "peers", "ladder")
+    name: f"bench.suites.{name}"
+    for name in ("kernels", "step", "sampling", "networks", "training", "export", "peers", "ladder")
 }
 # What is timed beside a workload's candidates: one of these names would get its times.
 TIMED_BESIDE = ("eager", "copy", "yardstick")

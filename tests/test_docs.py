@@ -45,7 +45,7 @@ SMALLER = {
     r"ddpm evaluate": "--n 20",
     r"ddpm-export onnx": "--steps 10",
     r"ddpm-bench run --quick|pytest bench": "--suite kernels --filter q_sample/",
-    r"ddpm-bench run --suite (step|peers|ladder)": "--quick --rounds 1 --processes 1",
+    r"ddpm-bench run --suite (step|networks|peers|ladder)": "--quick --rounds 1 --processes 1",
     r"ddpm-bench run --suite \w+\.py": "--quick --rounds 2",
     r"ddpm-bench profile": "--trajectories 1 --steps 5",
     r"ddpm import model-10": "--image-size 16",
@@ -58,12 +58,12 @@ LONG = (
     r"ddpm train .*--engine compile",
     r"torchrun",
     r"ddpm-bench (profile|static)",
-    r"ddpm-bench run --suite (peers|step|ladder)",
+    r"ddpm-bench run --suite (peers|step|networks|ladder)",
     r"ddpm-bench run .*--processes",
     r"ddpm-export (torch|verify)",
     # Their like is run in docs/engines.md and docs/export.md.
     r"ddpm evaluate runs/(digits|sprites)",
-    r"ddpm-export .*(digits|results)-onnx",
+    r"ddpm-export .*(digits|results|pipeline)-onnx",
 )
 NOT_RUN = {
     r"make ": "each installs, tests, trains or measures for minutes; `make -n` has the target",
@@ -246,6 +246,8 @@ FOLLOWED = [page for page in PAGES if page != CONTRIBUTING]
 
 @pytest.mark.parametrize("page", FOLLOWED, ids=named)
 def test_a_page_works_as_written(page, reader):
+    if page.stem == "diffusers":
+        pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
     follow(page, reader, (*NOT_RUN, *LONG))
 
 

@@ -1,20 +1,26 @@
-"""The network that the suites share, with random weights, how it is sampled and judged, and what networks cost."""
+"""The network that the suites share, with random weights, how it is sampled and judged, and what networks cost.
+
+Suite `networks`: steps of the other networks through every engine, each beside its own eager.
+"""
 
 import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.registry import Candidate
+from bench.registry import Bench, Candidate, Workload
 from bench.timing import Call
-from ddpm import ContextUnet, NoiseSchedule, StepTable, Trajectory
+from ddpm import ContextUnet, NoiseSchedule, PointMLP, StepTable, Trajectory, make_table
+from ddpm.engines import competitors
+from ddpm.extras import lacks
 from ddpm.metrics import ENGINE_TOLERANCE, engine_error
-from ddpm.networks import condition_shape, network_times, sample_shape
+from ddpm.networks import UNet2D, condition_shape, network_times, sample_shape
 from ddpm.networks.protocol import in_type
 from ddpm.noise import PhiloxNoise
 from kernels.backend import Cost
@@ -93,3 +99,50 @@ def sampling_cost(
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     evaluations = steps * batch * (1 if guidance == 1.0 else 2)
     return Cost(steps * (weights + 2 * 4 * batch * math.prod(sample_shape(model))), evaluations * flops_of(model))
+
+
+# --- the suite --------------------------------------------------------------------------------------------------------
+
+STEPS = 10
+
+
+def _unet2d() -> UNet2D:
+    """3x32x32, two levels, attention on the inner one."""
+    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    return UNet2D(sample_size=32, block_out_channels=[32, 64], layers_per_block=1, norm_num_groups=8, **blocks)
+
+
+# name -> (how it is made, what that needs)
+MADE: dict[str, tuple[Callable[[], nn.Module], str | None]]
+MADE = {"mlp": (PointMLP, None), "unet2d": (_unet2d, "diffusers")}
+
+
+def unavailable() -> dict[str, str]:
+    """Networks that this installation cannot make, and why."""
+    needs = {name: package for name, (_, package) in MADE.items() if package is not None}
+    return {name: f"suite networks: {lacks(package)}" for name, package in needs.items() if find_spec(package) is None}
+
+
+def _build(name: str, batch: int, device: torch.device) -> Bench:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = MADE[name][0]().eval().to(device)
+    table, x = make_table(SCHEDULE, "ddpm", STEPS), initial(model, batch, device)
+
+    def call(engine: str) -> Call:
+        prepared = Trajectory(model, SCHEDULE, table, engine=engine)
+        return partial(prepared, batch, seed=SEED, batch_size=batch, x_T=x)
+
+    eager, makes = call("eager"), {engine: partial(call, engine) for engine in competitors(device)}
+    return Bench([()], eager, judged(eager, makes), sampling_cost(model, batch, STEPS), calls=STEPS)
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """Network x batch, of those that can be made here."""
+    names, batches = MADE.keys() - unavailable().keys(), (1,) if quick else (1, 8)
+    return [
+        Workload(f"networks/{name}/batch{batch}", "networks", partial(_build, name, batch))
+        for name in MADE
+        if name in names
+        for batch in batches
+    ]

@@ -136,7 +136,7 @@ def test_the_seed_is_the_one_that_the_workloads_draw_with(small_registry, monkey
     assert store.content_of([], {}, {})["seed"] is None  # a caller that does not say is not believed to know
 
 
-@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "training", "export", "peers", "ladder"])
+@pytest.mark.parametrize("suite", ["kernels", "step", "sampling", "networks", "training", "export", "peers", "ladder"])
 def test_the_seed_of_the_real_suites_is_that_of_their_noise(suite):
     assert seed_of(suite, []) == seed_of("all", [Workload("a", suite, None)]) == networks.SEED == kernels.SEED
 
@@ -233,11 +233,10 @@ def test_foreign_files_are_refused(tmp_path, text, words):
     assert words in str(caught.value)
 
 
-# All but the kernels compile.
-@pytest.mark.parametrize(
-    "suite",
-    ["kernels", *(pytest.param(name, marks=pytest.mark.long) for name in ("step", "sampling", "training", "ladder"))],
-)
+COMPILING = ("step", "sampling", "networks", "training", "ladder")
+
+
+@pytest.mark.parametrize("suite", ["kernels", *(pytest.param(name, marks=pytest.mark.long) for name in COMPILING)])
 def test_the_real_suites_build_and_are_named_after_themselves(suite):
     found = {quick: load(suite, quick) for quick in (True, False)}
     for workloads in found.values():

@@ -8,6 +8,7 @@ import torch
 
 from bench.children import environment
 from bench.machine import ROOT
+from bench.registry import selected
 from bench.run import run_here
 from bench.suites import cuda, ladder, networks, sampling, step
 from ddpm import ContextUnet, PointMLP, make_table
@@ -79,6 +80,27 @@ def test_the_cost_of_any_network_is_counted():
     plain, guided, larger = (networks.sampling_cost(points, n, 5, w) for n, w in ((3, 1.0), (3, 2.0), (6, 2.0)))
     assert guided.flops == 2 * plain.flops == larger.flops / 2
     assert guided.bytes == plain.bytes == 5 * (4 * sum(p.numel() for p in points.parameters()) + 8 * 3 * 2)
+
+
+def test_other_networks_draw_what_their_own_eager_draws(monkeypatch):
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    monkeypatch.setattr(networks, "competitors", lambda device: ["fused"])
+    assert [work.name for work in networks.workloads(True)] == ["networks/mlp/batch1", "networks/unet2d/batch1"]
+    for work in networks.workloads(True):
+        bench = work.build(CPU)
+        candidate = bench.candidates["fused"]
+        call = candidate.make()
+        assert candidate.error(call) <= candidate.tolerance
+        assert not candidate.error(lambda call=call: call() * 1.001) <= candidate.tolerance
+        assert bench.cost.flops > 0
+
+
+def test_networks_that_cannot_be_made_here_are_left_out_and_said(monkeypatch):
+    monkeypatch.setattr(networks, "find_spec", lambda name: None)
+    found, skipped = selected("networks", True, "")
+    assert [work.name for work in found] == ["networks/mlp/batch1"]
+    needs = "diffusers is not installed, needs: pip install 'fused-ddpm[diffusers]'"
+    assert skipped == {"unet2d": f"suite networks: {needs}"}
 
 
 def test_the_time_of_the_step_that_users_compile_is_that_of_the_engines():

@@ -18,6 +18,7 @@ from ddpm import NoiseSchedule, Trajectory, Unet, inference, make_table, sample
 from ddpm.engines import GraphEngine, choose, graph
 from ddpm.inference import Layout, kept_form
 from ddpm.metrics import distance
+from ddpm.networks import NETWORKS
 
 SCHEDULE = NoiseSchedule.make("cosine", 30)
 ON_HOST = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default}
@@ -126,6 +127,16 @@ def test_it_draws_eager_s_pictures_from_two_captures(unet, captures):
     assert len(captures) == 4
     assert distance(draw(model, guidance=2.0), draw(model, "eager", guidance=2.0)) < 1e-5
     assert len(captures) == 6
+
+
+def test_diffusers_network_is_captured_as_it_is(captures):
+    """With its classes under guidance; the indices of steps and "no class" are made where the network is."""
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
+    torch.manual_seed(0)
+    model = NETWORKS["unet2d"].for_data((2, 16, 16), 5, 8).eval()
+    for way in ({}, {"seed": 4}, {"guidance": 2.0}):
+        assert distance(draw(model, **way), draw(model, "eager", **way)) < 1e-5
+    assert captures
 
 
 def test_captures_are_on_the_stream_of_their_warm_up_one_a_device(unet, captures):
