@@ -85,6 +85,7 @@ def test_the_gate_and_sampling_need_no_extra(core, tmp_path):
         (f"ddpm sample {FORMER}/run --out x.png", "PIL", "pictures"),
         (f"ddpm evaluate {FORMER}/run --n 4", "sklearn", "train"),
         ("ddpm train --data digits --out {tmp}/run", "PIL", "train"),
+        (f"ddpm export-diffusers {FORMER}/run {{tmp}}/pipeline", "diffusers", "diffusers"),
         (f"bench profile {FORMER}/run --out {{tmp}}/profile", "matplotlib", "pictures"),
         ("bench run --suite export --out {tmp}/x.jsonl", "onnx", "export"),
         (f"export onnx {FORMER}/run --out {{tmp}}/onnx", "onnx", "export"),

@@ -17,6 +17,7 @@ COMMANDS = {
     "forward": "ddpm.commands.forward:forward",
     "score": "ddpm.commands.score:score",
     "import": "ddpm.commands.importing:import_weights",
+    "export-diffusers": "ddpm.commands.export_diffusers:export_diffusers",
 }
 app_of = partial(command_line.app_of, COMMANDS, "Train a diffusion network and sample it.")
 

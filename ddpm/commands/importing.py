@@ -73,7 +73,7 @@ def with_context(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def import_weights(
-    weights: Annotated[Path, typer.Argument(help="a .pth, .pt, .ckpt or .safetensors")],
+    weights: Annotated[Path, typer.Argument(help="a .pth, .pt, .ckpt or .safetensors, or a pipeline's folder")],
     out: Annotated[Path, typer.Option(help="run folder to make")],
     which: Annotated[str, typer.Option("--weights", help="of several: ema or online")] = "ema",
     n_feat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
@@ -86,17 +86,27 @@ def import_weights(
     image_size: Annotated[str | None, typer.Option(help="of a Unet: side, or HEIGHTxWIDTH")] = None,
     prediction: Annotated[str | None, typer.Option(help="of a Unet: eps, v or x0 [its loss_weight]")] = None,
     sampling_timesteps: Annotated[int | None, typer.Option(help="of a Unet: DDIM in so many [T, ancestral]")] = None,
+    null_class: Annotated[int | None, typer.Option(help="of a pipeline: the class that means none [zeros]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in --out")] = False,
 ) -> None:
     """Turn published weights into a run that samples as their authors did.
 
-    Those of a ContextUnet, or a checkpoint of denoising_diffusion_pytorch's Trainer (Unet and GaussianDiffusion).
+    Those of a ContextUnet, or a checkpoint of denoising_diffusion_pytorch's Trainer (Unet and GaussianDiffusion),
+    or the folder of a DDPMPipeline or DDIMPipeline of diffusers.
     """
     check_choice("--weights", which, WEIGHTS)
-    entries = read_entries(weights)
     here = {"n_feat": n_feat, "n_cfeat": n_cfeat, "height": height, "timesteps": timesteps}
     here |= {"beta_start": beta_start, "beta_end": beta_end, "classes": classes}
     of_unet = {"image_size": image_size, "prediction": prediction, "sampling_timesteps": sampling_timesteps}
+    if weights.is_dir():
+        from ddpm.commands.importing_pipeline import import_pipeline
+
+        asked = given(here | of_unet | {"weights": None if which == "ema" else which})
+        import_pipeline(weights, out, asked, null_class=null_class, overwrite=overwrite)
+        return
+    if null_class is not None:
+        raise BadInput(f"--null-class: got {null_class}, but {weights} is no folder of a pipeline, needs none")
+    entries = read_entries(weights)
     is_unet = not places_of(FIRST, entries)
     if is_unet and not places_of(FAMILY, entries):
         other = other_library(entries)
