@@ -82,6 +82,7 @@ def test_the_cost_of_any_network_is_counted():
     assert guided.bytes == plain.bytes == 5 * (4 * sum(p.numel() for p in points.parameters()) + 8 * 3 * 2)
 
 
+@pytest.mark.long
 def test_other_networks_draw_what_their_own_eager_draws(monkeypatch):
     pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
     monkeypatch.setattr(networks, "competitors", lambda device: ["fused"])

@@ -129,6 +129,7 @@ def test_it_draws_eager_s_pictures_from_two_captures(unet, captures):
     assert len(captures) == 6
 
 
+@pytest.mark.long
 def test_diffusers_network_is_captured_as_it_is(captures):
     """With its classes under guidance; the indices of steps and "no class" are made where the network is."""
     pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
