@@ -86,8 +86,8 @@ def grid_of_points(limit: float = POINTS_LIMIT) -> np.ndarray:
 def score_fields(data: Tensor | None, samples: Tensor, fields: Sequence[tuple[int, Tensor, Tensor]]) -> Image.Image:
     """The data, the samples, and fields of (t, noisy data [n, 2], score [ARROWS^2, 2] on `grid_of_points`) in a row.
 
-    An arrow points along the score; its length is the square root of the score's, since that grows without bound as t
-    falls.
+    An arrow points along the score; its length goes by the square root of the score's, the longest of a field as long
+    as the arrows are apart.
     """
     panels = [("samples", samples)] if data is None else [("data", data), ("samples", samples)]
     figure = _figure(2.6 * (len(panels) + len(fields)), 2.8)
@@ -99,7 +99,9 @@ def score_fields(data: Tensor | None, samples: Tensor, fields: Sequence[tuple[in
     for axes, (t, noisy, field) in zip(row[len(panels) :], fields, strict=True):
         _show(axes, noisy, color=GREY)
         vectors = field.cpu().numpy()
-        length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        axes.quiver(*places.T, *(vectors / np.sqrt(length + 1e-9)).T, color=ORANGE, width=0.004, headwidth=4, scale=35)
+        length = np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+        shown = 2 * POINTS_LIMIT / ARROWS * vectors / length * np.sqrt(length / length.max())
+        how = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "headwidth": 4}
+        axes.quiver(*places.T, *shown.T, color=ORANGE, **how)
         axes.set_title(f"score at t = {t}", fontsize=9)
     return _image_of(figure)

@@ -61,7 +61,7 @@ def evaluate(
     more = {"guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, table, World(), **more)
     result = evaluation.evaluate(images, dataset, classes, quiet=False, held_out=held_out(dataset.name))
-    how = f"{options['solver']}, {len(table)} steps, guidance {guidance:g}, {precision}"
+    how = f"{options['solver']}, {table.steps} steps, guidance {guidance:g}, {precision}"
     name = str(run).encode(errors="replace").decode()  # as Text: square brackets are no markup
     shown = Table("", title=Text(f"{name}: {n} samples, {how}", style="italic"))
     for heading in ("samples", "real data"):
@@ -73,6 +73,6 @@ def evaluate(
         shown.add_row("energy distance to held-out points", f"{result.energy:.4f}", f"{result.energy_real:.4f}")
     Console().print(shown)
     if json is not None:
-        settings = {"solver": options["solver"], "steps": len(table), "guidance": guidance, "seed": seed}
+        settings = {"solver": options["solver"], "steps": table.steps, "guidance": guidance, "seed": seed}
         write_json(json, settings | {"precision": precision} | asdict(result))
         print(f"wrote {json}")
