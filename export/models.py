@@ -41,7 +41,7 @@ TIMES = {FLOAT: "t / T of every row, in (0, 1]", INT64: "t - 1 of every row, in 
 CONTEXT = "a condition for every sample: a class as its one-hot vector; finite numbers"
 GUIDANCE = "w of classifier-free guidance, finite; 1 is none, and half the work"
 TABLE = "a row for every step: seven coefficients (see ddpm/solvers.py) and the step's t, a whole number in 1..T"
-RECALLED = "x0 that the call before this one predicted; zeros at first"
+RECALLED = "x0 of the step before; zeros at first"
 CLIP = "bound of the predicted x0; infinity for none"
 
 
