@@ -51,9 +51,8 @@ SMALLER = {
     r"ddpm import model-10": "--image-size 16",
 }
 # In code that stands in a page as other people wrote it.
-SMALLER_CODE = {"dim = 64": "dim = 8", "128": "16"}
-SMALLER_CODE |= {"timesteps = 1000": "timesteps = 50", "timesteps = 250": "timesteps = 5"}
-SMALLER_CODE |= {"train_batch_size = 32": "train_batch_size = 4", "train_num_steps = 700000": "train_num_steps = 3"}
+SMALLER_CODE = {"dim=64": "dim=8", "128": "16", "timesteps=1000": "timesteps=50", "timesteps=250": "timesteps=5"}
+SMALLER_CODE |= {"train_batch_size=32": "train_batch_size=4", "train_num_steps=700000": "train_num_steps=3"}
 LONG = (
     r"ddpm train .*--engine compile",
     r"torchrun",
