@@ -103,6 +103,11 @@ def test_every_wrapping_is_taken_off(imported, wrapping):
     same(weights)
 
 
+@pytest.mark.parametrize("wrapping", ["average inside", "average beside"])
+def test_the_other_than_the_average_can_be_asked_for(imported, wrapping):
+    same(imported(WRAPPED[wrapping], "--weights", "online")[1], OTHER)
+
+
 def test_former_formats_and_safetensors(imported, ddpm, tmp_path):
     same(imported(STATE, _use_new_zipfile_serialization=False)[1])
     save_file(under("module."), tmp_path / "w.safetensors")
