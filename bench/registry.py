@@ -21,10 +21,8 @@ from bench.timing import Call
 from ddpm.errors import BadInput
 from ddpm.extras import lacks
 
-SUITES = {
-    name: f"bench.suites.{name}"
-    for name in ("kernels", "step", "sampling", "networks", "training", "export", "peers", "ladder")
-}
+NAMES = ("kernels", "step", "sampling", "networks", "training", "export", "peers", "ladder")
+SUITES = {name: f"bench.suites.{name}" for name in NAMES}
 # What is timed beside a workload's candidates: one of these names would get its times.
 TIMED_BESIDE = ("eager", "copy", "yardstick")
 # Where SEED is, if not in the suite's own module.

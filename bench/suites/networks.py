@@ -1,6 +1,6 @@
 """The network that the suites share, with random weights, how it is sampled and judged, and what networks cost.
 
-Suite `networks`: steps of the other networks through every engine, each beside its own eager.
+Suite `networks` is here too: other networks, each through every engine, beside its own eager.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.registry import Bench, Candidate, Workload
 from bench.timing import Call
-from ddpm import ContextUnet, NoiseSchedule, PointMLP, StepTable, Trajectory, make_table
+from ddpm import ContextUnet, NoiseSchedule, PointMLP, StepTable, Trajectory, Unet, make_table
 from ddpm.engines import competitors
 from ddpm.extras import lacks
 from ddpm.metrics import ENGINE_TOLERANCE, engine_error
@@ -40,13 +40,32 @@ PARITY = {torch.float32: ENGINE_TOLERANCE, torch.bfloat16: 5e-2, torch.float16: 
 # libgomp's 300,000 pauses last 17 ms on this kind of processor. ONNX Runtime in int8 at batch 32 took 26.6 ms without a
 # rest, 25.9 alone.
 REST_S = 0.05
+# Suite `networks`, of 3x32x32 images but for the points' one: name -> network, and the package that it needs.
+UNET = {"dim": 64, "dim_mults": (1, 2, 4)}
+BLOCKS = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+UNET2D = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8, **BLOCKS}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "unet": lambda: Unet(**UNET, image_size=32),
+    "unet2d": lambda: UNet2D(sample_size=32, **UNET2D),
+    "mlp": PointMLP,
+}
+NEEDS = {"unet2d": "diffusers"}
 
 
 def network(device: torch.device, side: int = SIDE) -> ContextUnet:
     """A ContextUnet for [n, 3, side, side] in eval mode; the same weights every time."""
+    return _seeded(lambda: ContextUnet(CHANNELS, N_FEAT, CLASSES, side), device)
+
+
+def _seeded(make: Callable[[], nn.Module], device: torch.device) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return ContextUnet(CHANNELS, N_FEAT, CLASSES, side).eval().to(device)
+        return make().eval().to(device)
+
+
+def other(name: str, device: torch.device) -> nn.Module:
+    """A network of OTHERS in eval mode; the same weights every time."""
+    return _seeded(OTHERS[name], device)
 
 
 def contexts(batch: int, device: torch.device) -> Tensor:
@@ -65,8 +84,8 @@ def sampling_call(
     """A function that runs the table on a shared network, prepared as far as can be. how: as `Trajectory` takes it."""
     device = next(model.parameters()).device
     prepared = Trajectory(model, SCHEDULE, table, engine=engine, guided=guidance != 1.0, **how)
-    x = initial(model, batch, device)
-    return partial(prepared, batch, contexts(batch, device), guidance, SEED, batch_size=batch, x_T=x)
+    x, context = initial(model, batch, device), None if condition_shape(model) is None else contexts(batch, device)
+    return partial(prepared, batch, context, guidance, SEED, batch_size=batch, x_T=x)
 
 
 def judged(
@@ -101,48 +120,24 @@ def sampling_cost(
     return Cost(steps * (weights + 2 * 4 * batch * math.prod(sample_shape(model))), evaluations * flops_of(model))
 
 
-# --- the suite --------------------------------------------------------------------------------------------------------
-
-STEPS = 10
-
-
-def _unet2d() -> UNet2D:
-    """3x32x32, two levels, attention on the inner one."""
-    blocks = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-    return UNet2D(sample_size=32, block_out_channels=[32, 64], layers_per_block=1, norm_num_groups=8, **blocks)
-
-
-# name -> (how it is made, what that needs)
-MADE: dict[str, tuple[Callable[[], nn.Module], str | None]]
-MADE = {"mlp": (PointMLP, None), "unet2d": (_unet2d, "diffusers")}
+def _build(name: str, steps: int, batch: int, device: torch.device) -> Bench:
+    model = other(name, device)
+    call = partial(sampling_call, model, make_table(SCHEDULE, "ddim", steps), batch)
+    eager, makes = call(), {engine: partial(call, engine=engine) for engine in competitors(device)}
+    return Bench([()], eager, judged(eager, makes), sampling_cost(model, batch, steps), calls=steps, images=batch)
 
 
 def unavailable() -> dict[str, str]:
     """Networks that this installation cannot make, and why."""
-    needs = {name: package for name, (_, package) in MADE.items() if package is not None}
-    return {name: f"suite networks: {lacks(package)}" for name, package in needs.items() if find_spec(package) is None}
-
-
-def _build(name: str, batch: int, device: torch.device) -> Bench:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = MADE[name][0]().eval().to(device)
-    table, x = make_table(SCHEDULE, "ddpm", STEPS), initial(model, batch, device)
-
-    def call(engine: str) -> Call:
-        prepared = Trajectory(model, SCHEDULE, table, engine=engine)
-        return partial(prepared, batch, seed=SEED, batch_size=batch, x_T=x)
-
-    eager, makes = call("eager"), {engine: partial(call, engine) for engine in competitors(device)}
-    return Bench([()], eager, judged(eager, makes), sampling_cost(model, batch, STEPS), calls=STEPS)
+    return {name: f"suite networks: {lacks(package)}" for name, package in NEEDS.items() if find_spec(package) is None}
 
 
 def workloads(quick: bool) -> list[Workload]:
     """Network x batch, of those that can be made here."""
-    names, batches = MADE.keys() - unavailable().keys(), (1,) if quick else (1, 8)
+    steps, batches = (2, (1,)) if quick else (10, (1, 8, 32))
     return [
-        Workload(f"networks/{name}/batch{batch}", "networks", partial(_build, name, batch))
-        for name in MADE
-        if name in names
+        Workload(f"networks/{name}/ddim{steps}/batch{batch}", "networks", partial(_build, name, steps, batch))
+        for name in OTHERS
+        if name not in unavailable()
         for batch in batches
     ]

@@ -2,7 +2,8 @@
 
 Everything competes in one process, after parity of whole trajectories with our eager engine; a call is a trajectory, so
 times are per step. `torch.compile of eager` and the runtimes are eager's loop around the network as PyTorch compiles
-it, or as ONNX Runtime or OpenVINO runs the exported denoiser.
+it, or as ONNX Runtime or OpenVINO runs the exported denoiser. A Unet competes with denoising_diffusion_pytorch, whose
+DDIM runs its own network with the same weights.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from bench import library
 from bench.registry import Bench, Candidate, Workload
 from bench.suites import networks
 from bench.suites.networks import SCHEDULE, SEED, TIMESTEPS, contexts, network, sampling_call
 from bench.timing import Call
-from ddpm import StepTable, make_table
+from ddpm import GaussianDiffusion, StepTable, make_table
 from ddpm.engines import competitors
 from ddpm.extras import lacks
 from ddpm.networks import network_times, null_condition
@@ -33,7 +35,10 @@ RUNTIMES = {"onnxruntime": "denoiser_call", "openvino": "openvino_call"}  # func
 
 def unavailable() -> dict[str, str]:
     """Who cannot compete in this installation, and why."""
-    return {package: f"suite peers: {lacks(package)}" for package in PACKAGES if find_spec(package) is None}
+    lacking = {package: f"suite peers: {lacks(package)}" for package in PACKAGES if find_spec(package) is None}
+    if (package := library.missing()) is not None:
+        lacking[library.NAME] = f"suite peers: {library.NAME} needs {package}, see docs/contributing.md"
+    return lacking
 
 
 def _field(model: nn.Module, context: Tensor, guidance: float) -> Call:
@@ -106,12 +111,44 @@ def _build(solver: str, steps: int, batch: int, guidance: float, device: torch.d
     return Bench([()], eager, candidates, cost, calls=steps, images=batch, rest_s=networks.REST_S)
 
 
+def _library_call(ours: GaussianDiffusion, x: Tensor) -> Call:
+    """The library's DDIM of the same weights, from x: with eta = 0 it draws noise and multiplies it by zero."""
+    there, size = library.load(), ours.image_size[0]
+    how = {"timesteps": TIMESTEPS, "sampling_timesteps": ours.sampling_timesteps, "objective": ours.objective}
+    network = there.Unet(**networks.UNET)
+    theirs = there.GaussianDiffusion(network, image_size=size, auto_normalize=False, **how).to(x.device).eval()
+    theirs.load_state_dict(ours.state_dict())
+    bar = f"{library.NAME}.{library.NAME}.tqdm"
+
+    def loop() -> Tensor:
+        with patch("torch.randn", lambda *_, **__: x), patch(bar, lambda steps, **_: steps):
+            return theirs.ddim_sample(tuple(x.shape))
+
+    return loop
+
+
+def _build_unet(steps: int, batch: int, device: torch.device) -> Bench:
+    model = networks.other("unet", device)
+    how = {"timesteps": TIMESTEPS, "sampling_timesteps": steps, "objective": "pred_noise", "auto_normalize": False}
+    ours = GaussianDiffusion(model, image_size=model.sample_shape[1], **how).to(device)
+    call = partial(sampling_call, model, ours.table(), batch)
+    makes: dict[str, Callable[[], Call]] = {name: partial(call, engine=name) for name in competitors(device)}
+    if library.missing() is None:
+        x = networks.initial(model, batch, device)
+        makes[library.NAME] = lambda: _library_call(ours, x)
+    eager, cost = call(), networks.sampling_cost(model, batch, steps)
+    return Bench([()], eager, networks.judged(eager, makes), cost, calls=steps, images=batch, rest_s=networks.REST_S)
+
+
 def workloads(quick: bool) -> list[Workload]:
-    """Solver x batch, and ddpm with guidance at one batch size."""
+    """Solver x batch, ddpm with guidance at one batch size, and a Unet where its library is installed."""
     steps, batches = (2, (1,)) if quick else (10, (1, 8, 32, 64))
     settings = [(solver, "", batch, 1.0) for batch in batches for solver in ("ddim", "ddpm")]
     settings += [] if quick else [("ddpm", "/guided", 32, 2.0)]
-    return [
+    found = [
         Workload(f"peers/{solver}{steps}{mark}/batch{batch}", "peers", partial(_build, solver, steps, batch, w))
         for solver, mark, batch, w in settings
     ]
+    for batch in batches if library.missing() is None else ():
+        found.append(Workload(f"peers/unet/ddim{steps}/batch{batch}", "peers", partial(_build_unet, steps, batch)))
+    return found

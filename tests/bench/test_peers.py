@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
+from bench import library
 from bench.registry import selected
 from bench.run import run_here
-from bench.suites import peers
-from ddpm import ContextUnet
+from bench.suites import networks, peers
+from ddpm import ContextUnet, Unet
 
 CPU = torch.device("cpu")
 
@@ -64,12 +65,30 @@ def test_a_runtime_draws_what_eager_draws(runtime, guidance):
 def test_who_is_not_installed_is_said_and_left_out(small, monkeypatch):
     own = importlib.util.find_spec
     monkeypatch.setattr(peers, "find_spec", lambda name: None if name in peers.PACKAGES else own(name))
+    monkeypatch.setattr(library, "missing", lambda: "einops")
     found, left_out = selected("peers", True, "")
-    assert set(left_out) == {"diffusers", "openvino", "onnxruntime"}
+    assert set(left_out) == {"diffusers", "openvino", "onnxruntime", library.NAME}
+    assert left_out[library.NAME].endswith("needs einops, see docs/contributing.md")
+    assert not any("unet" in workload.name for workload in found)
     assert left_out["openvino"] == "suite peers: openvino is not installed, needs: pip install 'fused-ddpm[peers]'"
     for name in ("diffusers", "bench.suites.export"):
         monkeypatch.setitem(sys.modules, name, None)  # whoever imports it all the same gets an ImportError
     assert set(found[0].build(CPU).candidates) == {"torch.compile of eager", "fused"}
+
+
+def test_the_library_draws_what_eager_draws_with_its_own_noise_or_ours(monkeypatch):
+    if (name := library.missing()) is not None:
+        pytest.skip(f"{name} is not installed here: docs/contributing.md says how it is")
+    monkeypatch.setattr(networks, "UNET", {"dim": 4, "dim_mults": (1, 2), "attn_dim_head": 4})
+    monkeypatch.setitem(networks.OTHERS, "unet", lambda: Unet(**networks.UNET, image_size=8))
+    monkeypatch.setattr(peers, "competitors", lambda *where: ["fused"])
+    found = {workload.name: workload for workload in selected("peers", True, "unet")[0]}
+    bench = found["peers/unet/ddim2/batch1"].build(CPU)
+    assert list(bench.candidates) == ["fused", library.NAME]
+    for candidate in bench.candidates.values():
+        call = candidate.make()
+        assert candidate.error(call) <= candidate.tolerance
+        assert candidate.error(lambda call=call: call() + 1) > candidate.tolerance
 
 
 def test_the_suite_is_measured_as_the_others_are(small, monkeypatch):

@@ -11,7 +11,7 @@ from bench.machine import ROOT
 from bench.registry import selected
 from bench.run import run_here
 from bench.suites import cuda, ladder, networks, sampling, step
-from ddpm import ContextUnet, PointMLP, make_table
+from ddpm import ContextUnet, PointMLP, Unet, make_table
 from ddpm.inference import ContextUnetForm, Layout
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def few_engines(monkeypatch):
-    for suite in (step, sampling):
+    for suite in (step, sampling, networks):
         monkeypatch.setattr(suite, "competitors", lambda device: ["fused"])
 
 
@@ -82,24 +82,25 @@ def test_the_cost_of_any_network_is_counted():
     assert guided.bytes == plain.bytes == 5 * (4 * sum(p.numel() for p in points.parameters()) + 8 * 3 * 2)
 
 
-@pytest.mark.long
-def test_other_networks_draw_what_their_own_eager_draws(monkeypatch):
-    pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
-    monkeypatch.setattr(networks, "competitors", lambda device: ["fused"])
-    assert [work.name for work in networks.workloads(True)] == ["networks/mlp/batch1", "networks/unet2d/batch1"]
-    for work in networks.workloads(True):
-        bench = work.build(CPU)
-        candidate = bench.candidates["fused"]
-        call = candidate.make()
-        assert candidate.error(call) <= candidate.tolerance
-        assert not candidate.error(lambda call=call: call() * 1.001) <= candidate.tolerance
-        assert bench.cost.flops > 0
+def test_other_networks_are_measured_beside_their_own_eager(monkeypatch):
+    names = [workload.name for workload in networks.workloads(quick=False)]
+    found = [name for name in networks.OTHERS if name not in networks.unavailable()]
+    assert names == [f"networks/{name}/ddim10/batch{n}" for name in found for n in (1, 8, 32)]
+    monkeypatch.setattr(networks, "OTHERS", {"unet": None})
+    monkeypatch.setitem(networks.OTHERS, "unet", lambda: Unet(4, dim_mults=(1, 2), attn_dim_head=4, image_size=8))
+    (workload,) = networks.workloads(quick=True)
+    bench = workload.build(CPU)
+    candidate = bench.candidates["fused"]
+    call = candidate.make()
+    assert (bench.calls, tuple(call().shape)) == (2, (1, 3, 8, 8))
+    assert candidate.error(call) <= candidate.tolerance
+    assert not candidate.error(lambda: call() * torch.nan) <= candidate.tolerance
 
 
 def test_networks_that_cannot_be_made_here_are_left_out_and_said(monkeypatch):
     monkeypatch.setattr(networks, "find_spec", lambda name: None)
     found, skipped = selected("networks", True, "")
-    assert [work.name for work in found] == ["networks/mlp/batch1"]
+    assert "unet2d" not in {work.name.split("/")[1] for work in found}
     needs = "diffusers is not installed, needs: pip install 'fused-ddpm[diffusers]'"
     assert skipped == {"unet2d": f"suite networks: {needs}"}
 
