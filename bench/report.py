@@ -33,6 +33,8 @@ PLANTED = RESULTS / "epyc-2-cores" / "planted.jsonl"
 RELIABILITY = RESULTS / "epyc-2-cores" / "reliability.jsonl"
 # Written by tests/clients.py, a client and a file a line.
 CLIENTS = RESULTS / "clients.jsonl"
+# Written by tests/networks.py, a network a line.
+NETWORKS = RESULTS / "networks.jsonl"
 KERNEL_ARCH, KERNEL_CARD = "sm_90", "H200"
 # One row per operator and variant that matters; `make static` prints all.
 KERNELS = (
@@ -269,6 +271,31 @@ def clients_block() -> str:
     return f"{clients_table(lines)}\n\nTried {min(line['date'] for line in lines)[:10]}, torch {lines[0]['torch']}."
 
 
+def networks_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Networks by what is tried with them, and a list of the reasons where something is not there."""
+
+    def shown(cell: Mapping[str, Any]) -> str:
+        if cell["reason"] is not None:
+            return "no"
+        return "yes" if cell["figure"] is None else f"{cell['figure']:.0e}" if cell["figure"] else "0"
+
+    columns, reasons = list(lines[0]["cells"]), {}
+    for line in lines:
+        for column, cell in line["cells"].items():
+            if cell["reason"] is not None:
+                reasons.setdefault((line["network"], cell["reason"]), []).append(column.replace("_", " "))
+    rows = [[line["network"], *map(shown, line["cells"].values())] for line in lines]
+    notes = [f"- {network}, without {', '.join(of)}: {reason}" for (network, reason), of in reasons.items()]
+    table = Table(("network", *(column.replace("_", " ") for column in columns)), "l" * (len(columns) + 1), rows)
+    return "\n".join((table.markdown(), "", *notes)).rstrip()
+
+
+def networks_block() -> str:
+    """What each network does, and when that was tried."""
+    lines = read_lines(NETWORKS)
+    return f"{networks_table(lines)}\n\nTried {min(line['date'] for line in lines)[:10]}, torch {lines[0]['torch']}."
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary_table,
     "kernels": kernel_table,
@@ -280,6 +307,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reliability": reliability_block,
     "export-parity": export_parity_table,
     "clients": clients_block,
+    "networks": networks_block,
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)
