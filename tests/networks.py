@@ -30,11 +30,13 @@ from torch import Tensor, nn
 
 from bench import cli
 from bench.machine import describe
+from bench.suites.networks import BLOCKS
 from ddpm import ContextUnet, PointMLP, Unet, load_run, sample, training
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import first_line
 from ddpm.metrics import distance
+from ddpm.networks import UNet2D
 from ddpm.networks.protocol import condition_shape, one_hot_conditions, sample_shape
 from ddpm.runs import Run
 from export import bundle
@@ -62,12 +64,15 @@ class Network:
 
 UNET = {"dim": 8, "dim_mults": (1, 2), "channels": 1, "image_size": 16}
 UNET_FILES = ("ddpm/networks/unet.py", "ddpm/inference/unet.py")
+UNET2D = {"sample_size": 16, "in_channels": 1, "out_channels": 1} | BLOCKS
+UNET2D |= {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
 NETWORKS = {
     "ContextUnet": Network(
         lambda: ContextUnet(1, 8, 3, 16), ("ddpm/networks/context_unet.py", "ddpm/inference/context_unet.py")
     ),
     "Unet": Network(lambda: Unet(**UNET), UNET_FILES),
     "Unet, self_condition": Network(lambda: Unet(**UNET, self_condition=True), UNET_FILES),
+    "UNet2D": Network(lambda: UNet2D(**UNET2D, num_class_embeds=3), ("ddpm/networks/unet2d.py",)),
     "PointMLP": Network(lambda: PointMLP(2, 8), ("ddpm/networks/mlp.py",)),
 }
 

@@ -167,7 +167,7 @@ def test_debug_shows_what_a_child_said(small_registry, monkeypatch, capsys):
     [
         (
             ["--suite", "nonsense"],
-            "needs one of kernels, step, sampling, training, export, peers, ladder, all",
+            "needs one of kernels, step, sampling, networks, training, export, peers, ladder, all",
         ),
         (["--suite", "kernels"], "nobody_has_it is not installed"),
         (["--suite", "training"], "not built yet"),
