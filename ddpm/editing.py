@@ -74,7 +74,7 @@ def edit(
     part = rest_of(table, schedule, strength)
     draw = PhiloxNoise(seed) if noise is None else noise
     samples = torch.arange(first_sample, first_sample + n, device=device)
-    start = torch.tensor(schedule.alpha_bar(float(part.timesteps[0])), dtype=torch.float64)
+    start = torch.tensor(schedule.alpha_bar(float(part.timesteps[0])), dtype=torch.float64, device="cpu")
     z = draw(samples, 0, philox.Stream.INITIAL, shape)
     begin = (start.sqrt().item() * images + (1 - start).sqrt().item() * z).expand(n, *shape)
     more = {"guidance": guidance, "seed": seed, "batch_size": batch_size, "noise": noise, "callback": callback}

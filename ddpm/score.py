@@ -76,7 +76,7 @@ def score(
     n = x.shape[0]
     if tuple(x.shape[1:]) != sample_shape(model):
         raise ValueError(f"x: got shape {list(x.shape)}, needs [n, {', '.join(map(str, sample_shape(model)))}]")
-    times = in_type(network_times(model, torch.full((n,), t), schedule.timesteps), x.dtype).to(x.device)
+    times = in_type(network_times(model, torch.full((n,), t, device="cpu"), schedule.timesteps), x.dtype).to(x.device)
     conditions = rows_of_condition(model, context, n, x.device)
     with torch.no_grad():
         output = evaluating(model, model, x, times, conditions)

@@ -14,6 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -282,5 +283,6 @@ def make_table(
     for t in timesteps.tolist():
         noise_steps.append(noise_step(t, seen[t]))
         seen[t] += 1
-    more = {"noise_steps": torch.tensor(noise_steps), "begins": torch.tensor(begins), "made_for": made_for}
+    tensor = partial(torch.tensor, device="cpu")
+    more = {"noise_steps": tensor(noise_steps), "begins": tensor(begins), "made_for": made_for}
     return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, **more)

@@ -42,6 +42,8 @@ SMALLER = {
     r"(torchrun .*)?ddpm train (?!.*--resume)": "--overwrite",
     r"ddpm sample runs/digits": "--n 10",
     r"ddpm sample runs/sprites": "--steps 10",
+    r"ddpm sample runs/roll": "--n 20 --steps 5",
+    r"ddpm (score|forward)": "--n 50",
     r"ddpm evaluate": "--n 20",
     r"ddpm-export onnx": "--steps 10",
     r"ddpm-bench run --quick|pytest bench": "--suite kernels --filter q_sample/",
@@ -243,7 +245,11 @@ def reader(prepared, tmp_path, monkeypatch):
 FOLLOWED = [page for page in PAGES if page != CONTRIBUTING]
 
 
-@pytest.mark.parametrize("page", FOLLOWED, ids=named)
+# A page whose commands take 17 s is long.
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.long if page.stem == "export" else (), id=named(page)) for page in FOLLOWED],
+)
 def test_a_page_works_as_written(page, reader):
     if page.stem == "diffusers":
         pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")

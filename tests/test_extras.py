@@ -83,12 +83,14 @@ def test_the_gate_and_sampling_need_no_extra(core, tmp_path):
     ("command", "package", "extra"),
     [
         (f"ddpm sample {FORMER}/run --out x.png", "PIL", "pictures"),
-        (f"ddpm evaluate {FORMER}/run --n 4", "sklearn", "train"),
-        ("ddpm train --data digits --out {tmp}/run", "PIL", "train"),
+        pytest.param(f"ddpm evaluate {FORMER}/run --n 4", "sklearn", "train", marks=pytest.mark.long),
+        pytest.param("ddpm train --data digits --out {tmp}/run", "PIL", "train", marks=pytest.mark.long),
         (f"ddpm export-diffusers {FORMER}/run {{tmp}}/pipeline", "diffusers", "diffusers"),
-        (f"bench profile {FORMER}/run --out {{tmp}}/profile", "matplotlib", "pictures"),
-        ("bench run --suite export --out {tmp}/x.jsonl", "onnx", "export"),
-        (f"export onnx {FORMER}/run --out {{tmp}}/onnx", "onnx", "export"),
+        pytest.param(
+            f"bench profile {FORMER}/run --out {{tmp}}/profile", "matplotlib", "pictures", marks=pytest.mark.long
+        ),
+        pytest.param("bench run --suite export --out {tmp}/x.jsonl", "onnx", "export", marks=pytest.mark.long),
+        pytest.param(f"export onnx {FORMER}/run --out {{tmp}}/onnx", "onnx", "export", marks=pytest.mark.long),
         (f"export run {FORMER}/sampler.onnx", "onnxruntime", "onnx"),
     ],
 )

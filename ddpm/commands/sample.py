@@ -22,10 +22,10 @@ CONTEXT = "class by name or number, v1,v2,.., or all (sample k: class k % K)"
 
 def from_one_to_another(seeds: tuple[int, int], n: int, shape: tuple[int, ...], sample: int = 0) -> Tensor:
     """n initial noises [n, *shape] on the great circle between those of a sample of two seeds (Shoemake 1985)."""
-    numbers = torch.tensor([sample])
+    numbers = torch.tensor([sample], device="cpu")
     one, other = (PhiloxNoise(seed)(numbers, 0, philox.Stream.INITIAL, shape).double() for seed in seeds)
     angle = torch.acos((one * other).sum() / (one.norm() * other.norm()))
-    share = torch.linspace(0, 1, n, dtype=torch.float64).reshape(-1, *(1,) * len(shape))
+    share = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu").reshape(-1, *(1,) * len(shape))
     if angle == 0:
         return one.float().expand(n, *shape)
     return ((((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()).float()

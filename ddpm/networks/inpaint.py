@@ -15,7 +15,7 @@ class Known(nn.Module):
         super().__init__()
         self.timesteps, self.time = schedule.timesteps, time
         pairs = [to_x0(prediction, a) for a in schedule.alpha_bars[1:].clamp(min=ALPHA_BAR_MIN).tolist()]
-        of_x, of_known = torch.tensor([(-c0 / c1, 1 / c1) for c0, c1 in pairs], dtype=torch.float64).T
+        of_x, of_known = torch.tensor([(-c0 / c1, 1 / c1) for c0, c1 in pairs], dtype=torch.float64, device="cpu").T
         held = {"known": known.detach(), "of_x": of_x, "of_known": of_known}
         for name, value in held.items():
             self.register_buffer(name, value.to(known.device, torch.float32), persistent=False)

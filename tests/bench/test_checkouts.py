@@ -154,7 +154,9 @@ def compiled(place):
 
 @pytest.mark.parametrize("build", [None, INPLACE], ids=["as its project says", "in place"])
 @pytest.mark.parametrize(
-    "install", [nothing, path_file, setuptools_finder, copied], ids=lambda install: install.__name__
+    "install",
+    [nothing, *(pytest.param(each, marks=pytest.mark.long) for each in (path_file, setuptools_finder, copied))],
+    ids=lambda install: install.__name__,
 )
 def test_an_extension_is_built_for_each_side(compiled, install, build):
     if install is not nothing:
@@ -496,6 +498,7 @@ def told(place, *arguments, environment=None):
     return done.returncode, done.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_where_git_refuses_its_own_line_is_told(place, tmp_path):
     root = place().root
     (root / "mine.py").write_text("")

@@ -94,12 +94,24 @@ def test_a_hang_ends_in_time_with_its_row_and_with_all_that_it_started(folder):
             {"speed.py": "import mine\n", "src/mine.py": "\n\nx = 1 / 0\n"},
             "head: src/mine.py:3, from speed.py:1: ZeroDivisionError: division by zero",
         ),
-        ({"speed.py": "x = (\n"}, "head: speed.py:1: SyntaxError: '(' was never closed"),
-        ({"speed.py": "import sys\nsys.exit(0)\n"}, "head: speed.py:2: SystemExit: 0"),
+        pytest.param(
+            {"speed.py": "x = (\n"}, "head: speed.py:1: SyntaxError: '(' was never closed", marks=pytest.mark.long
+        ),
+        pytest.param(
+            {"speed.py": "import sys\nsys.exit(0)\n"}, "head: speed.py:2: SystemExit: 0", marks=pytest.mark.long
+        ),
         ({"speed.py": "import os\nos._exit(0)\n"}, "head: exit code 0 without a result importing speed.py"),
-        ({"speed.py": "import os\nos._exit(9)\n"}, "head: exit code 9 without a result importing speed.py"),
+        pytest.param(
+            {"speed.py": "import os\nos._exit(9)\n"},
+            "head: exit code 9 without a result importing speed.py",
+            marks=pytest.mark.long,
+        ),
         ({"speed.py": "def workloads(quick):\n    return [None][1]\n"}, "speed.py:2: IndexError: list index out of"),
-        ({"speed.py": "def workloads(quick):\n    return 3\n"}, "head: --suite: speed.py: workloads(quick) returned 3"),
+        pytest.param(
+            {"speed.py": "def workloads(quick):\n    return 3\n"},
+            "head: --suite: speed.py: workloads(quick) returned 3",
+            marks=pytest.mark.long,
+        ),
         ({"speed.py": "def workloads(quick):\n    return []\n"}, "workloads(False) returned none, needs at least one"),
     ],
 )
@@ -112,7 +124,9 @@ def test_what_goes_wrong_in_a_suite_names_file_and_line(folder, files, words):
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_a_stop_ends_the_processes_and_leaves_nothing(folder, number, code):
     (folder / "speed.py").write_text(SUITE.format(bad=HANG))
     line = [sys.executable, "-P", "-m", "bench", "run", "--suite", "speed.py", "--processes", "2", "--out", "r.json"]

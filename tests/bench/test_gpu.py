@@ -76,6 +76,7 @@ def test_a_spent_budget_stops_and_is_recorded_as_incomplete(elementwise, tmp_pat
     assert verdict(content) == (FAILED, f"out of time: {len(OPERATORS)} workloads not measured")
 
 
+@pytest.mark.long
 def test_a_kernel_that_crashes_leaves_the_others(elementwise, tmp_path, monkeypatch, capsys):
     def crashing(*arguments):
         raise RuntimeError("planted\ncrash")

@@ -56,6 +56,7 @@ def test_the_step_part_measures(tmp_path, capsys):
     assert all(shown.count(name) for name in by_name)
 
 
+@pytest.mark.long
 def test_lost_parity_fails_the_part_and_has_no_time(tmp_path, monkeypatch):
     monkeypatch.setitem(networks.PARITY, torch.bfloat16, 1e-9)
     content = run_step(tmp_path)

@@ -54,6 +54,7 @@ def test_diffusers_draws_its_own_noise_when_it_is_timed(small):
     assert not torch.equal(call(), call())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_a_runtime_draws_what_eager_draws(runtime, guidance):
@@ -91,6 +92,7 @@ def test_the_library_draws_what_eager_draws_with_its_own_noise_or_ours(monkeypat
         assert candidate.error(lambda call=call: call() + 1) > candidate.tolerance
 
 
+@pytest.mark.long
 def test_the_suite_is_measured_as_the_others_are(small, monkeypatch):
     pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
     monkeypatch.setattr(torch, "compile", lambda model: model)

@@ -252,6 +252,7 @@ def test_the_real_suites_build_and_are_named_after_themselves(suite):
         assert candidate.error(candidate.make()) <= candidate.tolerance
 
 
+@pytest.mark.long
 def test_stored_json_is_plain(small_registry, tmp_path):
     out = tmp_path / "r.json"
     main(["run", "--suite", "step", "--rounds", "1", "--out", str(out)])

@@ -84,6 +84,7 @@ def test_a_machine_with_a_compiler_has_the_kernel():
     assert missing() is None
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="AVX2 is what the others test here")
 @needs_kernel
 def test_the_kernel_for_avx2():
