@@ -141,12 +141,12 @@ def _prepared(make: Callable[[], Call], arguments: tuple, device: torch.device) 
 
 
 def _judged(candidate: Candidate, call: Call) -> dict[str, Any]:
-    """{"error", "tolerance", "parity"}; an error that is not finite is a word, JSON has no NaN."""
+    """{"error", "tolerance", "parity"}; one that is not finite is a word, JSON has no NaN. Below 0 is no distance."""
     error = float(candidate.error(call))
     return {
         "error": error if math.isfinite(error) else str(error),
         "tolerance": candidate.tolerance,
-        "parity": error <= candidate.tolerance,
+        "parity": 0 <= error <= candidate.tolerance,
     }
 
 

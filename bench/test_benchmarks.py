@@ -48,7 +48,7 @@ def test_benchmark(benchmark: Any, workload: Workload, name: str) -> None:
         candidate = bench.candidates[name]
         call = candidate.make()
         error = candidate.error(call)
-        assert error <= candidate.tolerance, f"parity lost: {error} > {candidate.tolerance}"
+        assert 0 <= error <= candidate.tolerance, f"parity lost: {error} > {candidate.tolerance}"
 
     def every_set() -> None:
         for arguments in bench.sets:

@@ -11,7 +11,18 @@ from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.sampling_options import Clip, Eta, Solver, Spacing, Steps, Variance, check_output
+from ddpm.commands.sampling_options import (
+    Clip,
+    Corrections,
+    Eta,
+    Resample,
+    Snr,
+    Solver,
+    Spacing,
+    Steps,
+    Variance,
+    check_output,
+)
 from ddpm.runs import Run
 from export import bundle, packages, run
 from export.info import rows_of
@@ -37,6 +48,9 @@ def onnx(
     steps: Steps = None,
     eta: Eta = None,
     variance: Variance = None,
+    resample: Resample = None,
+    corrections: Corrections = None,
+    snr: Snr = None,
     clip: Clip = None,
     spacing: Spacing = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8")] = "fp32",
@@ -51,6 +65,7 @@ def onnx(
 ) -> None:
     """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     how = {"precision": precision, "noise": noise, "open_table": open_table, "verify": verify}
     judged = {"evaluate": evaluate, "data": data, "labels": labels}
     manifest = bundle.write(runs.load_run(folder), out, asked, **how, **judged)

@@ -30,6 +30,9 @@ def evaluate(
     steps: given.Steps = None,
     eta: given.Eta = None,
     variance: given.Variance = None,
+    resample: given.Resample = None,
+    corrections: given.Corrections = None,
+    snr: given.Snr = None,
     clip: given.Clip = None,
     spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
@@ -49,6 +52,7 @@ def evaluate(
     check_room("--n", n, sample_shape(opened.model), torch.device("cpu"))  # before there is a class of each
     dataset = training_data(opened, data, labels)
     asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
+    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     options, table = given.table_of(opened, asked)
     classes = contexts = None
     if dataset.has_classes:

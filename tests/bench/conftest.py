@@ -33,11 +33,12 @@ def workloads(quick):
     good = Candidate(lambda: _double, lambda call: float((call(torch.ones(3)) - torch.sin(torch.ones(3))).max()), 1e-6)
     wrong = Candidate(lambda: torch.cos, lambda call: 0.3, 1e-6)
     nan = Candidate(lambda: torch.cos, lambda call: float("nan"), 1e-6)
+    signed = Candidate(lambda: torch.cos, lambda call: -0.3, 1e-6)
     crash = Candidate(lambda: _crash, lambda call: 0.0, 1e-6)
     late = Candidate(_crash, lambda call: 0.0, 1e-6)
     makes = {
         "good": {"double": good},
-        "wrong": {"cosine": wrong, "nan": nan, "double": good},
+        "wrong": {"cosine": wrong, "nan": nan, "signed": signed, "double": good},
         "crashes": {"called": crash, "made": late, "double": good},
     }
     found = [Workload(f"step/{name}", "step", lambda device, c=c: _bench(c, device)) for name, c in makes.items()]

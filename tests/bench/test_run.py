@@ -67,7 +67,7 @@ def test_without_parity_there_is_no_time_and_the_run_fails_after_the_rest(small_
     assert content["parity"] is False
     assert content["failed"] == 3
     rows = by_row(content)
-    for candidate in ("cosine", "nan"):
+    for candidate in ("cosine", "nan", "signed"):
         assert not store.is_good(rows[f"step/wrong {candidate}"])
         assert "kernel_us" not in rows[f"step/wrong {candidate}"]
     assert rows["step/wrong nan"]["error"] == "nan"  # JSON has no NaN
