@@ -23,7 +23,7 @@ from ddpm.networks.protocol import condition_shape, fit_state_dict, in_type, net
 from ddpm.networks.unet2d import UNet2D
 from ddpm.schedule import TIMESTEPS_MAX, NoiseSchedule
 
-INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
+INDEX, UNET, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 LATENT = ("vae", "vqvae", "movq")
 STEPS = {"ddpm": 1000, "ddim": 50, "dpmpp_2m": 25}  # diffusers' pipelines take as many; of the last untuned
@@ -54,10 +54,11 @@ def import_pipeline(
     pipeline, scheduler = _components(folder)
     need("diffusers")
     network = _network(folder, null_class)
-    schedule, prediction, sampling = _sampling(folder / SCHEDULER, pipeline, scheduler)
+    of_unet, of_scheduler = _place(folder, "unet") / UNET, _place(folder, "scheduler") / SCHEDULER
+    schedule, prediction, sampling = _sampling(of_scheduler, pipeline, scheduler)
     learned = network.arguments.get("num_train_timesteps") if not network.continuous_time else None
     if learned is not None and learned < schedule.timesteps:
-        raise BadInput(f"{folder / UNET}: num_train_timesteps {learned}, its scheduler has {schedule.timesteps}")
+        raise BadInput(f"{of_unet}: num_train_timesteps {learned}, its scheduler has {schedule.timesteps}")
     count = (condition_shape(network) or (0,))[0]
     if classes and len(classes) != count:
         raise BadInput(f"--classes: got {len(classes)} names, needs {count}")
@@ -68,7 +69,7 @@ def import_pipeline(
         try:
             config = runs.make_config(network, schedule, prediction, **more)
         except ValueError as error:
-            raise BadInput(f"{folder / SCHEDULER}: {error}") from error
+            raise BadInput(f"{of_scheduler}: {error}") from error
         runs.start_run(out, config, network)
     shape = "x".join(map(str, network.sample_shape))
     conditions = f", conditions of {count} numbers" if count else ""
@@ -102,6 +103,11 @@ def _components(folder: Path) -> tuple[str, str]:
     return pipeline, parts["scheduler"]
 
 
+def _place(folder: Path, part: str) -> Path:
+    """Where a part lies, as diffusers reads it: in its own folder, or, as google/ddpm-* of 2022, beside the index."""
+    return folder / part if (folder / part).is_dir() else folder
+
+
 def _known(config: Mapping[str, Any], kind: type, path: Path, *quiet: str) -> dict[str, Any]:
     """What a class of diffusers takes of a file's configuration; what it does not take is said."""
     names = inspect.signature(kind.__init__).parameters
@@ -116,7 +122,8 @@ def _network(folder: Path, null_class: int | None) -> UNet2D:
     """The unet with its weights. Raises BadInput."""
     from diffusers import UNet2DModel
 
-    path, weights = folder / UNET, _weights(folder / "unet")
+    place = _place(folder, "unet")
+    path, weights = place / UNET, _weights(place)
     arguments = _known(read_json(path), UNet2DModel, path)
     if arguments.get("dropout"):
         warnings.warn(f"{path}: dropout {arguments.pop('dropout')} is left out: sampling has none", stacklevel=2)

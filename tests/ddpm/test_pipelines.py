@@ -201,6 +201,18 @@ def test_published_weights_have_attention_by_its_former_names_in_a_pickle(import
     assert load_run(tmp_path / "other").digest() == run.digest()
 
 
+def test_published_pipelines_may_have_all_files_beside_the_index(imported, ddpm, tmp_path):
+    run, _ = imported(pipeline_of())
+    for name in (UNET, WEIGHTS, SCHEDULER):
+        (tmp_path / "pipeline" / name).rename(tmp_path / "pipeline" / name.partition("/")[2])
+    for name in ("unet", "scheduler"):
+        (tmp_path / "pipeline" / name).rmdir()
+    answer = ddpm("import", tmp_path / "pipeline", "--out", tmp_path / "other")
+    assert answer.code == 0, answer.err
+    other = load_run(tmp_path / "other")
+    assert (other.digest(), other.sampling) == (run.digest(), run.sampling)
+
+
 # --- conditions -----------------------------------------------------------------------------------------------------
 
 
