@@ -23,6 +23,8 @@ from ddpm.training.objective import min_snr_weights
 LIBRARY = "denoising_diffusion_pytorch"
 FAMILY = "mid_block1.block1.proj.weight"  # every network of that library but KarrasUnet has it, and so tells its place
 LEVELS_MAX = 16
+# Where its network is in a GaussianDiffusion, also one that was compiled or made parallel.
+WRAPPED = re.compile(r"(?<![^.])model\.(?:(?:_orig_mod|module)\.)*$")
 # Of the loss weight from that of an objective: 1 - alpha_bar of the first steps, in float32, is off by 1e-3.
 WEIGHT_TOLERANCE = 1e-2
 # Whose weights have such an entry: said when they are brought to us.
@@ -142,7 +144,7 @@ def import_unet(
 ) -> None:
     """Make a run of the network of this family in a file. Raises BadInput."""
     place, state = take_network(path, entries, places_of(FAMILY, entries), online)
-    above = place.removesuffix("model.")
+    above = WRAPPED.sub("", place)
     buffers = {name.removeprefix(above): value for name, value in entries.items() if name.startswith(above)}
     variant = variant_of(state, place, "alphas_cumprod" in buffers)
     if variant is not None:

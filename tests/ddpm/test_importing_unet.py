@@ -131,6 +131,16 @@ def test_former_files_need_the_prediction(imported, asked):
     assert run.sampling["clip"] == 1.0
 
 
+@pytest.mark.parametrize("wrapper", ["model._orig_mod.", "model.module._orig_mod."])
+def test_a_network_may_be_wrapped_in_its_diffusion(imported, wrapper):
+    diffusion = diffusion_of()
+    state = {name.replace("model.", wrapper, 1): value for name, value in diffusion.state_dict().items()}
+    answer, run = imported({"model": state}, "--image-size", 8)
+    assert answer.code == 0, answer.err
+    assert "predicts v, as its loss_weight says; 12 timesteps" in answer.out
+    assert torch.equal(run.model.final_conv.weight, diffusion.model.final_conv.weight)
+
+
 def renamed(old, new):
     return lambda state: {name.replace(old, new): value for name, value in state.items()}
 
