@@ -249,6 +249,9 @@ class GaussianDiffusion(nn.Module):
 
     def _take(self, n: int) -> Tensor:
         """Indices of the next n images of training, int64 [n]; ranks of torch.distributed take turns."""
+        if getattr(self, "_is_replica", False):  # whose count is thrown away: every step would draw the same
+            needs = "samples=, or DistributedDataParallel (torchrun)"
+            raise RuntimeError(f"DataParallel: its replicas cannot count the images drawn for, needs {needs}")
         here = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if here else (0, 1)
         first = self.next_sample + rank * n

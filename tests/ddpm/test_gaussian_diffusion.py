@@ -400,6 +400,14 @@ def test_models_that_do_not_fit():
         made(Unet(4))
 
 
+def test_replicas_of_data_parallel_are_refused_unless_their_samples_are_told():
+    replica = made()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"DataParallel: its replicas cannot count .*needs samples=, or Distributed"):
+        replica(torch.rand(2, *SHAPE))
+    images = torch.rand(2, *SHAPE)
+    assert torch.equal(replica(images, samples=torch.arange(2)), made()(images))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
