@@ -4,6 +4,7 @@ Its state dict is theirs by name and shape. There t counts from 0: its index t i
 are made of the noise contract (`kernels.philox`): streams 2 (noise), 3 (t), 8 (self-conditioning), 9 (offset noise).
 """
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,6 +105,12 @@ class GaussianDiffusion(nn.Module):
         for name in ("channels", "out_dim", "self_condition"):
             if not hasattr(model, name):
                 raise TypeError(f"model: {type(model).__name__} has no {name}, needs a Unet or what is like it")
+        if model.self_condition:
+            try:
+                inspect.signature(model.forward).bind(*range(4))
+            except TypeError as error:
+                needs = "forward(x, time, x_self_cond=None, x0_previous=None): engines give the estimate last"
+                raise TypeError(f"model: {type(model).__name__} has self_condition, needs {needs}") from error
         if model.out_dim != model.channels:
             raise ValueError(f"model: its out_dim is {model.out_dim}, needs its channels, {model.channels}")
         if getattr(model, "random_or_learned_sinusoidal_cond", False):

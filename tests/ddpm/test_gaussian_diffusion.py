@@ -394,6 +394,10 @@ def test_arguments_that_do_not_fit(options, message):
 def test_models_that_do_not_fit():
     with pytest.raises(TypeError, match="model: Linear has no channels, needs a Unet"):
         made(nn.Linear(2, 2))
+    of_library = Plain(self_condition=True)
+    of_library.forward = lambda x, time, x_self_cond=None: x
+    with pytest.raises(TypeError, match=r"model: Plain has self_condition, needs forward.*x0_previous=None"):
+        made(of_library)
     with pytest.raises(ValueError, match="model: its out_dim is 6, needs its channels, 3"):
         made(Unet(4, out_dim=6))
     with pytest.raises(ValueError, match="image_size: got 4, needs a multiple of 8 for this network"):
