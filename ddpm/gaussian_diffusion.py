@@ -252,6 +252,34 @@ class GaussianDiffusion(nn.Module):
             return ModelPrediction(output, x0)
         return ModelPrediction(self.predict_noise_from_start(x, t, x0), x0)
 
+    def p_mean_variance(
+        self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`q_posterior` of what the network says x0 is, and that x0. clip_denoised: to -1..1."""
+        x0 = self.model_predictions(x, t, x_self_cond, clip_denoised).pred_x_start
+        return *self.q_posterior(x0, x, t), x0
+
+    @torch.no_grad()
+    def p_sample(
+        self,
+        x: Tensor,
+        t: int,
+        x_self_cond: Tensor | None = None,
+        *,
+        noise: Noise | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """A step of `p_sample_loop`, for loops of one's own: (x_{t-1}, x0), each like x. The last one has no noise."""
+        times = torch.full((len(x),), t, device=x.device)
+        mean, _, logarithm, x0 = self.p_mean_variance(x, times, x_self_cond)
+        if t == 0:
+            return mean, x0
+        draw = PhiloxNoise(seed) if noise is None else noise
+        samples = torch.arange(first_sample, first_sample + len(x), device=x.device)
+        z = draw(samples, t + 1, Stream.SAMPLING, tuple(x.shape[1:])).to(x)
+        return mean + (0.5 * logarithm).exp() * z, x0
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def _take(self, n: int) -> Tensor:

@@ -280,6 +280,16 @@ def test_samples_by_hand(plain_normals, objective, way, self_condition):
     assert torch.equal(every[:, -1], diffusion.sample(3, seed=3))
 
 
+@pytest.mark.parametrize("self_condition", [False, True])
+def test_steps_of_one_s_own_loop_draw_what_the_loop_draws(self_condition):
+    diffusion, x0 = made(Plain(self_condition)), None
+    x = philox.normal(3, torch.arange(1, 3), 0, philox.Stream.INITIAL, SHAPE)
+    for t in reversed(range(diffusion.num_timesteps)):
+        x, x0 = diffusion.p_sample(x, t, x0 if self_condition else None, seed=3, first_sample=1)
+    drawn = diffusion.p_sample_loop((2, *SHAPE), seed=3, first_sample=1, engine="eager")
+    assert distance(diffusion.unnormalize(x), drawn) < 1e-5
+
+
 def test_both_loops_are_there_whatever_sampling_timesteps_is(plain_normals):
     diffusion = made(sampling_timesteps=9, auto_normalize=False)
     ancestral, ddim = by_hand(diffusion, plain_normals, 2), by_hand(diffusion, plain_normals, 2, 9)
