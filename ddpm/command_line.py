@@ -1,5 +1,6 @@
 """What the command lines share: errors are one line on stderr and an exit code, no traceback without `--debug`."""
 
+import _thread
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from ddpm.errors import WorkFailed
 from ddpm.extras import lacks
 
 BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
+SENT_AGAIN_S = 0.01
 # Set to 1 by `--debug`: processes that a command starts show their tracebacks too.
 DEBUG = "FUSED_DDPM_DEBUG"
 
@@ -42,6 +44,25 @@ def handling(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
 
 def _terminate(*_: object) -> None:
     raise Terminated
+
+
+@contextmanager
+def _interrupts_heeded() -> Iterator[None]:
+    """Python ignores what is raised in a destructor or a weak reference's callback: an interrupt is sent again."""
+    before, numbers = sys.unraisablehook, {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}
+
+    def hook(ignored: "sys.UnraisableHookArgs") -> None:
+        number = numbers.get(ignored.exc_type)
+        if number is None:
+            before(ignored)
+        else:
+            threading.Timer(SENT_AGAIN_S, _thread.interrupt_main, (number,)).start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def debugging() -> bool:
@@ -100,7 +121,7 @@ def run(make: Callable[[Sequence[str]], typer.Typer], name: str, arguments: Sequ
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     try:
-        with handling(_terminate, signal.SIGTERM):
+        with handling(_terminate, signal.SIGTERM), _interrupts_heeded():
             words = [word for word in words if word != "--debug"]
             result = make(words)(words, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -45,6 +46,28 @@ def test_memory_is_kept_between_operators():
     taken_anew, kept = map(int, done.stdout.split())
     assert taken_anew > 50
     assert kept < taken_anew / 10
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_that_falls_into_a_destructor_stops_all_the_same(number, code, capsys):
+    """Where Python ignores what is raised."""
+    app = typer.Typer()
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(number)
+
+    @app.command()
+    def work() -> None:
+        Last()
+        time.sleep(10)
+
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert command_line.run(lambda _: app, "work", []) == code
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
