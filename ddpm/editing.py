@@ -1,5 +1,7 @@
 """Editing: pictures that begin in the middle of a trajectory, or of which some pixels are known."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -8,9 +10,8 @@ from ddpm.errors import check_integer, check_number
 from ddpm.networks.inpaint import Inpaint
 from ddpm.networks.protocol import sample_shape
 from ddpm.noise import Noise, PhiloxNoise
-from ddpm.sampling import SOLVER
+from ddpm.sampling import SOLVER, chosen_table
 from ddpm.schedule import NoiseSchedule
-from ddpm.solvers import make_table
 from ddpm.table import StepTable
 from ddpm.trajectory import Trajectory
 from kernels import philox
@@ -62,7 +63,7 @@ def edit(
     Sample k starts from its initial noise of the noise contract. Returns float32 [n, *sample_shape]. Raises ValueError.
     """
     shape = sample_shape(model)
-    table = make_table(schedule, solver, steps, **table_options) if table is None else table
+    table = chosen_table(schedule, solver, steps, table, table_options)
     images = pixels_to_unit(images).to(torch.float32)
     one = tuple(images.shape) == shape
     n = (1 if one else images.shape[0]) if n is None else n
@@ -74,9 +75,9 @@ def edit(
     part = rest_of(table, schedule, strength)
     draw = PhiloxNoise(seed) if noise is None else noise
     samples = torch.arange(first_sample, first_sample + n, device=device)
-    start = torch.tensor(schedule.alpha_bar(float(part.timesteps[0])), dtype=torch.float64, device="cpu")
+    alpha_bar = schedule.alpha_bar(float(part.timesteps[0]))
     z = draw(samples, 0, philox.Stream.INITIAL, shape)
-    begin = (start.sqrt().item() * images + (1 - start).sqrt().item() * z).expand(n, *shape)
+    begin = (math.sqrt(alpha_bar) * images + math.sqrt(1 - alpha_bar) * z).expand(n, *shape)
     more = {"guidance": guidance, "seed": seed, "batch_size": batch_size, "noise": noise, "callback": callback}
     how = {"engine": engine, "dtype": dtype, "guided": guidance != 1.0}
 

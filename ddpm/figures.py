@@ -1,6 +1,6 @@
 """Plots of the process itself, by matplotlib: data becoming noise, and the field that leads back."""
 
-import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ddpm.pictures import POINTS_LIMIT, to_pixels
+from ddpm.pictures import POINTS_LIMIT, image_of, new_figure, to_pixels
 from ddpm.schedule import NoiseSchedule
 
 BLUE, ORANGE, GREY = "#2060a0", "#c06020", "#b0b0b0"
@@ -18,18 +18,6 @@ SIDE = 1.25  # inches of a panel
 ARROWS = 20  # of the field, a side
 
 
-def _image_of(figure: Any) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # imported only where it is used
-
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
 def _show(axes: Any, x: Tensor, limit: float = POINTS_LIMIT, color: str = BLUE) -> None:
     """Points [n, 2] as dots, images [n, C, H, W] in a square."""
     axes.set(xticks=[], yticks=[])
@@ -37,12 +25,12 @@ def _show(axes: Any, x: Tensor, limit: float = POINTS_LIMIT, color: str = BLUE) 
         axes.scatter(*x.T.cpu().numpy(), s=1, alpha=0.4, linewidths=0, color=color)
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
         return
-    side = int(np.ceil(np.sqrt(len(x))))
-    pixels = np.full((side * side, *to_pixels(x).shape[1:]), 255, np.uint8)
-    pixels[: len(x)] = to_pixels(x)
-    rows, height, width, channels = side, *pixels.shape[1:]
-    tiled = pixels.reshape(rows, side, height, width, channels).swapaxes(1, 2)
-    axes.imshow(tiled.reshape(rows * height, side * width, channels), interpolation="nearest")
+    side, own = math.ceil(math.sqrt(len(x))), to_pixels(x)
+    _, height, width, channels = own.shape
+    pixels = np.full((side * side, height, width, channels), 255, np.uint8)
+    pixels[: len(x)] = own
+    tiled = pixels.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    axes.imshow(tiled.reshape(side * height, side * width, channels), interpolation="nearest")
 
 
 def forward_process(
@@ -50,7 +38,7 @@ def forward_process(
 ) -> Image.Image:
     """Rows of panels, one a time, over alpha_bar and log SNR of schedules of the same T, of which one was chosen."""
     count = len(times)
-    figure = _figure(SIDE * count + 0.4, SIDE * len(rows) + 2.8)
+    figure = new_figure(SIDE * count + 0.4, SIDE * len(rows) + 2.8)
     above, below = figure.subfigures(2, 1, height_ratios=[SIDE * len(rows) + 0.3, 2.5])
     grid = above.subplots(len(rows), count, squeeze=False)
     for line, (name, states) in zip(grid, rows, strict=True):
@@ -74,7 +62,7 @@ def forward_process(
         axes.tick_params(labelsize=7)
         axes.grid(visible=True, alpha=0.3)
     right.legend(fontsize=7)
-    return _image_of(figure)
+    return image_of(figure)
 
 
 def grid_of_points(limit: float = POINTS_LIMIT) -> np.ndarray:
@@ -83,14 +71,14 @@ def grid_of_points(limit: float = POINTS_LIMIT) -> np.ndarray:
     return np.stack(np.meshgrid(line, line), axis=-1).reshape(-1, 2)
 
 
-def score_fields(data: Tensor | None, samples: Tensor, fields: Sequence[tuple[int, Tensor, Tensor]]) -> Image.Image:
+def score_fields(data: Tensor, samples: Tensor, fields: Sequence[tuple[int, Tensor, Tensor]]) -> Image.Image:
     """The data, the samples, and fields of (t, noisy data [n, 2], score [ARROWS^2, 2] on `grid_of_points`) in a row.
 
     An arrow points along the score; its length goes by the square root of the score's, the longest of a field as long
     as the arrows are apart.
     """
-    panels = [("samples", samples)] if data is None else [("data", data), ("samples", samples)]
-    figure = _figure(2.6 * (len(panels) + len(fields)), 2.8)
+    panels = [("data", data), ("samples", samples)]
+    figure = new_figure(2.6 * (len(panels) + len(fields)), 2.8)
     row = figure.subplots(1, len(panels) + len(fields))
     for axes, (name, x) in zip(row, panels, strict=False):
         _show(axes, x)
@@ -104,4 +92,4 @@ def score_fields(data: Tensor | None, samples: Tensor, fields: Sequence[tuple[in
         how = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "headwidth": 4}
         axes.quiver(*places.T, *shown.T, color=ORANGE, **how)
         axes.set_title(f"score at t = {t}", fontsize=9)
-    return _image_of(figure)
+    return image_of(figure)

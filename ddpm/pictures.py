@@ -149,14 +149,25 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return shown + end
 
 
-def _plotted(width: float, height: float, plot: Callable[[Any], object]) -> Image.Image:
-    """What `plot` draws into matplotlib's axes."""
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, so many inches wide and high."""
     from matplotlib.figure import Figure  # imported only where it is used
 
-    figure, buffer = Figure(figsize=(width, height), dpi=120, layout="constrained"), io.BytesIO()
-    plot(figure.add_subplot())
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def image_of(figure: Any) -> Image.Image:
+    """What was drawn into it."""
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
+
+
+def _plotted(width: float, height: float, plot: Callable[[Any], object]) -> Image.Image:
+    """What `plot` draws into matplotlib's axes."""
+    figure = new_figure(width, height)
+    plot(figure.add_subplot())
+    return image_of(figure)
 
 
 def _scatter(points: Tensor, caption: str) -> Image.Image:

@@ -1,5 +1,7 @@
 """Sampling: one function for every engine."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,17 @@ from ddpm.table import StepTable
 from ddpm.trajectory import Trajectory
 
 SOLVER = "ddpm"
+
+
+def chosen_table(
+    schedule: NoiseSchedule, solver: str, steps: int | None, table: StepTable | None, options: Mapping[str, object]
+) -> StepTable:
+    """The table given, or the solver's. Raises ValueError for solver, steps or options beside a table."""
+    if table is None:
+        return make_table(schedule, solver, steps, **options)
+    for name, value in given({"solver": None if solver == SOLVER else solver, "steps": steps, **options}).items():
+        raise ValueError(f"{name}: got {value!r} beside a table, which has its own, needs one of the two")
+    return table
 
 
 def sample(
@@ -42,13 +55,7 @@ def sample(
 
     Returns and raises as a `Trajectory` does.
     """
-    if table is None:
-        table = make_table(schedule, solver, steps, **table_options)
-    else:
-        beside = given({"solver": None if solver == SOLVER else solver, "steps": steps} | table_options)
-        if beside:
-            name, value = next(iter(beside.items()))
-            raise ValueError(f"{name}: got {value!r} beside a table, which has its own, needs one of the two")
+    table = chosen_table(schedule, solver, steps, table, table_options)
     with lock_of(model):
         guided = guidance != 1.0
         trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=guided, form=kept_form)

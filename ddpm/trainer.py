@@ -279,7 +279,6 @@ class Trainer:
 
         self._average()
         images = self.ema.ema_model.sample(self.num_samples)
-        images = images if self.model.auto_normalize else self.model.unnormalize(images)
         pictures.save_png(self.results_folder / f"sample-{milestone}.png", pictures.render(images * 2 - 1))
         self.save(milestone)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,18 +11,7 @@ from rich.text import Text
 
 from ddpm import runs
 from ddpm.command_line import run as run_app
-from ddpm.commands.sampling_options import (
-    Clip,
-    Corrections,
-    Eta,
-    Resample,
-    Snr,
-    Solver,
-    Spacing,
-    Steps,
-    Variance,
-    check_output,
-)
+from ddpm.commands.sampling_options import check_output, takes_table_options
 from ddpm.runs import Run
 from export import bundle, packages, run
 from export.info import rows_of
@@ -41,18 +30,10 @@ Evaluate = Annotated[int | None, typer.Option(help=f"samples that fp16 and int8 
 
 
 @app.command()
+@takes_table_options
 def onnx(
     folder: RunFolder,
     out: Annotated[Path, typer.Option(help="folder for denoiser.onnx, sampler.onnx, step.onnx, run.py, manifest.json")],
-    solver: Solver = None,
-    steps: Steps = None,
-    eta: Eta = None,
-    variance: Variance = None,
-    resample: Resample = None,
-    corrections: Corrections = None,
-    snr: Snr = None,
-    clip: Clip = None,
-    spacing: Spacing = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8")] = "fp32",
     noise: Annotated[str, typer.Option(help="philox (in the graph), input, or none (x_T alone)")] = "philox",
     open_table: Annotated[
@@ -62,10 +43,9 @@ def onnx(
     evaluate: Evaluate = None,
     data: Data = None,
     labels: Labels = None,
+    **asked: Any,
 ) -> None:
     """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
-    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     how = {"precision": precision, "noise": noise, "open_table": open_table, "verify": verify}
     judged = {"evaluate": evaluate, "data": data, "labels": labels}
     manifest = bundle.write(runs.load_run(folder), out, asked, **how, **judged)

@@ -135,9 +135,10 @@ def unavailable() -> dict[str, str]:
 def workloads(quick: bool) -> list[Workload]:
     """Network x batch, of those that can be made here."""
     steps, batches = (2, (1,)) if quick else (10, (1, 8, 32))
+    lacking = unavailable()
     return [
         Workload(f"networks/{name}/ddim{steps}/batch{batch}", "networks", partial(_build, name, steps, batch))
         for name in OTHERS
-        if name not in unavailable()
+        if name not in lacking
         for batch in batches
     ]

@@ -21,6 +21,7 @@ from ddpm.schedule import NoiseSchedule
 from kernels.q_sample import pixels_to_unit
 
 
+@given.takes_table_options
 def edit(
     run: Annotated[Path, Argument(help="run folder")],
     image: Annotated[Path, Argument(help="picture of the run's size")],
@@ -31,19 +32,13 @@ def edit(
     mask: Annotated[Path | None, Option(help="picture, white where pixels are made anew; black ones stay")] = None,
     context: Annotated[str | None, Option(help="class by name or number, v1,v2,.., or all")] = None,
     guidance: given.Guidance = 1.0,
-    solver: given.Solver = None,
-    steps: given.Steps = None,
-    eta: given.Eta = None,
-    variance: given.Variance = None,
-    resample: given.Resample = None,
-    clip: given.Clip = None,
-    spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
     columns: Annotated[int | None, Option(help="of the picture [square]")] = None,
     engine: given.EngineName = "auto",
     precision: given.Precision = "fp32",
     device: given.Device = "auto",
+    **asked: Any,
 ) -> None:
     """Sample a run from the middle, beginning with a picture; with a mask its black part stays exactly as it is."""
     if out is npy is None:
@@ -63,8 +58,7 @@ def edit(
     known = torch.from_numpy(read_as(image, shape))
     area = None if mask is None else _mask(mask, shape)
     opened.model.to(pick_device(device))
-    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    options, table = given.table_of(opened, asked | {"resample": resample})
+    options, table = given.table_of(opened, asked)
     strength = (0.6 if mask is None else 1.0) if strength is None else strength
     part = rest_of(table, opened.schedule, strength)
     contexts = given.contexts_of(opened, context, first_sample, n)

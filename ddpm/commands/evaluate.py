@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
@@ -22,19 +22,11 @@ from ddpm.training import training_data
 from ddpm.trajectory import check_room
 
 
+@given.takes_table_options
 def evaluate(
     run: Annotated[Path, Argument(help="run folder")],
     n: Annotated[int, Option(help="how many samples")] = 500,
     guidance: given.Guidance = 1.0,
-    solver: given.Solver = None,
-    steps: given.Steps = None,
-    eta: given.Eta = None,
-    variance: given.Variance = None,
-    resample: given.Resample = None,
-    corrections: given.Corrections = None,
-    snr: given.Snr = None,
-    clip: given.Clip = None,
-    spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
     data: Annotated[str | None, Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, Option(help="where its labels lie now [as trained]")] = None,
@@ -42,6 +34,7 @@ def evaluate(
     engine: given.EngineName = "auto",
     precision: given.Precision = "fp32",
     device: given.Device = "auto",
+    **asked: Any,
 ) -> None:
     """Class accuracy by an independent classifier, and a Frechet distance between pixel features."""
     given.check_output(json, "--json", ".json")
@@ -51,8 +44,6 @@ def evaluate(
         raise BadInput(f"--n: got {n}, needs at least 2 for a covariance")
     check_room("--n", n, sample_shape(opened.model), torch.device("cpu"))  # before there is a class of each
     dataset = training_data(opened, data, labels)
-    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     options, table = given.table_of(opened, asked)
     classes = contexts = None
     if dataset.has_classes:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ddpm import runs
 from ddpm.commands.importing_unet import FAMILY, import_unet, other_library
-from ddpm.commands.weight_files import places_of, read_entries, say_left_out, take_network
+from ddpm.commands.weight_files import places_of, read_entries, say_left_out, shape_of, take_network
 from ddpm.data import check_class_names
 from ddpm.errors import BadInput, check_choice
 from ddpm.networks import ContextUnet, load_context_unet_weights
@@ -37,13 +38,7 @@ def network_in(path: Path, entries: dict[str, Tensor], online: bool = False) -> 
 
 def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of the ContextUnet that has these weights. Raises ValueError if there is none."""
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = tuple(state[name].shape) if name in state else None
-        if found is None or len(found) != rank:
-            raise ValueError(f"{name} is {'missing' if found is None else list(found)}")
-        return found
-
+    shape = partial(shape_of, state)
     down = "down{}.model.0.conv1.0.weight".format
     levels = next(level for level in count() if down(level + 1) not in state)
     if levels > LEVELS_MAX:

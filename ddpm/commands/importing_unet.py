@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm import runs
-from ddpm.commands.weight_files import places_of, say_left_out, take_network
+from ddpm.commands.weight_files import places_of, say_left_out, shape_of, take_network
 from ddpm.errors import BadInput, check_choice
 from ddpm.gaussian_diffusion import PREDICTIONS as OBJECTIVES
 from ddpm.gaussian_diffusion import sampling_options
@@ -66,9 +66,9 @@ def arguments_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of the Unet that has these weights. Raises ValueError if there is none."""
 
     def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = tuple(state[name].shape) if name in state else None
-        if found is None or len(found) != rank or 0 in found:
-            raise ValueError(f"{name} is {'missing' if found is None else list(found)}")
+        found = shape_of(state, name, rank)
+        if 0 in found:
+            raise ValueError(f"{name} is {list(found)}")
         return found
 
     levels = next(level for level in count() if f"downs.{level}.0.block1.proj.weight" not in state)

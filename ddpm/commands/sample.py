@@ -1,7 +1,7 @@
 """`ddpm sample`: run folder in, pictures out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ def from_one_to_another(seeds: tuple[int, int], n: int, shape: tuple[int, ...], 
     return ((((1 - share) * angle).sin() * one + (share * angle).sin() * other) / angle.sin()).float()
 
 
+@given.takes_table_options
 def sample(
     run: Annotated[Path, Argument(help="run folder")],
     n: Annotated[int, Option(help="how many")] = 64,
@@ -41,15 +42,6 @@ def sample(
     gif: Annotated[Path | None, Option(help="noise becoming pictures")] = None,
     context: Annotated[str | None, Option(help=CONTEXT)] = None,
     guidance: given.Guidance = 1.0,
-    solver: given.Solver = None,
-    steps: given.Steps = None,
-    eta: given.Eta = None,
-    variance: given.Variance = None,
-    resample: given.Resample = None,
-    corrections: given.Corrections = None,
-    snr: given.Snr = None,
-    clip: given.Clip = None,
-    spacing: given.Spacing = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63; the same seed gives the same pictures")] = 0,
     between: Annotated[tuple[int, int] | None, Option(help="two seeds: from one's first sample to the other's")] = None,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
@@ -58,6 +50,7 @@ def sample(
     engine: given.EngineName = "auto",
     precision: given.Precision = "fp32",
     device: given.Device = "auto",
+    **asked: Any,
 ) -> None:
     """Sample a run. Sample k depends on (weights, solver and its options, seed, k) alone."""
     if out is npy is gif is png_dir is None:
@@ -84,8 +77,6 @@ def sample(
             raise BadInput(f"--png-dir: samples are of shape {list(shape)}, needs images")
     target = pick_device(device)
     opened.model.to(target)
-    asked = {"solver": solver, "steps": steps, "eta": eta, "variance": variance, "clip": clip, "spacing": spacing}
-    asked |= {"resample": resample, "corrections": corrections, "snr": snr}
     options, table = given.table_of(opened, asked)
     more = {"first_sample": first_sample, "batch_size": batch_size, "guidance": guidance, "seed": seed}
     more |= {"engine": engine, "precision": precision}
@@ -119,8 +110,10 @@ def sample(
     if npy is not None:
         write_array(npy, images.numpy())
     if gif is not None:
-        samples = torch.arange(first_sample, first_sample + n)
-        initial = more.get("x_T", PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, shape))
+        initial = more.get("x_T")
+        if initial is None:
+            samples = torch.arange(first_sample, first_sample + n)
+            initial = PhiloxNoise(seed)(samples, 0, philox.Stream.INITIAL, shape)
         alpha_bars = [opened.schedule.alpha_bar(t) for t in table.timesteps[pictures.frames_of(len(table))].tolist()]
         frames = pictures.trajectory(estimates, alpha_bars, initial)
         cell = pictures.GIF_CELL_PIXELS

@@ -1,9 +1,10 @@
 """Sampling options, which commands share: what they are called, the table they make, sampling with a progress bar."""
 
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,11 +34,23 @@ Corrections = Annotated[int | None, Option(help="Langevin steps after each step 
 Snr = Annotated[float | None, Option(help="size of pc's Langevin steps [the run's]")]
 Clip = Annotated[float | None, Option(help="bound of x0, 0 = none [the run's]")]
 Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)}, leading+K [the run's]")]
+TABLE_OPTIONS = {"solver": Solver, "steps": Steps, "eta": Eta, "variance": Variance, "resample": Resample}
+TABLE_OPTIONS |= {"corrections": Corrections, "snr": Snr, "clip": Clip, "spacing": Spacing}
+Command = TypeVar("Command", bound=Callable[..., Any])
 Guidance = Annotated[float, Option(help="w of classifier-free guidance, 1 = none")]
 EngineName = Annotated[str, Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
 Precision = Annotated[str, Option(help="of the network: fp32, bf16 or fp16")]
 Device = Annotated[str, Option(help="auto, cpu or cuda")]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def takes_table_options(command: Command) -> Command:
+    """A command whose last parameter, `**asked`, are the options of `table_of`: a command line gets each by name."""
+    *own, _ = inspect.signature(command).parameters.values()
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    more = [inspect.Parameter(name, kind, default=None, annotation=of) for name, of in TABLE_OPTIONS.items()]
+    command.__signature__ = inspect.Signature([*own, *more])
+    return command
 
 
 def check_output(path: Path | None, option: str, suffix: str) -> None:

@@ -34,6 +34,14 @@ class _Ignored:
         pass
 
 
+def shape_of(state: Mapping[str, Tensor], name: str, rank: int) -> tuple[int, ...]:
+    """The shape of an entry. Raises ValueError unless it is there, with so many dimensions."""
+    found = tuple(state[name].shape) if name in state else None
+    if found is None or len(found) != rank:
+        raise ValueError(f"{name} is {'missing' if found is None else list(found)}")
+    return found
+
+
 def read_entries(path: Path) -> dict[str, Tensor]:
     """Every tensor in a .pth or .safetensors under its path, say `ema.shadow.out.0.bias`; no code of it runs.
 

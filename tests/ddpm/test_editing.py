@@ -139,6 +139,8 @@ BAD = [
     ({"images": torch.zeros(3, 8, 8)}, "images: got shape [3, 8, 8], needs [3, 16, 16]"),
     ({"images": IMAGE[None], "n": 2}, "images: got shape [1, 3, 16, 16], needs [3, 16, 16] or [2, 3, 16, 16]"),
     ({"n": 0}, "n: got 0"),
+    ({"table": make_table(COSINE, "ddim"), "steps": 5}, "steps: got 5 beside a table, which has its own"),
+    ({"table": make_table(COSINE, "ddim"), "clip": 1.0}, "clip: got 1.0 beside a table"),
 ]
 
 
