@@ -35,8 +35,8 @@ class Side:
 
     side: base or head. repository: the user's working tree. folder: the checkout of the commit. made: of what its build
     installed, and of caches. imports: folders that come first in the import path. files: tracked ones, relative.
-    others: those of the repository that this side has not. complete_ns: when all files were there and no build had
-    begun, by the file system's clock.
+    others: those of the repository that this side has not. complete_ns: the whole second, by the file system's clock,
+    before which all files were there and no build had begun.
     """
 
     side: str
