@@ -145,11 +145,15 @@ def parse_range(text: str) -> Range:
 def to_unit(values: np.ndarray, value_range: Range, named_by: str) -> np.ndarray:
     """float32 in [-1, 1] of numbers between black and white. Raises BadInput, naming `named_by`, for others."""
     low, high = value_range
-    values = values.astype(np.float64)
-    if not (values.min() >= low and values.max() <= high):
-        found = f"{values.min():g}..{values.max():g}"
+    least, most = float(values.min()), float(values.max())
+    if not (least >= low and most <= high):
+        found = f"{least:g}..{most:g}"
         raise BadInput(f"{named_by}: has values {found}, needs {low:g}..{high:g} (--range LO,HI says other ones)")
-    return ((values - low) * (2 / (high - low)) - 1).clip(-1, 1).astype(np.float32)
+    unit = np.empty(values.shape, np.float32)
+    rows = max(1, (1 << 20) * len(values) // values.size)  # float64 of a part at a time
+    for k in range(0, len(values), rows):
+        unit[k : k + rows] = ((values[k : k + rows].astype(np.float64) - low) * (2 / (high - low)) - 1).clip(-1, 1)
+    return unit
 
 
 def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, side: int | None) -> np.ndarray:

@@ -3,7 +3,7 @@
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -125,17 +125,33 @@ def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator
 def squared(picture: np.ndarray, side: int) -> np.ndarray:
     """The central square of a picture [h, w, c], uint8 or float32 in [-1, 1], bicubic to [side, side, c]."""
     channels = picture.shape[2]
+    if picture.shape[:2] == (side, side):
+        return picture
     if picture.dtype == np.uint8:
         image = Image.fromarray(picture[..., 0] if channels == 1 else picture)
         return np.asarray(_squared(image, side)).reshape(side, side, channels)
-    if channels == 4:  # as Pillow does with bytes: what is transparent has no colour to give to its neighbours
-        opacity = (picture[..., 3:] + 1) / 2
-        picture = np.concatenate(((picture[..., :3] + 1) * opacity - 1, picture[..., 3:]), axis=2)
-    picture = np.stack([_squared(Image.fromarray(picture[..., k]), side) for k in range(channels)], axis=2)
-    if channels == 4:
-        opacity = (picture[..., 3:] + 1) / 2
-        picture[..., :3] = (picture[..., :3] + 1) / np.where(opacity > 0, opacity, 1) - 1
-    return picture.clip(-1, 1)
+    planes = list(np.moveaxis(picture, 2, 0))
+    alpha = planes.pop() if channels == 4 else None
+    return _joined(planes, alpha, side)
+
+
+def _joined(colours: Iterable[np.ndarray], alpha: np.ndarray | None, side: int | None) -> np.ndarray:
+    """Float32 planes [h, w] in [-1, 1] -> [h, w, c], or bicubic to [side, side, c]; one plane at a time is copied."""
+    if side is None:
+        return np.stack([*colours, *([] if alpha is None else [alpha])], axis=2)
+
+    def small(plane: np.ndarray) -> np.ndarray:
+        return np.asarray(_squared(Image.fromarray(plane), side))
+
+    if alpha is None:
+        return np.stack([small(plane) for plane in colours], axis=2).clip(-1, 1)
+    # As Pillow does with bytes: what is transparent has no colour to give to its neighbours.
+    opacity = (alpha + 1) / 2
+    seen = [small((plane + 1) * opacity - 1) for plane in colours]
+    alpha = small(alpha)
+    opacity = (alpha + 1) / 2
+    seen = [(plane + 1) / np.where(opacity > 0, opacity, 1) - 1 for plane in seen]
+    return np.stack([*seen, alpha], axis=2).clip(-1, 1)
 
 
 def _squared(image: Image.Image, side: int) -> Image.Image:
@@ -149,9 +165,9 @@ def _squared(image: Image.Image, side: int) -> Image.Image:
 def read_picture(path: Path, side: int | None, value_range: Range | None, alpha: bool) -> tuple[np.ndarray, bool]:
     """(what a file shows, turned as it is seen, whether it has further frames, which are left out).
 
-    uint8 [h, w, c], brought to `side` if there is one, or of more than 8 bits float32 in [-1, 1] at its full size;
-    grey in any form has one channel, other pictures three. Transparent parts are laid on white, with `alpha` kept as a
-    fourth channel. Raises BadInput.
+    uint8 [h, w, c], or of more than 8 bits float32 in [-1, 1], brought to `side` if there is one; grey in any form has
+    one channel, other pictures three. Transparent parts are laid on white, with `alpha` kept as a fourth channel. While
+    it is brought to `side` a picture takes at most some 24 bytes a pixel. Raises BadInput.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such regular file")
@@ -170,14 +186,20 @@ def read_picture(path: Path, side: int | None, value_range: Range | None, alpha:
         raise BadInput(f"{path}: not a readable image ({first_line(error)})") from error
     if values is not None:
         return values, more
-    values, known, opacity, inverted = deep
+    planes, known, opacity, inverted = deep
     if value_range is None and known is None:
-        raise BadInput(f"{path}: holds {values.dtype}, needs --range LO,HI, the values of black and white")
-    values = to_unit(values, value_range or known, str(path)) * np.float32(-1 if inverted else 1)
-    if alpha:
-        opacity = np.ones_like(values[..., :1]) if opacity is None else 2 * opacity - 1
-        return np.concatenate((np.broadcast_to(values, (*values.shape[:2], 3)), opacity), axis=2), more
-    return values if opacity is None else (values - 1) * opacity + 1, more
+        raise BadInput(f"{path}: holds {planes[0].dtype}, needs --range LO,HI, the values of black and white")
+
+    def units() -> Iterator[np.ndarray]:
+        while planes:
+            plane = to_unit(planes.pop(0), value_range or known, str(path))
+            plane = -plane if inverted else plane
+            yield plane if opacity is None or alpha else (plane - 1) * opacity + 1
+
+    if not alpha:
+        return _joined(units(), None, side), more
+    opaque = np.ones_like(planes[0], np.float32) if opacity is None else 2 * opacity - 1
+    return _joined(units() if len(planes) == 3 else [*units()] * 3, opaque, side), more
 
 
 def _seen(image: Image.Image) -> Image.Image:
@@ -212,13 +234,13 @@ def _eight_bits(image: Image.Image, side: int | None, alpha: bool) -> np.ndarray
     return fitted(image)[..., : 1 if grey else 3]
 
 
-Deep = tuple[np.ndarray, Range | None, np.ndarray | None, bool]
+Deep = tuple[list[np.ndarray], Range | None, np.ndarray | None, bool]
 
 
 def _deep_values(path: Path, image: Image.Image) -> Deep | None:
-    """Of a picture of more than 8 bits a channel: (values [h, w, 1 or 3], their range if known, opacity, inverted).
+    """Of a picture of more than 8 bits a channel: (1 or 3 planes [h, w], their range if known, opacity, inverted).
 
-    opacity: float32 [h, w, 1] in [0, 1] or None. inverted: the least value is white. None for other pictures.
+    opacity: float32 [h, w] in [0, 1] or None. inverted: the least value is white. None for other pictures.
     """
     tags = getattr(image, "tag_v2", {})
     bits, name = max(tags.get(TIFF_BITS, (8,))), image.format
@@ -233,29 +255,33 @@ def _deep_values(path: Path, image: Image.Image) -> Deep | None:
         raise BadInput(f"{path}: has more than 8 bits a channel as {name} {rawmode}, needs {needs}")
     white = 2**bits - 1 if 8 < bits < 16 else 65535
     transparent = image.info.get("transparency")
+    opacity, known = None, True
     if numbers:
-        values = np.asarray(_seen(image))[..., None]
+        values = np.asarray(_seen(image))
         known = image.mode.startswith("I;16") or (image.mode == "I" and name in ("PNG", "PPM"))
-        values = values.astype(values.dtype.newbyteorder("="))
-    elif kind == "LA":  # Pillow has no second order of it; four bytes a pixel are also what RGBA has
-        values, known = np.ascontiguousarray(_reread(path, "RGBA")).view(">u2").astype(np.uint16), True
+        planes = [values.astype(values.dtype.newbyteorder("="))]
     else:
-        high, low = (np.asarray(part) for part in (_seen(image), _reread(path, f"{kind};{OTHER_ORDER[depth]}")))
-        values, known = high.astype(np.uint16) << 8 | low, True
-    opacity = None
-    if values.shape[2] in (2, 4):
-        values, opacity = values[..., :-1], (values[..., -1:] / white).astype(np.float32)
+        if kind == "LA":  # Pillow has no second order of it; four bytes a pixel are also what RGBA has
+            of_both = _reread(path, "RGBA")
+            high, low = of_both[::2], of_both[1::2]
+        else:
+            high, low = (_reread(path, order) for order in (rawmode, f"{kind};{OTHER_ORDER[depth]}"))
+        planes = [upper.astype(np.uint16) << 8 | lower for upper, lower in zip(high, low, strict=True)]
+    if len(planes) in (2, 4):
+        opacity = (planes.pop() / white).astype(np.float32)
     elif transparent is not None:
-        opacity = (values != np.asarray(transparent)).any(axis=2, keepdims=True).astype(np.float32)
-    return values, (0, white) if known else None, opacity, tags.get(TIFF_PHOTOMETRIC) == 0
+        differs = [plane != clear for plane, clear in zip(planes, np.atleast_1d(transparent), strict=True)]
+        opacity = np.any(differs, axis=0).astype(np.float32)
+    return planes, (0, white) if known else None, opacity, tags.get(TIFF_PHOTOMETRIC) == 0
 
 
-def _reread(path: Path, rawmode: str) -> np.ndarray:
-    """The picture decoded once more, its bytes taken for another arrangement."""
+def _reread(path: Path, rawmode: str) -> list[np.ndarray]:
+    """Planes uint8 [h, w] of the picture decoded once more, its bytes taken for this arrangement."""
     with Image.open(path) as image:
         tiles = []
         for tile in image.tile:
             arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
             tiles.append(type(tile)(*tile[:3], arguments) if hasattr(tile, "_fields") else (*tile[:3], arguments))
         image.tile = tiles
-        return np.asarray(_seen(image))
+        seen = _seen(image)
+        return [np.asarray(seen.getchannel(k)) for k in range(len(seen.getbands()))]
