@@ -180,7 +180,8 @@ def test_the_ladder_is_measured_as_other_suites_are(few_rungs, monkeypatch):
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-# VmHWM, not ru_maxrss: the latter starts at what the parent held when it forked.
+# VmHWM, not ru_maxrss: the latter starts at what the parent held when it forked. One image first: libraries that an
+# engine loads are not what a batch costs.
 PEAK = """import sys
 import torch
 from pathlib import Path
@@ -190,14 +191,22 @@ torch.manual_seed(0)
 model, schedule = ContextUnet(3, 64, 5, 16).eval(), NoiseSchedule.make("linear", 20, 1e-4, 0.35)
 context = torch.eye(5)[torch.arange(256) % 5]
 options = {"steps": 2, "clip": 1.0, "engine": sys.argv[1], "guidance": float(sys.argv[2])}
+
+
+def kibibytes(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+sample(model, schedule, 1, context=context[:1], **options)
+before = kibibytes("VmRSS:")
 sample(model, schedule, 256, context=context, batch_size=256, **options)
-lines = Path("/proc/self/status").read_text().splitlines()
-print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")))
+print(kibibytes("VmHWM:") - before)
 """
 
 
 def peak(engine, guidance):
-    """KiB that a fresh process held at most while it sampled 256 images."""
+    """KiB that a fresh process took at most for a batch of 256 images."""
     line, own = [sys.executable, "-c", PEAK, engine, str(guidance)], environment([ROOT], torch.get_num_threads())
     return int(subprocess.run(line, cwd=ROOT, env=own, capture_output=True, text=True, check=True).stdout)
 
@@ -208,6 +217,6 @@ def peak(engine, guidance):
 def test_sampling_a_large_batch_holds_less_than_eager_does():
     """Peak memory at batch 256, in fresh processes, network of 64 features."""
     for guidance in (1.0, 2.0):
-        # Processes differ by 5%, upwards, which is what fused saves: 2 to 7%.
+        # Processes differ by 15%, upwards; fused takes a fifth to a half less.
         eager, fused = (min(peak(engine, guidance) for _ in range(3)) for engine in ("eager", "fused"))
-        assert fused < 1.02 * eager
+        assert fused < 0.9 * eager
