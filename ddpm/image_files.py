@@ -266,9 +266,9 @@ def _deep_values(path: Path, image: Image.Image) -> Deep | None:
             high, low = of_both[::2], of_both[1::2]
         else:
             high, low = (_reread(path, order) for order in (rawmode, f"{kind};{OTHER_ORDER[depth]}"))
-        planes = [upper.astype(np.uint16) << 8 | lower for upper, lower in zip(high, low, strict=True)]
+        planes = [high.pop(0).astype(np.uint16) << 8 | low.pop(0) for _ in range(len(high))]
     if len(planes) in (2, 4):
-        opacity = (planes.pop() / white).astype(np.float32)
+        opacity = planes.pop() / np.float32(white)
     elif transparent is not None:
         differs = [plane != clear for plane, clear in zip(planes, np.atleast_1d(transparent), strict=True)]
         opacity = np.any(differs, axis=0).astype(np.float32)
