@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {lacks(str(missing.name))}", file=sys.stderr)
         return 4  # a provider is missing: run.ProviderError, which is out of reach
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     if draws:
         arguments.remove("run")
         return run.main(arguments, prog="ddpm-export run")

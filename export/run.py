@@ -812,6 +812,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     before = signal.signal(signal.SIGTERM, _terminate) if here else None
     try:
         sample(parser(prog).parse_args(arguments))
+        sys.stdout.flush()  # its errors, and an interrupt that came while the session was freed, belong here
     except (KeyboardInterrupt, _Terminated) as error:
         print("stopped", file=sys.stderr)
         return 143 if isinstance(error, _Terminated) else 130

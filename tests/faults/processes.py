@@ -93,6 +93,8 @@ class Child:
             # As a shell starts a program; one in the background would ignore Ctrl-C.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             code = work()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)  # the command is over
         except BaseException:
             traceback.print_exc()
         finally:
