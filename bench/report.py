@@ -189,7 +189,7 @@ def reliability_table(lines: Sequence[Mapping[str, Any]]) -> Table:
     for case in dict.fromkeys(line["case"] for line in lines):
         same = [line for line in lines if line["case"] == case]
         tried, lost = (sum(line[name] for line in same) for name in ("tried", "lost"))
-        rows.append([case, *map(str, (tried, tried - lost, lost)), ", ".join(line["what"] for line in same)])
+        rows.append([case, *map(str, (tried, tried - lost, lost)), "; ".join(line["what"] for line in same)])
     return Table(("case", "tried", "survived", "lost", "of"), "lrrrl", rows)
 
 
