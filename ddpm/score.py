@@ -1,10 +1,8 @@
-"""The score, and the other things that a network may predict, each from any other.
+"""The score, and the other things that a network may predict (`ddpm.predictions`), each from any other.
 
-    x = sqrt(a) x0 + sqrt(1 - a) eps          a = alpha_bar
-    v = sqrt(a) eps - sqrt(1 - a) x0          (Salimans & Ho 2022)
-    score = grad log q(x) = -eps / sqrt(1 - a)
+    score = grad log q(x) = -eps / sqrt(1 - alpha_bar)
 
-The last is exact for the expectations that networks learn (Tweedie's formula; Song et al. 2021, SDE, section 3.3).
+It is exact for the expectations that networks learn (Tweedie's formula; Song et al. 2021, SDE, section 3.3).
 """
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import check_choice, check_integer
 from ddpm.networks.protocol import broadcast, in_type, network_times, rows_of_condition, sample_shape
+from ddpm.predictions import eps_of, target_of, x0_of
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import PREDICTIONS
 from ddpm.trajectory import evaluating
@@ -41,20 +40,11 @@ def convert(value: Tensor, x: Tensor, alpha_bar: float | Tensor, source: str, ta
     if source == target:
         return value
     given, state = value.to(torch.float64), x.to(torch.float64)
-    # eps first; x0 from x and eps, but for v, where dividing by a small signal would lose digits.
-    if source == "x0":
-        eps = (state - signal * given) / noise
-    elif source == "v":
-        eps = noise * state + signal * given
-    else:
-        eps = given if source == "eps" else -noise * given
-    if target == "eps":
-        found = eps
-    elif target == "score":
-        found = -eps / noise
-    else:
-        x0 = {"x0": given, "v": signal * state - noise * given}.get(source, (state - noise * eps) / signal)
-        found = x0 if target == "x0" else signal * eps - noise * x0
+    if source == "score":
+        source, given = "eps", -noise * given
+    parts = signal, noise
+    eps, x0 = eps_of(source, state, given, *parts), x0_of(source, state, given, *parts)
+    found = -eps / noise if target == "score" else target_of(target, x0, eps, *parts)
     return found.to(value.dtype)
 
 

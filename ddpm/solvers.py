@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from ddpm.errors import check_choice, check_integer, check_number, register
+from ddpm.predictions import eps_of, x0_of
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import COLUMNS, PREDICTIONS, VISITS_MAX, StepTable, noise_step
 from kernels.philox import is_integer
@@ -92,20 +93,14 @@ def timestep_grid(timesteps: int, steps: int, spacing: str) -> np.ndarray:
 
 def to_x0(prediction: str, a: float) -> tuple[float, float]:
     """(c0, c1) of x0 = c0 x + c1 m."""
-    if prediction == "eps":
-        return 1 / math.sqrt(a), -math.sqrt(1 - a) / math.sqrt(a)
-    if prediction == "v":
-        return math.sqrt(a), -math.sqrt(1 - a)
-    return 0.0, 1.0
+    of = partial(x0_of, prediction, signal=math.sqrt(a), noise=math.sqrt(1 - a))
+    return of(1.0, 0.0), of(0.0, 1.0)
 
 
 def to_eps(prediction: str, a: float) -> tuple[float, float]:
     """(p, q) of eps = p x + q m: the network's own noise, whatever becomes of x0."""
-    if prediction == "eps":
-        return 0.0, 1.0
-    if prediction == "v":
-        return math.sqrt(1 - a), math.sqrt(a)
-    return 1 / math.sqrt(1 - a), -math.sqrt(a) / math.sqrt(1 - a)
+    of = partial(eps_of, prediction, signal=math.sqrt(a), noise=math.sqrt(1 - a))
+    return of(1.0, 0.0), of(0.0, 1.0)
 
 
 @solver("ddpm")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import predictions
 from ddpm.networks.protocol import broadcast, in_type, network_times, null_condition, predict, recalls
 from ddpm.schedule import NoiseSchedule
 from ddpm.training.options import TrainOptions
@@ -18,16 +19,8 @@ from kernels.q_sample_rows import q_sample_rows
 
 
 def target_of(prediction: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network shall output; alpha_bar broadcasts against x0. v is Salimans & Ho 2022, section 4."""
-    if prediction == "eps":
-        return noise
-    return x0 if prediction == "x0" else alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
-
-
-def x0_of(prediction: str, x_t: Tensor, output: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The x0 that an output stands for; alpha_bar broadcasts against x_t."""
-    clean, noisy = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    return {"eps": (x_t - noisy * output) / clean, "v": clean * x_t - noisy * output, "x0": output}[prediction]
+    """What the network shall output; alpha_bar broadcasts against x0."""
+    return predictions.target_of(prediction, x0, noise, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
 
 def for_half(x0: Tensor, seed: int | Tensor, samples: Tensor) -> Tensor:
@@ -116,7 +109,8 @@ class Objective(nn.Module):
         if recalls(self.network):
             with torch.no_grad():
                 output = self.output(x_t, times, context)
-            estimate = x0_of(options.prediction, x_t, output, broadcast(self.alpha_bars[t], x_t))
+            a = broadcast(self.alpha_bars[t], x_t)
+            estimate = predictions.x0_of(options.prediction, x_t, output, a.sqrt(), (1 - a).sqrt())
             previous = for_half(estimate, self.seed, samples)
         output = self.output(x_t, times, context, previous)
         weight = None if self.weights is None else self.weights[t]
