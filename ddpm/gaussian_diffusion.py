@@ -6,66 +6,38 @@ are made of the noise contract (`kernels.philox`): streams 2 (noise), 3 (t), 8 (
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import diffusion_loops
 from ddpm.beta_schedules import buffers_of, schedule_of
+from ddpm.diffusion_formulas import Formulas, ModelPrediction
+from ddpm.diffusion_loops import sampling_options
 from ddpm.errors import check_choice, check_integer, check_number
-from ddpm.inference import kept_form
-from ddpm.networks.protocol import broadcast, predict
+from ddpm.former_arguments import only, renamed, understands
+from ddpm.networks.protocol import predict
 from ddpm.networks.unet import sides_of
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.runs import free_folder, held, make_config, start_run
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from ddpm.table import FLOAT64_MAX, StepTable
-from ddpm.training.objective import for_half, min_snr_weights, per_sample_loss
-from ddpm.trajectory import Trajectory
-from kernels import backend, philox
+from ddpm.training.objective import for_half, min_snr_weights
+from kernels import philox
 from kernels.philox import Stream
 
 PREDICTIONS = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
 LOSSES = {"l1": "l1", "l2": "mse", "huber": "huber"}
+FUNCTIONS = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 
-def sampling_options(steps: int | None, eta: float = 0.0) -> dict[str, Any]:
-    """Of `make_table`, but the prediction: DDIM in so many steps, or ancestral for None."""
-    if steps is None:
-        return {"solver": "ddpm", "clip": 1.0}
-    more = {"eta": float(eta), "rederive": True, "spacing": "lucidrains"}
-    return {"solver": "ddim", "steps": int(steps), "clip": 1.0} | more
-
-
-class ModelPrediction(NamedTuple):
-    """What a network's output says of the noise and of x0, each [n, C, H, W]."""
-
-    pred_noise: Tensor
-    pred_x_start: Tensor
-
-
-class _Path:
-    """A callback that keeps every state: of tables that read neither m nor memory, x <- c2 x + c3 x0 + c6 z."""
-
-    def __init__(self, table: StepTable, samples: Tensor, x: Tensor, noise: Noise) -> None:
-        self.table, self.samples, self.noise, self.states = table, samples, noise, [x]
-        self.rows, self.steps = table.coefficients.tolist(), table.noise_steps.tolist()
-
-    def __call__(self, row: int, x0: Tensor) -> None:
-        if len(x0) != len(self.samples):  # a chunk that ran out of memory begins again as two
-            raise torch.OutOfMemoryError("return_all_timesteps: ran out of memory, needs a smaller batch_size")
-        _, _, of_x, of_x0, *_, of_z = self.rows[row]
-        x = of_x * self.states[-1] + of_x0 * x0
-        if of_z:
-            x = x + of_z * self.noise(self.samples, self.steps[row], Stream.SAMPLING, tuple(x.shape[1:])).to(x)
-        self.states.append(x)
-
-
-class GaussianDiffusion(nn.Module):
+class GaussianDiffusion(Formulas):
     """A diffusion around a network: `loss = diffusion(images)`, `diffusion.sample(batch_size=16)`.
 
     Args:
@@ -75,13 +47,21 @@ class GaussianDiffusion(nn.Module):
         beta_schedule: sigmoid, cosine or linear, with schedule_fn_kwargs.
         auto_normalize: whether images are 0..1 outside; False: -1..1 as inside.
         offset_noise_strength: of noise that is one number a channel. min_snr_loss_weight: weights of the loss clipped
-            at min_snr_gamma. loss_type: l2, l1 or huber.
+            at min_snr_gamma. loss_type: l2, l1 or huber. p2_loss_weight_gamma, p2_loss_weight_k: as of former versions,
+            weights (k + SNR)^-gamma whatever the objective (0 and 1 where the other is given).
+        channels: of former versions: those of the model.
         seed: of what training draws. `next_sample` counts the images drawn for: what a resumed training sets.
     immiscible is not built and refused. Raises ValueError or TypeError naming the argument.
 
-    Samples of one seed are the same at every call, on every engine and in every batch.
+    Samples of one seed are the same at every call, on every engine and in every batch. A subclass with steps of its own
+    (p_sample, model_predictions, ...) is sampled by them, eagerly. State dicts of former versions load, too.
     """
 
+    @understands(
+        denoise_fn=renamed("model"),
+        num_diffusion_timesteps=renamed("timesteps"),
+        betas=only(None, "beta_schedule, or a state dict with its own (load_state_dict)"),
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -99,6 +79,9 @@ class GaussianDiffusion(nn.Module):
         min_snr_gamma: float = 5,
         immiscible: bool = False,
         loss_type: str = "l2",
+        p2_loss_weight_gamma: float | None = None,
+        p2_loss_weight_k: float | None = None,
+        channels: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -113,6 +96,8 @@ class GaussianDiffusion(nn.Module):
                 raise TypeError(f"model: {type(model).__name__} has self_condition, needs {needs}") from error
         if model.out_dim != model.channels:
             raise ValueError(f"model: its out_dim is {model.out_dim}, needs its channels, {model.channels}")
+        if channels not in (None, model.channels):
+            raise ValueError(f"channels: got {channels}, but the model has {model.channels}, needs those or none")
         if getattr(model, "random_or_learned_sinusoidal_cond", False):
             raise ValueError("model: has a random or learned embedding of time, needs the sinusoidal one")
         if immiscible:
@@ -138,13 +123,44 @@ class GaussianDiffusion(nn.Module):
         self.model, self.channels, self.self_condition = model, model.channels, model.self_condition
         self.objective, self.loss_type, self.ddim_sampling_eta = objective, loss_type, ddim_sampling_eta
         self.auto_normalize, self.offset_noise_strength = auto_normalize, offset_noise_strength
-        self.seed, self.next_sample = seed, 0
+        # A tensor: compiled training would be compiled again for each number.
+        self.seed, self._drawn = seed, torch.zeros((), dtype=torch.int64, device="cpu")
 
-        gamma = min_snr_gamma if min_snr_loss_weight else math.inf
         buffers = buffers_of(self._schedule)
-        buffers["loss_weight"] = min_snr_weights(self._schedule.alpha_bars, self.prediction, gamma)[1:]
+        if p2_loss_weight_gamma is None and p2_loss_weight_k is None:
+            gamma = min_snr_gamma if min_snr_loss_weight else math.inf
+            buffers["loss_weight"] = min_snr_weights(self._schedule.alpha_bars, self.prediction, gamma)[1:]
+        else:
+            if min_snr_loss_weight:
+                raise ValueError("min_snr_loss_weight: got True beside p2_loss_weight, needs one of the two")
+            gamma, k = p2_loss_weight_gamma or 0.0, 1.0 if p2_loss_weight_k is None else p2_loss_weight_k
+            gamma = check_number("p2_loss_weight_gamma", gamma, 0, FLOAT64_MAX, "a finite number >= 0")
+            k = check_number("p2_loss_weight_k", k, math.ulp(0), FLOAT64_MAX, "a finite number > 0")
+            a = buffers["alphas_cumprod"]
+            buffers["loss_weight"] = (k + a / (1 - a)) ** -gamma
         for name, values in buffers.items():
             self.register_buffer(name, values.to(torch.float32))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Of former versions too, whose names it changes to the present ones in place."""
+        for former, now in (("p2_loss_weight", "loss_weight"), ("denoise_fn.", "model.")):
+            for name in [name for name in state_dict if name.startswith(prefix + former)]:
+                state_dict[prefix + now + name.removeprefix(prefix + former)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    @property
+    def next_sample(self) -> int:
+        """How many images training has drawn for."""
+        return int(self._drawn)
+
+    @next_sample.setter
+    def next_sample(self, count: int) -> None:
+        self._drawn.fill_(count)
+
+    @property
+    def loss_fn(self) -> Callable[..., Tensor]:
+        """PyTorch's loss of loss_type, called as loss_fn(output, target, reduction="none")."""
+        return FUNCTIONS[self.loss_type]
 
     @property
     def device(self) -> torch.device:
@@ -187,53 +203,13 @@ class GaussianDiffusion(nn.Module):
         """
         folder = Path(folder)
         self.tell_model()
+        diffusion_loops.warn_of_own_steps(self, "save_run")
         config = make_config(self.model, self.schedule, self.prediction, sampling=self.sampling())
         with held(folder):
             free_folder(folder, overwrite)
             start_run(folder, config, self.model)
 
-    # --- between x_t, x0, noise and v; t: int64 [n], from 0 -------------------------------------------------------
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """From what images are outside to -1..1."""
-        return images * 2 - 1 if self.auto_normalize else images
-
-    def unnormalize(self, x: Tensor) -> Tensor:
-        """From -1..1 to what images are outside."""
-        return (x + 1) * 0.5 if self.auto_normalize else x
-
-    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """A buffer at t: [n, 1, 1, 1]."""
-        if t.dtype != torch.int64 or t.shape != like.shape[:1]:
-            raise ValueError(f"t: got {t.dtype} {list(t.shape)}, needs int64 [{len(like)}], a timestep for each row")
-        backend.check_range("t", t, 0, self.num_timesteps - 1)
-        return broadcast(getattr(self, name)[t], like)
-
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x0 of x_t and noise."""
-        of_noise = self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
-        return self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - of_noise * noise
-
-    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        """Noise of x_t and x0."""
-        scaled = self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-        return (scaled - x0) / self._at("sqrt_recipm1_alphas_cumprod", t, x_t)
-
-    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v (Salimans & Ho 2022) of x0 and noise."""
-        of_noise = self._at("sqrt_alphas_cumprod", t, x_start)
-        return of_noise * noise - self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * x_start
-
-    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """x0 of x_t and v."""
-        of_v = self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
-        return self._at("sqrt_alphas_cumprod", t, x_t) * x_t - of_v * v
-
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of q(x_{t-1} | x_t, x0): mean [n, C, H, W], variance and its logarithm [n, 1, 1, 1]."""
-        of_x0, of_x = (self._at(f"posterior_mean_coef{k}", t, x_t) for k in (1, 2))
-        variance, logarithm = (self._at(f"posterior_{k}", t, x_t) for k in ("variance", "log_variance_clipped"))
-        return of_x0 * x_start + of_x * x_t, variance, logarithm
+    # --- a step; t: int64 [n], from 0 -----------------------------------------------------------------------------
 
     def model_predictions(
         self,
@@ -256,7 +232,8 @@ class GaussianDiffusion(nn.Module):
         self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`q_posterior` of what the network says x0 is, and that x0. clip_denoised: to -1..1."""
-        x0 = self.model_predictions(x, t, x_self_cond, clip_denoised).pred_x_start
+        x0 = self.model_predictions(x, t, x_self_cond).pred_x_start
+        x0 = x0.clamp(-1, 1) if clip_denoised else x0
         return *self.q_posterior(x0, x, t), x0
 
     @torch.no_grad()
@@ -271,6 +248,7 @@ class GaussianDiffusion(nn.Module):
         first_sample: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """A step of `p_sample_loop`, for loops of one's own: (x_{t-1}, x0), each like x. The last one has no noise."""
+        check_integer("t", t, 0, self.num_timesteps - 1)
         times = torch.full((len(x),), t, device=x.device)
         mean, _, logarithm, x0 = self.p_mean_variance(x, times, x_self_cond)
         if t == 0:
@@ -278,29 +256,30 @@ class GaussianDiffusion(nn.Module):
         draw = PhiloxNoise(seed) if noise is None else noise
         samples = torch.arange(first_sample, first_sample + len(x), device=x.device)
         z = draw(samples, t + 1, Stream.SAMPLING, tuple(x.shape[1:])).to(x)
-        return mean + (0.5 * logarithm).exp() * z, x0
+        return (mean + (0.5 * logarithm).exp() * z).to(x.dtype), x0
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def _take(self, n: int) -> Tensor:
-        """Indices of the next n images of training, int64 [n]; ranks of torch.distributed take turns."""
+    def _next(self, n: int, taken: bool) -> Tensor:
+        """Indices of the next n images of training, int64 [n], that are counted if they are taken; ranks take turns."""
         if getattr(self, "_is_replica", False):  # whose count is thrown away: every step would draw the same
             needs = "samples=, or DistributedDataParallel (torchrun)"
             raise RuntimeError(f"DataParallel: its replicas cannot count the images drawn for, needs {needs}")
         here = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if here else (0, 1)
-        first = self.next_sample + rank * n
-        self.next_sample += size * n
-        return torch.arange(first, first + n, device=self.device)
+        first = (self._drawn + rank * n).to(self.device)
+        if taken:
+            self._drawn.add_(size * n)
+        return first + torch.arange(n, device=self.device)
 
     def _noise(self, like: Tensor, samples: Tensor, stream: int = Stream.TRAINING_NOISE) -> Tensor:
         return philox.normal_like(like, self.seed, samples, stream, like.dtype)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = sqrt(ab) x0 + sqrt(1 - ab) noise, like x_start; noise None: the next of training's."""
-        noise = self._noise(x_start, self._take(len(x_start))) if noise is None else noise
+        noise = self._noise(x_start, self._next(len(x_start), taken=True)) if noise is None else noise
         of_noise = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
-        return self._at("sqrt_alphas_cumprod", t, x_start) * x_start + of_noise * noise
+        return (self._at("sqrt_alphas_cumprod", t, x_start) * x_start + of_noise * noise).to(x_start.dtype)
 
     def p_losses(
         self,
@@ -316,7 +295,7 @@ class GaussianDiffusion(nn.Module):
         samples: int64 [n], which numbers the noise contract draws; None: the next ones.
         """
         check_choice("loss_reduction", loss_reduction, ("mean", "none"))
-        samples = self._take(len(x_start)) if samples is None else samples
+        samples = self._next(len(x_start), taken=True) if samples is None else samples
         noise = self._noise(x_start, samples) if noise is None else noise
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         if strength:
@@ -326,12 +305,21 @@ class GaussianDiffusion(nn.Module):
         if self.self_condition:
             with torch.no_grad():
                 previous = for_half(self.model_predictions(x_t, t).pred_x_start, self.seed, samples)
-            torch.clear_autocast_cache()  # of weights that were cast without gradients
+            if torch.is_autocast_enabled(x_start.device.type):
+                torch.clear_autocast_cache()  # of weights that were cast without gradients
         output = predict(self.model, x_t, t, None, previous)
         target = {"pred_noise": noise, "pred_x0": x_start}.get(self.objective)
         target = self.predict_v(x_start, t, noise) if target is None else target
-        loss = per_sample_loss(LOSSES[self.loss_type], output.to(target.dtype), target) * self.loss_weight[t]
+        loss = self.loss_fn(output.to(target.dtype), target, reduction="none").flatten(1).mean(dim=1)
+        loss = loss * self.loss_weight[t]
         return loss if loss_reduction == "none" else loss.mean()
+
+    def random_times(self, batch_size: int) -> Tensor:
+        """Timesteps from 0 of the next images of training, int64 [batch_size]. A subclass may draw others."""
+        return self._times(self._next(batch_size, taken=False))
+
+    def _times(self, samples: Tensor) -> Tensor:
+        return philox.training_timesteps(self.seed, samples, self.num_timesteps) - 1
 
     def forward(
         self,
@@ -341,7 +329,7 @@ class GaussianDiffusion(nn.Module):
         samples: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """The loss of images [n, C, H, W], 0..1 with auto_normalize. times: int64 [n] from 0; None: uniform.
+        """The loss of images [n, C, H, W], 0..1 with auto_normalize. times: int64 [n] from 0; None: `random_times`.
 
         The rest is that of `p_losses`. Raises TypeError or ValueError for what are no such images.
         """
@@ -350,42 +338,19 @@ class GaussianDiffusion(nn.Module):
             raise TypeError(f"img: got {img.dtype}, needs floating point (0..1)")
         if list(img.shape[1:]) != needs:
             raise ValueError(f"img: got shape {list(img.shape)}, needs [n, {', '.join(map(str, needs))}]")
-        samples = self._take(len(img)) if samples is None else samples
-        if times is None:
-            times = philox.training_timesteps(self.seed, samples, self.num_timesteps) - 1
-        return self.p_losses(self.normalize(img), times, *arguments, samples=samples, **options)
+        if times is None and self.has_own("random_times"):
+            times = self.random_times(len(img))
+        samples = self._next(len(img), taken=True) if samples is None else samples
+        times = self._times(samples) if times is None else times
+        if not self.has_own("p_losses") or diffusion_loops.accepts(self.p_losses, "samples"):
+            options["samples"] = samples
+        return self.p_losses(self.normalize(img), times, *arguments, **options)
+
+    def has_own(self, name: str) -> bool:
+        """Whether a method of this name is a subclass's, or was replaced on the object."""
+        return getattr(getattr(self, name), "__func__", None) is not getattr(GaussianDiffusion, name)
 
     # --- sampling -------------------------------------------------------------------------------------------------
-
-    def _draw(
-        self,
-        table: StepTable,
-        shape: Sequence[int],
-        return_all_timesteps: bool = False,
-        *,
-        x_T: Tensor | None = None,  # noqa: N803 (its name in the papers)
-        noise: Noise | None = None,
-        seed: int = 0,
-        first_sample: int = 0,
-        engine: str = "auto",
-        dtype: torch.dtype = torch.float32,
-    ) -> Tensor:
-        """A trajectory of the table: [n, C, H, W], or [n, rows + 1, C, H, W], in -1..1."""
-        if noise is not None and not callable(noise):
-            needs = "a function noise(samples, step, stream, shape) -> [n, *shape]"
-            raise TypeError(f"noise: got a {type(noise).__name__}, needs {needs}")
-        n, *image = shape
-        self.tell_model(tuple(image))
-        trajectory = Trajectory(self.model, self.schedule, table, engine=engine, dtype=dtype, form=kept_form)
-        given = {"seed": seed, "first_sample": first_sample, "noise": noise, "x_T": x_T}
-        if not return_all_timesteps:
-            return trajectory(n, **given)
-        samples = torch.arange(first_sample, first_sample + n, device=self.device)
-        draw = PhiloxNoise(seed) if noise is None else noise
-        start = draw(samples, 0, Stream.INITIAL, tuple(image)) if x_T is None else x_T.to(self.device)
-        path = _Path(table, samples, start.to(torch.float32), draw)
-        images = trajectory(n, batch_size=n, callback=path, **given)
-        return torch.stack([*path.states[:-1], images], dim=1)
 
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False, **how: Any) -> Tensor:
         """Images [n, C, H, W], 0..1 with auto_normalize: a `Trajectory` of `table()`.
@@ -396,16 +361,18 @@ class GaussianDiffusion(nn.Module):
                 contract's; seed (0), first_sample (0), engine ("auto"), dtype (float32): see `Trajectory`.
         """
         check_integer("batch_size", batch_size)
-        shape = (batch_size, self.channels, *self.image_size)
-        return self.unnormalize(self._draw(self.table(), shape, return_all_timesteps, **how))
+        loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
+        return loop((batch_size, self.channels, *self.image_size), return_all_timesteps=return_all_timesteps, **how)
 
     def p_sample_loop(self, shape: Sequence[int], return_all_timesteps: bool = False, **how: Any) -> Tensor:
         """Ancestral sampling in T steps, whatever sampling_timesteps is. shape: [n, C, H, W]; the rest as `sample`."""
-        return self.unnormalize(self._draw(self.table(ddim=False), shape, return_all_timesteps, **how))
+        table = self.table(ddim=False)
+        return self.unnormalize(diffusion_loops.draw(self, table, shape, return_all_timesteps, **how))
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, **how: Any) -> Tensor:
         """DDIM in sampling_timesteps steps. shape: [n, C, H, W]; the rest as `sample`."""
-        return self.unnormalize(self._draw(self.table(ddim=True), shape, return_all_timesteps, **how))
+        table = self.table(ddim=True)
+        return self.unnormalize(diffusion_loops.draw(self, table, shape, return_all_timesteps, **how))
 
     @torch.no_grad()
     def interpolate(
@@ -428,4 +395,5 @@ class GaussianDiffusion(nn.Module):
         x = (1 - lam) * self.q_sample(x1, times, noise[0]) + lam * self.q_sample(x2, times, noise[1])
         if t == 0:
             return x
-        return self._draw(self.table(ddim=False).from_row(self.num_timesteps - t), x.shape, x_T=x, seed=seed, **how)
+        table = self.table(ddim=False).from_row(self.num_timesteps - t)
+        return diffusion_loops.draw(self, table, x.shape, x_T=x, seed=seed, **how)

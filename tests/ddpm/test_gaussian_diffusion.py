@@ -2,18 +2,23 @@
 
 import copy
 import math
+import random
+from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
+from torch.nn import functional as F
 
 from ddpm import GaussianDiffusion, Unet, load_run, sample
 from ddpm.errors import BadInput
 from ddpm.inference import has_form
 from ddpm.metrics import distance
 from kernels import philox
-from tests.library import our_noise
+from tests.library import NAME, our_noise
 
 OBJECTIVES = ("pred_noise", "pred_v", "pred_x0")
 SHAPE = (2, 4, 4)
@@ -213,6 +218,128 @@ def test_half_of_the_samples_get_the_first_estimate(plain_words):
     assert torch.equal(previous[kept], estimate[kept])
 
 
+@pytest.mark.parametrize(("loss_type", "function"), [("l1", F.l1_loss), ("l2", F.mse_loss), ("huber", F.huber_loss)])
+def test_loss_fn_is_pytorch_s_and_a_subclass_may_have_another(loss_type, function):
+    class Cubed(GaussianDiffusion):
+        @property
+        def loss_fn(self):
+            return lambda output, target, reduction: (output - target).abs() ** 3
+
+    assert made(loss_type=loss_type).loss_fn is function
+    x0, noise, t = torch.rand(2, *SHAPE), torch.randn(2, *SHAPE), torch.tensor([3, 20])
+    how = {"image_size": 4, "timesteps": 30, "objective": "pred_noise"}
+    diffusion = Cubed(Plain(), **how)
+    error = diffusion.model(diffusion.q_sample(x0, t, noise), t) - noise
+    assert distance(diffusion.p_losses(x0, t, noise).detach(), (error.abs() ** 3).mean().detach()) < 1e-6
+
+
+def test_random_times_are_those_of_the_next_images_and_a_subclass_may_draw_others(plain_words):
+    class Early(GaussianDiffusion):
+        def random_times(self, batch_size):
+            return torch.zeros(batch_size, dtype=torch.int64)
+
+    diffusion, images, noise = made(seed=4), torch.rand(3, *SHAPE), torch.randn(3, *SHAPE)
+    diffusion.next_sample = 2
+    times = diffusion.random_times(3)
+    assert times.tolist() == [plain_words(4, k, 0, 3, 1)[0] * 30 >> 32 for k in (2, 3, 4)]
+    assert diffusion.next_sample == 2
+    assert torch.equal(diffusion(images, noise), made()(images, noise, times=times))
+    early = Early(Plain(), image_size=4, timesteps=30, beta_schedule="cosine")
+    assert torch.equal(early(images, noise), made()(images, noise, times=torch.zeros(3, dtype=torch.int64)))
+
+
+def test_a_subclass_s_p_losses_by_the_library_s_signature_is_the_loss():
+    class Doubled(GaussianDiffusion):
+        def p_losses(self, x_start, t, noise=None, offset_noise_strength=None):
+            return 2 * super().p_losses(x_start, t, noise, offset_noise_strength)
+
+    images, noise = torch.rand(3, *SHAPE), torch.randn(3, *SHAPE)
+    doubled = Doubled(Plain(), **HOW)
+    assert torch.equal(doubled(images, noise), 2 * made()(images, noise))
+    assert doubled.next_sample >= 3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_weight_of_former_versions(objective):
+    snr = alpha_bars("cosine", 30) / (1 - alpha_bars("cosine", 30))
+    for given, gamma, k in (((0.0, None), 0, 1), ((None, 2.0), 0, 2), ((0.5, 2.0), 0.5, 2)):
+        diffusion = made(objective=objective, p2_loss_weight_gamma=given[0], p2_loss_weight_k=given[1])
+        np.testing.assert_allclose(diffusion.loss_weight, (k + snr) ** -gamma, rtol=2e-6)
+
+
+def test_arguments_of_former_versions():
+    diffusion = GaussianDiffusion(
+        denoise_fn=Plain(), image_size=4, channels=2, num_diffusion_timesteps=30, betas=None, beta_schedule="cosine"
+    )
+    assert torch.equal(diffusion.sample(1), made().sample(1))
+
+
+def test_state_dicts_of_former_versions_load():
+    source = made(objective="pred_x0", p2_loss_weight_gamma=1.0)
+    names = (("loss_weight", "p2_loss_weight"), ("model.", "denoise_fn."))
+    state = source.state_dict()
+    for now, former in names:
+        state = {former + name.removeprefix(now) if name.startswith(now) else name: state[name] for name in state}
+    with torch.no_grad():
+        source.model.conv.weight.mul_(2.0)
+        state["denoise_fn.conv.weight"] = source.model.conv.weight.clone()
+    both = nn.ModuleDict({"inside": made(objective="pred_x0")})
+    both.load_state_dict({f"inside.{name}": value for name, value in state.items()})
+    for name, value in source.state_dict().items():
+        assert torch.equal(both["inside"].state_dict()[name], value), name
+
+
+# --- other types, compilation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tables_are_not_rounded_to_the_type_of_the_network(dtype, objective):
+    """A fine schedule, whose first steps would all be 1."""
+    torch.manual_seed(0)
+    how = {"timesteps": 1000, "beta_schedule": "linear", "sampling_timesteps": 4, "objective": objective}
+    model = Unet(4, dim_mults=(1,), channels=2, attn_dim_head=4)
+    diffusion = made(copy.deepcopy(model), **how).to(dtype)
+    wide = made(model.to(dtype).float(), **how)  # of the same rounded weights
+    assert {each.dtype for each in diffusion.model.parameters()} == {dtype}
+    for name, table in wide.named_buffers(recurse=False):
+        assert torch.equal(getattr(diffusion, name), table), name
+    assert torch.equal(diffusion.schedule.alpha_bars, wide.schedule.alpha_bars)
+    assert distance(diffusion.sample(2), wide.sample(2)) < 1e-6
+    images = torch.rand(2, *SHAPE).to(dtype)
+    x_t = diffusion.q_sample(images, torch.tensor([1, 900]), torch.ones_like(images))
+    assert x_t.dtype == dtype
+    assert distance(x_t, wide.q_sample(images.float(), torch.tensor([1, 900]), torch.ones(2, *SHAPE))) < 0.02
+    losses = [
+        each(part, times=torch.tensor([300, 900])) for each, part in ((diffusion, images), (wide, images.float()))
+    ]
+    assert distance(losses[0].detach().float(), losses[1].detach()) < 0.05
+
+
+class Forgetful(Plain):
+    """A list that grows would be compiled again for each length."""
+
+    def forward(self, x, time, x_self_cond=None, x0_previous=None):
+        previous = x0_previous if x_self_cond is None else x_self_cond
+        x = torch.cat((torch.zeros_like(x) if previous is None else previous, x), 1) if self.self_condition else x
+        return self.conv(x) + torch.cos(time.to(x.dtype) / 7)[:, None, None, None]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("self_condition", [False, True])
+def test_training_compiles_as_one_graph_and_once(self_condition):
+    torch.manual_seed(0)
+    diffusion = made(Forgetful(self_condition))
+    again = copy.deepcopy(diffusion)
+    counted = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(diffusion, backend=counted, fullgraph=True)
+    for _ in range(3):
+        images = torch.rand(2, *SHAPE)
+        assert torch.allclose(compiled(images), again(images), rtol=1e-5)
+    assert counted.frame_count == 1
+    assert diffusion.next_sample == again.next_sample == 6
+
+
 def test_under_autocast_the_first_estimate_leaves_the_gradients():
     torch.manual_seed(0)
     diffusion = made(Unet(4, dim_mults=(1,), channels=1, attn_dim_head=4, self_condition=True))
@@ -288,6 +415,103 @@ def test_steps_of_one_s_own_loop_draw_what_the_loop_draws(self_condition):
         x, x0 = diffusion.p_sample(x, t, x0 if self_condition else None, seed=3, first_sample=1)
     drawn = diffusion.p_sample_loop((2, *SHAPE), seed=3, first_sample=1, engine="eager")
     assert distance(diffusion.unnormalize(x), drawn) < 1e-5
+
+
+class Guided(GaussianDiffusion):
+    """As people guide: the mean is moved. By the signatures of the library, whose noise torch draws."""
+
+    def p_mean_variance(self, x, t, x_self_cond=None, clip_denoised=True):
+        mean, *others = super().p_mean_variance(x, t, x_self_cond, clip_denoised)
+        return mean + 0.01, *others
+
+
+class Steered(GaussianDiffusion):
+    def model_predictions(self, x, t, x_self_cond=None, clip_x_start=False, rederive_pred_noise=False):
+        told = super().model_predictions(x, t, x_self_cond, clip_x_start, rederive_pred_noise)
+        return told._replace(pred_x_start=told.pred_x_start * 0.5)
+
+
+class Counted(GaussianDiffusion):
+    steps = 0
+
+    def p_sample(self, x, t, x_self_cond=None):
+        self.steps += 1
+        return super().p_sample(x, t, x_self_cond)
+
+
+HOW = {"image_size": 4, "timesteps": 30, "beta_schedule": "cosine"}
+
+
+def test_steps_of_a_subclass_are_those_that_are_made(caplog):
+    counted, plain = Counted(Plain(self_condition=True), **HOW), made(Plain(self_condition=True))
+    with caplog.at_level("INFO", "ddpm"):
+        images = counted.sample(2)
+    assert counted.steps == 30
+    assert "Counted has p_sample of its own: sampled step by step, eagerly" in caplog.text
+    assert distance(images, plain.sample(2)) < 1e-5
+    assert counted.sample(2, True).shape == (2, 31, *SHAPE)
+    with pytest.raises(ValueError, match=r"seed: got 3, but Counted\.p_sample takes none"):
+        counted.sample(2, seed=3)
+    with pytest.raises(ValueError, match=r"engine: got fused .*Counted has p_sample of its own.* needs eager"):
+        counted.sample(2, engine="fused")
+
+
+@pytest.mark.parametrize("start", [None, 12])
+def test_a_mean_that_is_moved_moves_the_picture(start):
+    """The library's loop by hand: p_mean_variance and noise."""
+    guided = Guided(Plain(), **HOW)
+    x = torch.zeros(2, *SHAPE) if start else philox.normal(3, torch.arange(2), 0, philox.Stream.INITIAL, SHAPE)
+    expected = x
+    if start:
+        noise = philox.normal(3, torch.arange(4), 0, 0, SHAPE).chunk(2)
+        expected = sum(guided.q_sample(x, torch.full((2,), start), z) for z in noise) / 2
+    for t in reversed(range(start or 30)):
+        mean, _, logarithm, _ = guided.p_mean_variance(expected, torch.full((2,), t))
+        z = philox.normal(3, torch.arange(2), t + 1, philox.Stream.SAMPLING, SHAPE) if t else 0.0
+        expected = (mean + (0.5 * logarithm).exp() * z).detach()
+    drawn = guided.interpolate(x, x, start, seed=3) if start else guided.sample(2, seed=3) * 2 - 1
+    assert distance(drawn, expected) < 1e-5
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_predictions_of_a_subclass_are_what_ddim_reads(eta):
+    how = {**HOW, "sampling_timesteps": 7, "ddim_sampling_eta": eta}
+    steered, plain = Steered(Plain(), **how), made(**how)
+    x = philox.normal(3, torch.arange(2), 0, philox.Stream.INITIAL, SHAPE).double()
+    a = [1.0, *alpha_bars("cosine", 30)]
+    visited = [int(v) + 1 for v in np.linspace(-1, 29, 8)][::-1]
+    with torch.no_grad():
+        for t, after in pairwise(visited):
+            told = plain.model_predictions(x.float(), torch.full((2,), t - 1), None, True, True)
+            x0, eps = told.pred_x_start.double() * 0.5, told.pred_noise.double()
+            sigma = eta * math.sqrt((1 - a[t] / a[after]) * (1 - a[after]) / (1 - a[t])) if after else 0.0
+            z = philox.normal(3, torch.arange(2), t, philox.Stream.SAMPLING, SHAPE).double()
+            x = math.sqrt(a[after]) * x0 + math.sqrt(max(1 - a[after] - sigma**2, 0)) * eps + sigma * z
+            x = x if after else x0
+    assert distance(steered.sample(2, seed=3), (x + 1) / 2) < 1e-4
+
+
+def test_ddim_does_not_ask_p_sample_and_loops_of_a_subclass_are_called():
+    class Own(Counted):
+        def p_sample_loop(self, shape, return_all_timesteps=False):
+            return torch.zeros(shape)
+
+    ddim = Own(Plain(), **HOW, sampling_timesteps=5)
+    assert distance(ddim.sample(2, seed=3, engine="fused"), made(sampling_timesteps=5).sample(2, seed=3)) < 1e-5
+    assert ddim.steps == 0
+    assert not Own(Plain(), **HOW).sample(2).any()
+
+
+def test_a_step_that_is_replaced_on_the_object_is_made():
+    diffusion = made()
+    diffusion.p_sample = lambda x, t, x_self_cond=None: (x * 0.5, x)
+    start = torch.ones(1, *SHAPE)
+    assert distance(diffusion.sample(1, x_T=start), (start * 0.5**30 + 1) / 2) < 1e-6
+
+
+def test_a_run_that_lacks_steps_of_a_subclass_is_said(tmp_path, caplog):
+    Guided(Unet(4, dim_mults=(1,), channels=2), **HOW).save_run(tmp_path / "run")
+    assert "save_run: runs are sampled without p_mean_variance of Guided" in caplog.text
 
 
 def test_both_loops_are_there_whatever_sampling_timesteps_is(plain_normals):
@@ -393,12 +617,23 @@ def test_a_run_draws_the_same(tmp_path, way):
         ({"immiscible": True}, "immiscible: got True, which is not built, needs False"),
         ({"loss_type": "mse"}, "loss_type: got 'mse', needs one of l1, l2, huber"),
         ({"seed": -1}, "seed: got -1"),
+        ({"channels": 3}, "channels: got 3, but the model has 2"),
+        ({"betas": [0.1]}, r"betas: got \[0\.1\], an argument of former versions, needs beta_schedule"),
+        ({"p2_loss_weight_gamma": -1}, "p2_loss_weight_gamma: got -1"),
+        ({"p2_loss_weight_gamma": 1, "p2_loss_weight_k": 0}, "p2_loss_weight_k: got 0"),
+        ({"p2_loss_weight_gamma": 1, "min_snr_loss_weight": True}, "min_snr_loss_weight: got True beside p2_loss"),
+        ({"denoise_fn": None, "num_diffusion_timesteps": 9}, "num_diffusion_timesteps: got 9 beside timesteps"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message) as refusal:
         made(**options)
     assert "\n" not in str(refusal.value)
+
+
+def test_what_is_given_by_place_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"GaussianDiffusion: got 4 after model, needs what follows by name \(name=4\)"):
+        GaussianDiffusion(Plain(), 4)
 
 
 def test_models_that_do_not_fit():
@@ -435,6 +670,8 @@ def test_replicas_of_data_parallel_are_refused_unless_their_samples_are_told():
         ),
         (lambda d: d(torch.zeros(2, *SHAPE), times=torch.tensor([0])), ValueError, r"t: got torch.int64 \[1\], needs"),
         (lambda d: d.sample(0), ValueError, "batch_size: got 0"),
+        (lambda d: d.p_sample(torch.zeros(2, *SHAPE), 30), ValueError, r"t: got 30, needs an integer in 0\.\.29"),
+        (lambda d: d.p_sample(torch.zeros(2, *SHAPE), torch.tensor([1, 2])), ValueError, "t: got tensor"),
         (lambda d: d.sample(2, seed=-1), ValueError, "seed"),
         (lambda d: d.sample(2, x_T=torch.zeros(1, *SHAPE)), ValueError, "x_T: got"),
         (lambda d: d.sample(2, engine="warp"), ValueError, "engine: got 'warp'"),
@@ -511,3 +748,59 @@ def test_whole_trajectories_are_the_library_s(library, objective, steps):
     expected = drawn(theirs, ours, 2)
     for engine in ("eager", "fused"):
         assert distance(ours.sample(2, seed=5, engine=engine), expected) < 1e-4
+
+
+def drawn_at_random(seed):
+    """A network and a diffusion, each of its arguments drawn."""
+    rng = random.Random(seed)  # noqa: S311
+    levels = rng.choice((1, 2, 3))
+
+    def each(values):
+        return tuple(rng.choice(values) for _ in range(levels))
+
+    network = {
+        "dim": rng.choice((4, 6, 8)),
+        "init_dim": rng.choice((None, 5)),
+        "dim_mults": each((1, 2)),
+        "channels": rng.choice((1, 2, 3)),
+        "self_condition": rng.choice((True, False)),
+        "sinusoidal_pos_emb_theta": rng.choice((10000, 50)),
+        "dropout": rng.choice((0.0, 0.3)),
+        "attn_dim_head": each((2, 4)),
+        "attn_heads": rng.choice((1, each((1, 2)))),
+        "full_attn": rng.choice((None, each((True, False)))),
+        "flash_attn": rng.choice((True, False)),
+    }
+    kind = rng.choice(("linear", "cosine", "sigmoid"))
+    options = {
+        "image_size": rng.choice((4, (8, 4))) if levels < 3 else (4, 8),
+        "beta_schedule": kind,
+        "schedule_fn_kwargs": rng.choice(({}, {"s": 0.02} if kind == "cosine" else {})),
+        "ddim_sampling_eta": rng.choice((0.0, 0.5, 1.0)),
+        "auto_normalize": rng.choice((True, False)),
+        "offset_noise_strength": rng.choice((0.0, 0.1)),
+        "min_snr_loss_weight": rng.choice((True, False)),
+        "min_snr_gamma": rng.choice((5, 1.5)),
+    }
+    return network, options
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_v"])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_configurations_are_the_library_s(library, seed, objective):
+    """Whole trajectories: DDPM in 1000 steps, DDIM in 50, and losses."""
+    network, options = drawn_at_random(seed)
+    for steps in (None, 50):
+        theirs, ours = pair(library, objective, network, sampling_timesteps=steps, **options)
+        assert distance(ours.sample(2, seed=5), drawn(theirs, ours, 2)) < 1e-4
+    images, noise = torch.rand(4, ours.channels, *ours.image_size), torch.randn(4, ours.channels, *ours.image_size)
+    t, offset = torch.tensor([0, 1, 500, 999]), torch.randn(4, ours.channels)
+    for kept in (True, False):  # with self_condition, the estimate of all or of none
+        coin, ours_coin = (lambda kept=kept: 0.0 if kept else 1.0), (lambda x0, *_, kept=kept: x0 * kept)
+        with patch(f"{NAME}.{NAME}.random", coin), patch("torch.randn", lambda *_, **__: offset):
+            expected = theirs(images, noise.clone(), times=t, loss_reduction="none")
+        drawn_offset = patch("kernels.philox.normal_like", lambda *_: offset[:, :, None, None])
+        with patch("ddpm.gaussian_diffusion.for_half", ours_coin), drawn_offset:
+            actual = ours(images, noise, times=t, loss_reduction="none")
+        assert distance(actual.detach(), expected.detach()) < 1e-5
