@@ -1,11 +1,15 @@
 """denoising_diffusion_pytorch itself, beside which ours is tested; and a checkpoint of its Trainer, kept in tests.
 
 `python -m tests.library` writes the checkpoint and what the library draws from it into tests/ddpm/library/, where
-tests find both without the library. docs/contributing.md says how it is installed.
+tests find both without the library. docs/contributing.md says how it is installed. `python -m tests.library FOLDER`
+writes what former releases draw, from FOLDER/0.27.12 and others (pip install --no-deps --target FOLDER/0.27.12 ...).
 """
 
+import hashlib
+import inspect
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -27,6 +31,24 @@ NETWORK = {"dim": 4, "dim_mults": (1, 2), "channels": 1, "attn_dim_head": 4, "at
 DIFFUSION = {"image_size": 8, "timesteps": 20, "objective": "pred_v", "beta_schedule": "cosine"}
 DIFFUSION |= {"min_snr_loss_weight": True}
 DDIM_STEPS = 7
+FORMER = FOLDER / "former.npz"
+# At least the first and the last release with each network.
+RELEASES = (
+    "0.22.0",
+    "0.25.3",
+    "0.26.1",
+    "0.26.4",
+    "0.26.5",
+    "0.27.0",
+    "0.27.3",
+    "0.27.12",
+    "0.28.0",
+    "0.31.1",
+    "0.32.0",
+)
+RELEASES += ("1.0.7", "1.6.4", "1.7.1", "1.7.3", "1.7.7", "1.8.0", "1.8.15", "1.9.0", "1.11.1", "2.0.0")
+FORMER_NETWORK = {"dim": 8, "dim_mults": (1, 2), "channels": 1}
+FORMER_DIFFUSION = {"image_size": 8, "timesteps": 6, "objective": "pred_x0", "beta_schedule": "cosine"}
 
 
 @contextmanager
@@ -71,6 +93,47 @@ def draw(held: dict[str, Any], weights: str, steps: int | None, **options: Any) 
         return theirs.sample(N).numpy()
 
 
+def filled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of order 1 for these names and shapes, always the same."""
+    rng, found = np.random.default_rng(0), {}
+    for name in sorted(state):
+        shape = tuple(state[name].shape)
+        values = rng.standard_normal(shape) / np.sqrt(max(4.0, np.prod(shape[1:])))
+        is_gain = name.endswith((".g", "norm.weight"))
+        found[name] = torch.from_numpy(1 + values if is_gain else values).float()
+    return found
+
+
+def names_of(state: Mapping[str, Tensor]) -> str:
+    """What the names and shapes of a state dict are, in short."""
+    return hashlib.sha256(repr(sorted((name, tuple(each.shape)) for name, each in state.items())).encode()).hexdigest()
+
+
+def former_options(release: str) -> dict[str, Any]:
+    """Arguments of Unet that this release needs beside FORMER_NETWORK: its own default was for four levels."""
+    return {"full_attn": (False, True)} if release in ("1.8.0", "1.8.15", "1.9.0") else {}
+
+
+def former(folder: Path) -> None:
+    """Write FORMER: what the releases in a folder draw, and the names of their networks' entries."""
+    found = {}
+    for release in RELEASES:
+        for name in [name for name in sys.modules if name.partition(".")[0] == NAME]:
+            del sys.modules[name]
+        with patch.object(sys, "path", [str(folder / release), *sys.path]):
+            library = load()
+        assert Path(library.__file__).is_relative_to(folder / release), library.__file__
+        network = library.Unet(**FORMER_NETWORK, **former_options(release))
+        network.load_state_dict(filled(network.state_dict()))
+        more = {"channels": 1} if "channels" in inspect.signature(library.GaussianDiffusion).parameters else {}
+        theirs = library.GaussianDiffusion(network, **FORMER_DIFFUSION, **more).eval()
+        with our_noise(range(FORMER_DIFFUSION["timesteps"], 0, -1), N):
+            images = theirs.sample(N).numpy()
+        found |= {f"{release} images": images, f"{release} names": names_of(network.state_dict())}
+        print(release, images.std(), found[f"{release} names"][:8])
+    np.savez_compressed(FORMER, **found)
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
@@ -83,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    former(Path(sys.argv[1])) if len(sys.argv) > 1 else main()

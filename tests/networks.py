@@ -63,7 +63,7 @@ class Network:
 
 
 UNET = {"dim": 8, "dim_mults": (1, 2), "channels": 1, "image_size": 16}
-UNET_FILES = ("ddpm/networks/unet.py", "ddpm/inference/unet.py")
+UNET_FILES = ("ddpm/networks/unet.py", "ddpm/networks/unet_versions.py", "ddpm/inference/unet.py")
 UNET2D = {"sample_size": 16, "in_channels": 1, "out_channels": 1} | BLOCKS
 UNET2D |= {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
 NETWORKS = {
@@ -72,6 +72,7 @@ NETWORKS = {
     ),
     "Unet": Network(lambda: Unet(**UNET), UNET_FILES),
     "Unet, self_condition": Network(lambda: Unet(**UNET, self_condition=True), UNET_FILES),
+    "Unet, version 0.27.12": Network(lambda: Unet(**UNET, version="0.27.12"), UNET_FILES),
     "UNet2D": Network(lambda: UNet2D(**UNET2D, num_class_embeds=3), ("ddpm/networks/unet2d.py",)),
     "PointMLP": Network(lambda: PointMLP(2, 8), ("ddpm/networks/mlp.py",)),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddpm import runs
 from ddpm.commands.importing_unet import FAMILY, import_unet, other_library
-from ddpm.commands.weight_files import places_of, read_entries, say_left_out, shape_of, take_network
+from ddpm.commands.weight_files import places_of, read_versioned, say_left_out, shape_of, take_network
 from ddpm.data import check_class_names
 from ddpm.errors import BadInput, check_choice
 from ddpm.networks import ContextUnet, load_context_unet_weights
@@ -81,6 +81,7 @@ def import_weights(
     image_size: Annotated[str | None, typer.Option(help="of a Unet: side, or HEIGHTxWIDTH")] = None,
     prediction: Annotated[str | None, typer.Option(help="of a Unet: eps, v or x0 [its loss_weight]")] = None,
     sampling_timesteps: Annotated[int | None, typer.Option(help="of a Unet: DDIM in so many [T, ancestral]")] = None,
+    unet: Annotated[list[str] | None, typer.Option(help="of a Unet: NAME=VALUE, what weights do not tell")] = None,
     null_class: Annotated[int | None, typer.Option(help="of a pipeline: the class that means none [zeros]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in --out")] = False,
 ) -> None:
@@ -93,6 +94,7 @@ def import_weights(
     here = {"n_feat": n_feat, "n_cfeat": n_cfeat, "height": height, "timesteps": timesteps}
     here |= {"beta_start": beta_start, "beta_end": beta_end, "classes": classes}
     of_unet = {"image_size": image_size, "prediction": prediction, "sampling_timesteps": sampling_timesteps}
+    of_unet |= {"unet": unet or None}
     if weights.is_dir():
         from ddpm.commands.importing_pipeline import import_pipeline
 
@@ -101,7 +103,7 @@ def import_weights(
         return
     if null_class is not None:
         raise BadInput(f"--null-class: got {null_class}, but {weights} is no folder of a pipeline, needs none")
-    entries = read_entries(weights)
+    entries, version = read_versioned(weights)
     is_unet = not places_of(FIRST, entries)
     if is_unet and not places_of(FAMILY, entries):
         other = other_library(entries)
@@ -112,7 +114,7 @@ def import_weights(
         raise BadInput(f"--{name.replace('_', '-')}: got {value}, but {weights} holds {holds}")
     online = which == "online"
     if is_unet:
-        import_unet(weights, entries, out, online=online, overwrite=overwrite, **of_unet)
+        import_unet(weights, entries, out, version=version, online=online, overwrite=overwrite, **of_unet)
         return
     state = with_context(network_in(weights, entries, online))
     try:

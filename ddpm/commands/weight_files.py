@@ -47,12 +47,17 @@ def read_entries(path: Path) -> dict[str, Tensor]:
 
     Raises BadInput, naming the file, for pickled objects, and for one that unpacks to more than it holds.
     """
+    return read_versioned(path)[0]
+
+
+def read_versioned(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """`read_entries`, and the text beside them that is called version."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     with path.open("rb") as file:
         is_safetensors = file.read(9)[8:] == b"{"  # the length of a JSON header, then that
     if is_safetensors:
-        return read_tensors(path)
+        return read_tensors(path), None
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -72,7 +77,8 @@ def read_entries(path: Path) -> dict[str, Tensor]:
             reason = f"a pickled {pickled[1]}" if pickled else "TorchScript"
             needs = ", needs those: torch.save(model.state_dict(), FILE)"
         raise BadInput(f"{path}: not a PyTorch file of weights alone ({reason}){needs}") from error
-    return _tensors(content)
+    version = content.get("version") if isinstance(content, Mapping) else None
+    return _tensors(content), version if isinstance(version, str) else None
 
 
 def _tensors(content: object) -> dict[str, Tensor]:

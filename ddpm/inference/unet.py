@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpm.inference.convolutions import Convolution
 from ddpm.inference.form import FORMS, Form, Layout, Rows, checked
 from ddpm.networks.unet import Unet
+from ddpm.networks.unet_versions import StandardizedConv2d
 
 
 class UnetForm(Form):
@@ -35,7 +36,8 @@ class UnetForm(Form):
         for path, own in self.network.named_modules():
             source = model.get_submodule(path)
             if isinstance(own, Convolution):
-                own.load(source.weight, source.bias, self.dtype, self.layout)
+                is_raw = isinstance(source, StandardizedConv2d)
+                own.load(source.standardized() if is_raw else source.weight, source.bias, self.dtype, self.layout)
             for name, parameter in own.named_parameters(recurse=False):
                 parameter.copy_(getattr(source, name))
 

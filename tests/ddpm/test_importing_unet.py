@@ -9,6 +9,7 @@ import torch
 from ddpm import GaussianDiffusion, Unet, load_run, sample
 from ddpm.commands.importing_unet import objective_of
 from ddpm.metrics import distance
+from ddpm.networks.unet_versions import STRUCTURES
 from tests import library
 
 BEYOND = "needs an integer in 1..12 (the schedule's timesteps)"
@@ -121,7 +122,7 @@ def without_loss_weight(content):
 
 @pytest.mark.parametrize("asked", ["v", "pred_v"])
 def test_former_files_need_the_prediction(imported, asked):
-    content = without_loss_weight(diffusion_of().state_dict())
+    content = without_loss_weight(diffusion_of({"dim": 8, "attn_dim_head": 32, "version": "1.4"}).state_dict())
     answer, _ = imported(content, "--image-size", 8)
     assert answer.code == 2
     assert answer.err.splitlines()[-1].startswith("error: --prediction: loss_weight, which tells it, has none")
@@ -129,6 +130,59 @@ def test_former_files_need_the_prediction(imported, asked):
     assert run.config["prediction"] == "v"
     assert "predicts v, as you say" in answer.out
     assert run.sampling["clip"] == 1.0
+
+
+# What else a file of each release has, beside which names of entries tell it; None: it needs --unet version.
+OF_RELEASE = {
+    "0.22.0": ("p2_loss_weight", None),
+    "0.26.0": ("p2_loss_weight", None),
+    "0.26.4": ("p2_loss_weight", None),
+    "0.26.5": ("p2_loss_weight", None),
+    "0.27.3": ("p2_loss_weight", None),
+    "0.28.0": ("p2_loss_weight", None),
+    "0.32.0": ("p2_loss_weight", ""),
+    "1.7.0": ("loss_weight", "1.7.1"),
+    "1.7.3": ("loss_weight", "1.7.3"),
+    "1.7.4": ("loss_weight", "1.7.7"),
+    "1.8.0": ("loss_weight", ""),
+    "1.9.0": ("loss_weight", ""),
+}
+
+
+@pytest.mark.parametrize("release", OF_RELEASE)
+def test_a_former_release_is_told_by_its_entries_or_its_version(imported, release):
+    buffer, version = OF_RELEASE[release]
+    diffusion = diffusion_of({"dim": 8, "attn_dim_head": 32, "version": release})
+    state = {name.replace("model.", "denoise_fn.", 1): value for name, value in diffusion.state_dict().items()}
+    state[buffer] = state.pop("loss_weight")
+    content = checkpoint(diffusion) | {"model": state, "ema": {}, "version": version}
+    content = content if version else {name: value for name, value in content.items() if name != "version"}
+    options = ["--image-size", 8, "--prediction", "v"]
+    answer, run = imported(content, *options)
+    if version is None:
+        assert (answer.code, "does not tell its release, could be of 0.2" in answer.err) == (2, True)
+        answer, run = imported(content, *options, "--unet", f"version={release}")
+    assert answer.code == 0, answer.err
+    assert run.model.config() == diffusion.model.config() | {"image_size": [8, 8]}
+    assert f"version {release}, resnet_block_groups 8" in answer.out
+    assert "resnet_block_groups 8 as by default: the weights do not tell" in answer.out
+    for name, value in diffusion.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], value), name
+
+
+def test_every_former_release_is_tried():
+    assert {*OF_RELEASE, "2.0.0"} == STRUCTURES.keys()
+
+
+def test_what_weights_do_not_tell_can_be_said(imported):
+    told = {"version": "0.31.1", "resnet_block_groups": 2, "attn_dim_head": 8, "sinusoidal_pos_emb_theta": 50.0}
+    diffusion = diffusion_of({"dim": 4, **told, "attn_heads": 3})
+    content = without_loss_weight(diffusion.state_dict())
+    more = [part for name, value in told.items() for part in ("--unet", f"{name}={value}")]
+    answer, run = imported(content, "--image-size", 8, "--prediction", "eps", *more)
+    assert answer.code == 0, answer.err
+    assert run.model.config() == diffusion.model.config() | {"image_size": [8, 8]}
+    assert "as by default" not in answer.out
 
 
 @pytest.mark.parametrize("wrapper", ["model._orig_mod.", "model.module._orig_mod."])
@@ -163,7 +217,13 @@ VARIANTS = {
         lambda s: {k: v for k, v in s.items() if k[:6] == "model."} | {"model.time_mlp.0.weights": torch.ones(2)},
         "looks like a continuous-time variant",
     ),
-    "group norm": (renamed("norm.g", "norm.weight"), "looks like the network of an earlier version"),
+    "norms of no release": (renamed("norm.g", "norm.gain"), "'downs.0.0.block1.norm.gain' is no entry of a Unet"),
+    "earlier": (renamed("ups.0.3.1.", "ups.0.3.1.0."), "looks like the network of 0.16 to 0.21"),
+    "before": (
+        renamed("block1.proj.", "block1.block.0."),
+        "(looks like the network of denoising_diffusion_pytorch bef",
+    ),
+    "of no release": (renamed("mem_kv", "memory"), "does not tell its release, is of none"),
     "alone": (lambda s: {k[6:]: v for k, v in s.items() if k[:6] == "model."}, "holds a Unet alone, without the noise"),
     "diffusers": (lambda _: {"time_embedding.linear_1.weight": torch.ones(2)}, "looks like a network of diffusers"),
     "guided": (lambda _: {"ema.input_blocks.0.0.weight": torch.ones(2)}, "looks like guided-diffusion's"),
@@ -200,6 +260,28 @@ def test_what_is_not_that_network_says_what_it_looks_like(imported, tmp_path, va
             "--sampling-timesteps: got 13, needs an integer in 1..12 (the schedule's timesteps)",
         ),
         (("--image-size", 8, "--weights", "best"), "--weights: got 'best', needs one of ema, online"),
+        (
+            ("--image-size", 8, "--unet", "dropout=1"),
+            "--unet: got 'dropout', needs one of version, resnet_block_groups, attn_dim_head, sinusoidal_pos_emb_theta",
+        ),
+        (("--image-size", 8, "--unet", "attn_dim_head=x"), "--unet: got attn_dim_head=x, needs attn_dim_head=NUMBER"),
+        (("--image-size", 8, "--unet", "attn_dim_head=0"), "--unet attn_dim_head: got 0, needs an integer >= 1"),
+        (
+            ("--image-size", 8, "--unet", "attn_dim_head=8"),
+            "--unet attn_dim_head: got 8, but the memory of level 1 has 4",
+        ),
+        (
+            ("--image-size", 8, "--unet", "version=0.20"),
+            "--unet version: got '0.20', whose network is not built, needs 0.22.0 or later",
+        ),
+        (
+            ("--image-size", 8, "--unet", "resnet_block_groups=8"),
+            "--unet resnet_block_groups: got 8, which no network has from 2.0.0 on, needs None",
+        ),
+        (
+            ("--image-size", 8, "--unet", "version=1.5.4"),
+            "{}: is not of release 1.5.4, whose network has other entries",
+        ),
         (("--image-size", 8, "--beta-end", 0.1), "--beta-end: got 0.1, but {} holds a Unet, which it is not for"),
     ],
 )

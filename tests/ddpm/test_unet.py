@@ -5,16 +5,19 @@ import json
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpm import NoiseSchedule, Unet, sample
+from ddpm import GaussianDiffusion, NoiseSchedule, Unet, sample
 from ddpm.engines import ENGINES, unavailable_reason
 from ddpm.inference import Layout, at, has_form, kept_form
 from ddpm.inference.unet import UnetForm
 from ddpm.metrics import distance
 from ddpm.networks.protocol import build_network, name_of, network_for
+from ddpm.networks.unet_versions import STRUCTURES, release_of
+from tests import library as releases
 
 CPU = torch.device("cpu")
 SCHEDULE = NoiseSchedule.make("cosine", 12)
@@ -174,8 +177,11 @@ def test_names_and_shapes_follow_the_library():
     assert (len(state), sum(tensor.numel() for tensor in state.values())) == (245, 682_819)
 
 
+FORMER = [{"version": release, "resnet_block_groups": 2} for release in STRUCTURES if release != "2.0.0"]
+
+
 def test_it_is_built_again_by_name_and_config():
-    for size in SIZES.values():
+    for size in (*SIZES.values(), *FORMER):
         model = made(**size)
         again = build_network(name_of(model), json.loads(json.dumps(model.config())))
         again.load_state_dict(model.state_dict())
@@ -218,6 +224,15 @@ def test_the_network_for_data_has_as_many_levels_as_the_sides_halve():
         ({"image_size": (8, 8, 8)}, "image_size: got"),
         ({"image_size": (8, 7)}, r"image_size: got \(8, 7\), needs a multiple of 2 for 2 levels"),
         ({"image_size": 7.5}, r"image_size: got 7\.5, needs an integer"),
+        ({"version": "0.21.2"}, r"version: got '0\.21\.2', whose network is not built, needs 0\.22\.0 or later"),
+        ({"version": "latest"}, "version: got 'latest', needs that of a release"),
+        ({"version": 1.5}, r"version: got 1\.5, needs that of a release"),
+        ({"version": "1.5.4"}, r"resnet_block_groups: got 8, needs a divisor of all widths, \[4, 8\]"),
+        ({"resnet_block_groups": 0}, "resnet_block_groups: got 0, needs an integer >= 1"),
+        ({"version": "2.1", "resnet_block_groups": 8}, r"resnet_block_groups: got 8, which no network has from 2\.0"),
+        ({"with_time_emb": False}, "with_time_emb: got False, an argument of former versions, needs True"),
+        ({"groups": 8}, "groups: got 8, an argument of former versions, needs resnet_block_groups"),
+        ({"use_convnext": True}, "use_convnext: got True"),
     ],
 )
 def test_arguments_that_do_not_fit(arguments, message):
@@ -258,9 +273,9 @@ def form_outputs(form, x, times, previous):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("size", list(SIZES)[:4])
+@pytest.mark.parametrize("size", [*list(SIZES.values())[:4], FORMER[0], FORMER[-1], FORMER[-4]], ids=str)
 def test_the_form_is_the_network(size, channels_last):
-    model = made(**SIZES[size]).double()
+    model = made(**size).double()
     x, times, previous = inputs(model)
     form = UnetForm(model, torch.float64, Layout(channels_last=channels_last))
     for _ in range(2):
@@ -325,6 +340,36 @@ def test_every_engine_draws_eager_s_pictures(engine, self_condition, plain):
         assert distance(actual, expected) < 1e-4
         assert distance(actual, exact) <= 4 * distance(expected, exact) + 1e-6
         assert distance(sample(model, SCHEDULE, 2, engine=engine, batch_size=1, **given), actual) < 1e-5
+
+
+# --- former releases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", releases.RELEASES)
+def test_former_networks_draw_what_their_release_drew(release):
+    model = Unet(**releases.FORMER_NETWORK, **releases.former_options(release), version=release)
+    held = np.load(releases.FORMER)
+    assert releases.names_of(model.state_dict()) == held[f"{release} names"]
+    model.load_state_dict(releases.filled(model.state_dict()))
+    diffusion, expected = GaussianDiffusion(model, **releases.FORMER_DIFFUSION), held[f"{release} images"]
+    assert expected.std() > 0.05
+    for engine in ("eager", "fused"):
+        assert distance(diffusion.sample(releases.N, seed=releases.SEED, engine=engine), expected) < 1e-5
+
+
+def test_releases_are_told_apart():
+    held = np.load(releases.FORMER)
+    drawn = {release_of(release): held[f"{release} images"] for release in releases.RELEASES}
+    assert drawn.keys() == STRUCTURES.keys()
+    for release in releases.RELEASES:
+        same = [name for name, images in drawn.items() if abs(images - held[f"{release} images"]).max() < 1e-4]
+        assert same == [release_of(release)]
+
+
+def test_groups_alone_mean_the_last_release_that_had_them():
+    assert release_of(None, 8) == release_of("1.11.1") == "1.9.0"
+    assert made(resnet_block_groups=2, with_time_emb=True).config()["version"] == "1.9.0"
+    assert "version" not in made(version="2.3.4").config()
 
 
 # --- the library ----------------------------------------------------------------------------------------------------
