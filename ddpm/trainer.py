@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from ddpm import runs, training
 from ddpm.data import Dataset
+from ddpm.diffusion_loops import warn_of_own_steps
 from ddpm.distributed import World, pick_device, world
 from ddpm.errors import BadInput, check_choice, check_integer, check_number
 from ddpm.extras import need
 from ddpm.files import digest_of, read_noted, write_tensors
+from ddpm.former_arguments import also, only, renamed, understands, without_effect
 from ddpm.gaussian_diffusion import LOSSES, GaussianDiffusion
 from ddpm.networks.protocol import broadcast, name_of
 from ddpm.schedule import GIVEN, NoiseSchedule
@@ -57,7 +59,8 @@ class _Loss(nn.Module):
             mirrored = broadcast(philox.flipped(self.options.seed, samples), images)
             images = torch.where(mirrored, images.flip(-1), images)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
-            return self.diffusion(images, samples=samples)
+            # Without auto_normalize, images are -1..1 outside the diffusion as well.
+            return self.diffusion(images if self.diffusion.auto_normalize else images * 2 - 1, samples=samples)
 
 
 class _Ema(training.Ema):
@@ -135,6 +138,7 @@ class Trainer:
         save_and_sample_every: steps from a milestone to the next, which leaves num_samples as a picture and its state.
         results_folder: the run. amp: bfloat16, whatever mixed_precision_type is: it needs no scaling of the loss.
         convert_image_to: None, or what the channels say (L, RGB, RGBA).
+        image_size: of former versions: that of the diffusion.
         calculate_fid: taken, and said to be left out: Inception's weights are not here. What else belongs to it, and
             split_batches, is refused unless left at its default.
     Raises ValueError naming the argument, BadInput naming the file.
@@ -142,6 +146,12 @@ class Trainer:
     `ema.ema_model` is a GaussianDiffusion with the averaged weights, those of the last milestone, `load` or end.
     """
 
+    @understands(
+        fp16=also("amp"),
+        update_ema_every=renamed("ema_update_every"),
+        step_start_ema=without_effect("the average begins at once, and follows closely at first"),
+        use_lion=only(False, "False: Adam"),
+    )
     def __init__(
         self,
         diffusion_model: GaussianDiffusion,
@@ -167,6 +177,7 @@ class Trainer:
         max_grad_norm: float = 1.0,
         num_fid_samples: int = 50000,
         save_best_and_latest_only: bool = False,
+        image_size: int | None = None,
     ) -> None:
         need("PIL", extra="train")
         if not isinstance(diffusion_model, GaussianDiffusion):
@@ -196,6 +207,8 @@ class Trainer:
         if channels not in MODES or convert_image_to not in (None, MODES[channels]):
             got = f"{convert_image_to!r} and {channels} channels"
             raise ValueError(f"convert_image_to: got {got}, needs None, L and 1, RGB and 3 or RGBA and 4")
+        if image_size not in (None, sides[0]):
+            raise ValueError(f"image_size: got {image_size}, but the diffusion has {sides}, needs that or none")
         if sides[0] != sides[1]:
             raise ValueError(f"image_size: got {sides}, which pictures are not cropped to, needs a square")
         self.model, self.ds = diffusion_model, _pictures(Path(folder), sides[0], channels)
@@ -209,6 +222,7 @@ class Trainer:
         self.settings |= {name: getattr(diffusion_model, name) for name in OF_DIFFUSION}
         self.settings["loss_weight"] = digest_of({"loss_weight": diffusion_model.loss_weight})[:16]
         diffusion_model.tell_model()
+        warn_of_own_steps(diffusion_model, "Trainer")
         batch = counts["train_batch_size"] * counts["gradient_accumulate_every"]
         described = {"data": str(folder), "image_size": sides[0], "alpha": channels == 4}
         described |= {"network": name_of(diffusion_model.model), "loss": LOSSES[diffusion_model.loss_type]}
@@ -247,6 +261,8 @@ class Trainer:
         """
         folder = self.results_folder
         with world(self.device) as ranks:
+            if self.options.batch_size % ranks.size:
+                raise BadInput(f"train_batch_size: got {self.batch_size}, needs a multiple of the {ranks.size} ranks")
             if self._went_back and ranks.is_main:
                 with runs.held(folder):
                     config = loop.make_config(self._steps)
@@ -278,8 +294,9 @@ class Trainer:
         from ddpm import pictures  # needs Pillow
 
         self._average()
-        images = self.ema.ema_model.sample(self.num_samples)
-        pictures.save_png(self.results_folder / f"sample-{milestone}.png", pictures.render(images * 2 - 1))
+        average = self.ema.ema_model
+        images = average.normalize(average.sample(self.num_samples))
+        pictures.save_png(self.results_folder / f"sample-{milestone}.png", pictures.render(images))
         self.save(milestone)
 
     def save(self, milestone: int | str) -> None:

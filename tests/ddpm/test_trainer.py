@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -37,6 +40,7 @@ def made(folder, tmp_path):
         described = {"image_size": 8, "timesteps": 20, "sampling_timesteps": 2} | (model or {})
         given = {"train_batch_size": BATCH, "train_num_steps": STEPS, "calculate_fid": False, "num_samples": 2}
         given |= {"train_lr": 1e-2, "ema_update_every": 2, "save_and_sample_every": 3} | options
+        given = {name: value for name, value in given.items() if value is not None}
         return Trainer(GaussianDiffusion(net, **described), folder, results_folder=tmp_path / results, **given)
 
     return make
@@ -168,6 +172,70 @@ def test_load_gives_the_averaged_weights_of_a_milestone(made, tmp_path):
     assert len({path.read_bytes() for path in kept}) == 1
 
 
+PROGRAM = """
+    import sys
+    import torch
+    from ddpm import GaussianDiffusion, Trainer, Unet
+
+    torch.manual_seed(0)
+    network = Unet(4, dim_mults=(1, 2), attn_dim_head=4, attn_heads=1)
+    diffusion = GaussianDiffusion(network, image_size=8, timesteps=20, sampling_timesteps=2)
+    options = {"train_batch_size": int(sys.argv[3]), "train_num_steps": 6, "calculate_fid": False, "num_samples": 2}
+    options |= {"train_lr": 1e-2, "ema_update_every": 2, "save_and_sample_every": 3}
+    trainer = Trainer(diffusion, sys.argv[1], results_folder=sys.argv[2], **options)
+    trainer.train()
+    assert trainer.step == 6
+"""
+
+
+def under_torchrun(*arguments, folder):
+    """(exit code, stderr) of PROGRAM on two ranks."""
+    (folder / "program.py").write_text(textwrap.dedent(PROGRAM))
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "program.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, (*run, *arguments))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.long
+def test_two_ranks_train_as_one_does(straight, folder, tmp_path):
+    """The same pictures and noise, so the same losses but for rounding; one of the two writes."""
+    code, errors = under_torchrun(folder, tmp_path / "run", BATCH, folder=tmp_path)
+    assert code == 0, errors
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        path.name for path in (tmp_path / "straight").iterdir()
+    }
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    code, errors = under_torchrun(folder, tmp_path / "odd", 3, folder=tmp_path)
+    assert code != 0
+    assert "train_batch_size: got 3, needs a multiple of the 2 ranks" in errors
+
+
+def test_without_auto_normalize_pictures_are_of_both_signs(made, tmp_path, monkeypatch):
+    """They reach the diffusion as it says that images are outside of it; what is drawn is shown as it is."""
+    seen = []
+    p_losses = GaussianDiffusion.p_losses
+    monkeypatch.setattr(
+        GaussianDiffusion, "p_losses", lambda self, x, *a, **k: seen.append(x) or p_losses(self, x, *a, **k)
+    )
+    for auto_normalize in (True, False):
+        name = f"run-{auto_normalize}"
+        made(name, train_num_steps=3, model={"auto_normalize": auto_normalize}).train()
+    assert torch.equal(seen[0], seen[3])
+    assert seen[0].min() < -0.9
+    assert load_run(tmp_path / "run-True").digest() == load_run(tmp_path / "run-False").digest()
+    pictures = [(tmp_path / f"run-{kind}" / "sample-1.png").read_bytes() for kind in (True, False)]
+    assert pictures[0] == pictures[1]
+
+
+def test_arguments_of_former_versions(made, caplog):
+    former = {"fp16": True, "update_ema_every": 5, "step_start_ema": 2000, "image_size": 8, "use_lion": False}
+    trainer = made(ema_update_every=None, **former)
+    assert (trainer.options.precision, trainer.settings["ema_update_every"]) == ("bf16", 5)
+    assert "step_start_ema: 2000 has no effect: the average begins at once" in caplog.text
+
+
 @pytest.mark.long
 def test_amp_is_bfloat16_and_said(made, caplog, tmp_path):
     trainer = made(amp=True, calculate_fid=True)
@@ -206,6 +274,9 @@ def test_pictures_get_the_channels_of_the_diffusion(made, folder, channels):
         ({"mixed_precision_type": "fp8"}, "mixed_precision_type: got 'fp8', needs one of fp16, bf16"),
         ({"split_batches": False}, "split_batches: got False, which is not built, needs True"),
         ({"save_best_and_latest_only": True}, "save_best_and_latest_only: got True, which is not built"),
+        ({"image_size": 16}, r"image_size: got 16, but the diffusion has \(8, 8\), needs that or none"),
+        ({"use_lion": True}, "use_lion: got True, an argument of former versions, needs False: Adam"),
+        ({"update_ema_every": 2}, "update_ema_every: got 2 beside ema_update_every, which it is the former name of"),
         ({"num_fid_samples": 100}, "num_fid_samples: got 100, which is not built, needs 50000"),
         ({"convert_image_to": "L"}, "convert_image_to: got 'L' and 3 channels, needs None, L and 1"),
         ({"network": {"channels": 2}}, "convert_image_to: got None and 2 channels"),
