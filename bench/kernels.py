@@ -264,6 +264,11 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
         row, z = [float(value) for value in table[0]], contract(rows, 250, Stream.SAMPLING)
         return operator_file("solver_step").reference(x[rows].double(), m[rows].double(), row, z, None, None)[0]
 
+    def eager_rescale(m: Tensor, m_uncond: Tensor) -> Tensor:
+        guided, dims = m_uncond + 2.0 * (m - m_uncond), (1, 2, 3)
+        rescaled = guided * (m.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+        return 0.7 * rescaled + (1 - 0.7) * guided
+
     def row(name: str, cost: tuple, *functions: Callable) -> Workload:
         of = operator_file(name.removesuffix("_backward")).cost
         return Workload(name, dtype, n * 768, times(of(*cost), n * 768), *functions)
@@ -295,5 +300,13 @@ def image_workloads(elements: int, dtype: torch.dtype, device: torch.device) -> 
             lambda x, m: kernels.solver_step(x, m, table, index, seed, samples),
             eager_step,
             exact_step,
+        ),
+        row(
+            "guidance_rescale",
+            (dtype,),
+            two,
+            lambda m, uncond: kernels.guidance_rescale(m, uncond, 2.0, 0.7),
+            eager_rescale,
+            lambda rows, m, uncond: eager_rescale(m[rows].double(), uncond[rows].double()),
         ),
     ]

@@ -42,7 +42,8 @@ KERNELS = (
     "q_sample_rows uint8 to bf16", "q_sample_rows uint8, flip, noise",
     "noise_mse bf16", "noise_mse bf16 backward", "noise_mse fp32 channels_last",
     "solver_step fp32", "solver_step fp32 full", "solver_step bf16", "solver_step fp32 channels_last",
-    "group_norm_relu bf16", "bottleneck bf16", "convolution bf16", "convolution bf16 two sources",
+    "guidance_rescale fp32", "group_norm_relu bf16", "bottleneck bf16",
+    "convolution bf16", "convolution bf16 two sources",
 )  # fmt: skip
 # The README's four rows: what it is, its record, workload and candidate, and the workload of PEERS beside it.
 SUMMARY = (

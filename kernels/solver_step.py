@@ -42,7 +42,7 @@ def reference(
     return x_new, x0
 
 
-@jit(do_not_specialize=COUNTS)
+@jit(do_not_specialize=(*COUNTS, "count"))
 def solver_step_kernel(
     x,
     m,
@@ -61,13 +61,14 @@ def solver_step_kernel(
     HW,
     C,
     clip,
+    count,
     STREAM: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     REPEAT: tl.constexpr,
     RUN: tl.constexpr,
     LAYOUT: tl.constexpr,
-    GUIDED_BY_ROW: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     CLIPPED: tl.constexpr,
 ):
     spot = place(total, per_row, magic, shift, BLOCK, LANES, REPEAT, LAYOUT)
@@ -78,7 +79,10 @@ def solver_step_kernel(
     c5, c6 = tl.load(c + 5), tl.load(c + 6)
     if m_uncond is not None:
         # No stride of 0 or 1 at run time: with it, 3% more instructions (fp32, sm_80 to sm_100).
-        w = tl.load(guidance + entry) if GUIDED_BY_ROW else tl.load(guidance)
+        if WEIGHTS == 2:
+            w = tl.load(guidance + entry * count + row, mask=live, other=1.0)[:, None]
+        else:
+            w = tl.load(guidance + entry) if WEIGHTS == 1 else tl.load(guidance)
     # Unclipped, the equation is linear in x and m: multiplied out, it takes three instructions less per element.
     of_x, of_m = c2 + c3 * c0, c4 + c3 * c1
     # All loads stand before the first store: the tensors may alias for all the compiler knows.
@@ -125,9 +129,9 @@ def launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
         solver_step_kernel,
         Items.of(x, x, x0_prev),
         *tensors,
-        more=(0.0 if clip is None else clip,),
+        more=(0.0 if clip is None else clip, x.shape[0]),
         STREAM=int(Stream.SAMPLING),
-        GUIDED_BY_ROW=guidance is not None and guidance.ndim == 1,
+        WEIGHTS=0 if guidance is None else guidance.ndim,
         CLIPPED=clip is not None,
     )
 
@@ -144,6 +148,7 @@ def _on_cpu(x: Tensor, m: Tensor, table: Tensor, index: Tensor, seed: Tensor, sa
     guided = m.to(compute)
     if m_uncond is not None:
         weight = guidance[entry] if guidance.ndim else guidance
+        weight = weight.reshape(*weight.shape, *(1,) * (x.ndim - 1)) if weight.ndim else weight
         guided = guide(guided, m_uncond.to(compute), weight.to(compute))
     x_new, x0 = reference(x.to(compute), guided, row[:7].unbind(), z, previous, clip)
     x.copy_(x_new)
@@ -155,7 +160,7 @@ def _check_values(x: Tensor, m: Tensor, table: Tensor, index: Tensor, *others: o
     backend.check_range("index", index, 0, table.shape[0] - 1)
 
 
-# index and seed (int64) are scalars, guidance (float32, with m_uncond) one too or [S].
+# index and seed (int64) are scalars, guidance (float32, with m_uncond) one too, [S] or [S, n].
 SCHEMA = "(Tensor(a!) x, Tensor m, Tensor table, Tensor index, Tensor seed, Tensor samples, Tensor? m_uncond, "
 SCHEMA += "Tensor? guidance, Tensor(b!)? x0_prev, float? clip) -> ()"
 operator = backend.register(
@@ -163,8 +168,8 @@ operator = backend.register(
 )
 
 
-def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
-    """float32 [] or [S] on the table's device."""
+def _weights(guidance: float | Tensor, table: Tensor, n: int) -> Tensor:
+    """float32 [], [S] or [S, n] on the table's device."""
     if not isinstance(guidance, Tensor | int | float):
         raise TypeError(f"guidance: got {guidance!r}, needs a number or a tensor of them")
     if not isinstance(guidance, Tensor) and not abs(guidance) <= FLOAT32_MAX:
@@ -172,9 +177,10 @@ def _weights(guidance: float | Tensor, table: Tensor) -> Tensor:
     if not isinstance(guidance, Tensor) or guidance.numel() == 1:
         return backend.scalar("guidance", guidance, torch.float32, table.device)
     rows = table.shape[0]
-    if guidance.shape != (rows,) or not guidance.is_floating_point():
+    if guidance.shape not in ((rows,), (rows, n)) or not guidance.is_floating_point():
         found = f"{guidance.dtype} {list(guidance.shape)}"
-        raise ValueError(f"guidance: got {found}, needs a number or a floating [{rows}], one weight for each row")
+        needs = f"a number or a floating [{rows}] or [{rows}, {n}], one weight for each row, or row and sample"
+        raise ValueError(f"guidance: got {found}, needs {needs}")
     backend.same_device(table, guidance=guidance)
     return guidance.to(torch.float32).contiguous()
 
@@ -200,7 +206,7 @@ def solver_step(
         index: the row in 0..S-1, or an int64 tensor of one element (its value is checked where `q_sample`'s t is).
         seed, samples: of the noise contract; samples int64 [n].
         m_uncond, guidance: the unconditional output and the guidance weight w: a number, a tensor of one element, or
-            [S], one weight for each row of the table; no guidance without m_uncond.
+            [S], one weight for each row of the table, or [S, n], for each row and sample; none without m_uncond.
         x0_prev: of x's shape and strides; read as the previous x0 and overwritten with this one. None for solvers
             without memory.
         clip: bound of x0, or None.
@@ -230,7 +236,7 @@ def solver_step(
     if clip is not None and not (isinstance(clip, int | float) and 0 < clip <= FLOAT32_MAX):
         raise ValueError(f"clip: got {clip!r}, needs a bound > 0 in float32, or None")
     index = backend.scalar("index", index, torch.int64, x.device)
-    weight = None if m_uncond is None else _weights(guidance, table)
+    weight = None if m_uncond is None else _weights(guidance, table, x.shape[0])
     operator(x, m, table, index, seed, samples, m_uncond, weight, x0_prev, clip)
     return x
 

@@ -83,6 +83,15 @@ def _solver_step(x: torch.dtype, m: torch.dtype, *where: Any, full: bool = False
     return Case("solver_step", arguments, (x, m, full, full), x)
 
 
+def _guidance_rescale(m: torch.dtype, side: int = 16) -> Case:
+    """A weight for each sample."""
+
+    def arguments() -> tuple:
+        return _images(m, (N, 3, side, side)), _images(m, (N, 3, side, side)), torch.ones(N), torch.zeros(())
+
+    return Case("guidance_rescale", arguments, (m,), F32, N * 3 * side**2)
+
+
 def _group_norm_relu(x: torch.dtype, side: int = 16) -> Case:
     """The out head of a network with n_feat 64."""
     more = (torch.ones(64, dtype=x), torch.ones(64, dtype=x), 8, 1e-5)
@@ -125,6 +134,7 @@ for label, dtype in {"fp32": F32, "bf16": BF16, "fp16": F16}.items():
 for label, dtype in {"fp32": F32, "bf16": BF16}.items():
     CASES[f"q_sample uint8 to {label}"] = _q_sample(U8, dtype)
     CASES[f"q_sample_rows uint8 to {label}"] = _q_sample_rows(U8, dtype)
+    CASES[f"guidance_rescale {label}"] = _guidance_rescale(dtype)
     CASES[f"group_norm_relu {label}"] = _group_norm_relu(dtype)
     CASES[f"bottleneck {label}"] = _bottleneck(dtype)
 for label, where in {"ragged": (RAGGED,), "channels_last": (IMAGE, LAST)}.items():
@@ -142,6 +152,7 @@ CASES |= {
     "noise_mse channels_last backward": _noise_mse(F32, IMAGE, LAST, backward=True),
     "solver_step fp32 full": _solver_step(F32, F32, full=True),
     "solver_step fp32, m bf16": _solver_step(F32, BF16),
+    "guidance_rescale fp32 64x64": _guidance_rescale(F32, 64),
     "group_norm_relu bf16 64x64": _group_norm_relu(BF16, 64),
     "bottleneck bf16 28x28": _bottleneck(BF16, 7),
     "convolution bf16": _convolution(64, 64, 64, 16),

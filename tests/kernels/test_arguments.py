@@ -9,6 +9,7 @@ from kernels import (
     bottleneck,
     convolution,
     group_norm_relu,
+    guidance_rescale,
     noise_mse,
     philox,
     q_sample,
@@ -35,6 +36,7 @@ CALLS = {
         "x0_prev": X.clone(),
         "clip": 1.0,
     },
+    guidance_rescale: {"m": X, "m_uncond": X, "guidance": 2.0, "rescale": 0.5},
     group_norm_relu: {"x": X, "weight": VECTOR, "bias": VECTOR, "groups": 8, "eps": 1e-5},
     bottleneck: {
         "x": X,

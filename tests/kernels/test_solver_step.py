@@ -131,6 +131,21 @@ def test_guidance_by_row(request, where):
     assert not torch.equal(results[0], solver_step(x.clone(), m, table, 0, SEED, samples, uncond, weights.flip(0)))
 
 
+@pytest.mark.parametrize("where", ["triton_device", "cpu"])
+def test_guidance_by_row_and_sample(request, where):
+    device = "cpu" if where == "cpu" else request.getfixturevalue(where)
+    x, m, uncond, _, samples = (tensor.to(device) for tensor in arguments((5, 3, 7, 9)))
+    table, weights = random_table().to(device), torch.linspace(-2, 5, 15, device=device).reshape(3, 5)
+    for index in range(3):
+        whole = solver_step(x.clone(), m, table, index, SEED, samples, uncond, weights)
+        for k in range(5):
+            one = slice(k, k + 1)
+            given = (m[one], table, index, SEED, samples[one], uncond[one], weights[index, k].item())
+            torch.testing.assert_close(whole[one], solver_step(x[one].clone(), *given), atol=1e-6, rtol=0)
+        given = (m, table, index, SEED, samples, uncond, weights.T.contiguous().T)
+        assert torch.equal(solver_step(x.clone(), *given), whole)
+
+
 @pytest.mark.parametrize("weights", [torch.ones(2), torch.ones(3, 1), torch.ones(0), torch.ones(3).long()])
 def test_guidance_of_another_length_than_the_table(weights):
     x, m, uncond, _, samples = arguments((3, 4))

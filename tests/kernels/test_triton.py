@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.kernels import TOLERANCE
-from kernels import backend, noise_mse, philox, q_sample, q_sample_rows, solver_step
+from kernels import backend, guidance_rescale, noise_mse, philox, q_sample, q_sample_rows, solver_step
 from kernels.backend import jit, launch, tl
 from kernels.items import division
 from kernels.noise_mse import backward_operator
@@ -233,6 +233,11 @@ def arguments_of_operators(n, device="cpu"):
             ops.solver_step.default,
             (x.clone(), x * 2, table, index, seed, samples, x * 3, weights, None, None),
         ),
+        "solver_step, guidance by row and sample": (
+            ops.solver_step.default,
+            (x.clone(), x * 2, table, index, seed, samples, x * 3, weights[:, None].repeat(1, n), None, None),
+        ),
+        "guidance_rescale": (ops.guidance_rescale.default, (x, x * 2 + 1, weights[:n], guidance / 4)),
     }
 
 
@@ -371,6 +376,7 @@ def functions(n):
         "q_sample_rows": (lambda *a: q_sample_rows(*a)[0], (data, torch.arange(n) % 7, alpha_bars, seed, samples)),
         "noise_mse": (lambda *a: noise_mse(*a), (x, seed, samples)),
         "solver_step": (lambda x, *a: solver_step(x.clone(), *a), (x, x * 2, table, index, seed, samples)),
+        "guidance_rescale": (lambda *a: guidance_rescale(*a), (x, x * 2 + 1, torch.rand(n), torch.tensor(0.5))),
         "normal": (
             lambda seed, samples, step: philox.normal(seed, samples, step, 1, (3, 4, 4)),
             (seed, samples, torch.tensor(3)),
