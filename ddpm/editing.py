@@ -1,6 +1,7 @@
 """Editing: pictures that begin in the middle of a trajectory, or of which some pixels are known."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 from ddpm.engines.engine import Callback
 from ddpm.errors import check_integer, check_number
 from ddpm.networks.inpaint import Inpaint
-from ddpm.networks.protocol import sample_shape
+from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.sampling import SOLVER, chosen_table
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import StepTable
-from ddpm.trajectory import Trajectory
+from ddpm.trajectory import Trajectory, weights_of
 from kernels import philox
 from kernels.q_sample import pixels_to_unit
 
@@ -21,8 +22,9 @@ from kernels.q_sample import pixels_to_unit
 def rest_of(table: StepTable, schedule: NoiseSchedule, strength: float) -> StepTable:
     """The rows of a table from strength T on: all for 1. Raises ValueError."""
     strength = check_number("strength", strength, 0, 1, "0 < strength <= 1")
-    end = strength * schedule.timesteps
-    starts = [i for i, t in enumerate(table.timesteps.tolist()) if bool(table.begins[i]) and t <= end]
+    # Divided, not multiplied: 57 / 100 is what 0.57 is.
+    shares = [t / schedule.timesteps for t in table.timesteps.tolist()]
+    starts = [i for i, share in enumerate(shares) if bool(table.begins[i]) and share <= strength]
     if strength == 0 or not starts:
         last = float(table.timesteps[-1]) / schedule.timesteps
         raise ValueError(f"strength: got {strength:g}, needs {last:g}..1 with this table")
@@ -41,7 +43,9 @@ def edit(
     steps: int | None = None,
     table: StepTable | None = None,
     context: Tensor | None = None,
-    guidance: float = 1.0,
+    negative: Tensor | None = None,
+    guidance: float | Sequence[float] | Tensor = 1.0,
+    guidance_rescale: float = 0.0,
     seed: int = 0,
     first_sample: int = 0,
     engine: str = "auto",
@@ -78,13 +82,17 @@ def edit(
     alpha_bar = schedule.alpha_bar(float(part.timesteps[0]))
     z = draw(samples, 0, philox.Stream.INITIAL, shape)
     begin = (math.sqrt(alpha_bar) * images + math.sqrt(1 - alpha_bar) * z).expand(n, *shape)
-    more = {"guidance": guidance, "seed": seed, "batch_size": batch_size, "noise": noise, "callback": callback}
-    how = {"engine": engine, "dtype": dtype, "guided": guidance != 1.0}
+    each = {"x_T": begin, "guidance": weights_of(guidance, n)}
+    for name, condition in (("context", context), ("negative", negative)):
+        each[name] = rows_of_condition(model, condition, n, device, name)
+    more = {"guidance_rescale": guidance_rescale, "seed": seed, "batch_size": batch_size}
+    more |= {"noise": noise, "callback": callback}
 
     def run(network: nn.Module, first: int, count: int) -> Tensor:
-        own = context if context is None or context.ndim == 1 else context[first : first + count]
-        trajectory = Trajectory(network, schedule, part, **how)
-        return trajectory(count, own, first_sample=first_sample + first, x_T=begin[first : first + count], **more)
+        part_of = slice(first, first + count)
+        own = {name: value[part_of] if isinstance(value, Tensor) else value for name, value in each.items()}
+        trajectory = Trajectory(network, schedule, part, engine=engine, dtype=dtype, guided=True)
+        return trajectory(count, first_sample=first_sample + first, **own, **more)
 
     if mask is None:
         return run(model, 0, n)

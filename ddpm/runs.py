@@ -163,13 +163,16 @@ class Run:
         """The digest of the model's present weights, see `ddpm.files.digest_of`."""
         return digest_of(self.model.state_dict())
 
-    def context(self, text: str) -> Tensor:
-        """One condition, float32 [*condition_shape]: a class by name or number, or all its numbers. Raises BadInput."""
+    def context(self, text: str, option: str = "--context") -> Tensor:
+        """One condition, float32 [*condition_shape]: a class by name or number, or all its numbers.
+
+        Raises BadInput naming the option that it comes from.
+        """
         # Names of former runs may have accents as macOS stores them.
         text, *names = (unicodedata.normalize("NFC", name) for name in (text, *self.classes))
         shape = condition_shape(self.model)
         if shape is None:
-            raise BadInput(f"--context: got {text!r}, but {self.folder} was trained without classes")
+            raise BadInput(f"{option}: got {text!r}, but {self.folder} was trained without classes")
         size, number = math.prod(shape), None
         if text in names:
             number = names.index(text)
@@ -181,12 +184,12 @@ class Run:
         try:
             numbers = [float(part) for part in text.split(",")]
         except ValueError:
-            raise BadInput(f"--context: got {text!r}, needs {known} or {size} numbers") from None
+            raise BadInput(f"{option}: got {text!r}, needs {known} or {size} numbers") from None
         if len(shape) == 1 and (text.isdecimal() or (len(numbers) == 1 and size > 1)):
-            raise BadInput(f"--context: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
+            raise BadInput(f"{option}: got {text!r}, needs {known}, 0..{size - 1} or {size} numbers")
         vector = torch.tensor(numbers)
         if len(numbers) != size or not vector.isfinite().all():
-            raise BadInput(f"--context: got {len(numbers)} numbers ({text}), needs {size} finite ones")
+            raise BadInput(f"{option}: got {len(numbers)} numbers ({text}), needs {size} finite ones")
         return vector.reshape(shape)
 
 

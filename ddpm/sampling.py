@@ -1,6 +1,6 @@
 """Sampling: one function for every engine."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ def sample(
     steps: int | None = None,
     table: StepTable | None = None,
     context: Tensor | None = None,
-    guidance: float = 1.0,
+    negative: Tensor | None = None,
+    guidance: float | Sequence[float] | Tensor = 1.0,
+    guidance_rescale: float = 0.0,
     seed: int = 0,
     first_sample: int = 0,
     engine: str = "auto",
@@ -57,6 +59,6 @@ def sample(
     """
     table = chosen_table(schedule, solver, steps, table, table_options)
     with lock_of(model):
-        guided = guidance != 1.0
-        trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=guided, form=kept_form)
-        return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, x_T, callback)
+        trajectory = Trajectory(model, schedule, table, engine=engine, dtype=dtype, guided=True, form=kept_form)
+        more = {"negative": negative, "guidance_rescale": guidance_rescale}
+        return trajectory(n, context, guidance, seed, first_sample, batch_size, noise, x_T, callback, **more)

@@ -198,6 +198,17 @@ def predictor_corrector(
     return [*rows, last]
 
 
+def _interval(bounds: Sequence[float]) -> tuple[float, float]:
+    """Two shares of T. Raises ValueError."""
+    try:
+        low, high = (check_number("", bound, 0, 1, "") for bound in bounds)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not low < high:
+        raise ValueError(f"guidance_interval: got {str(bounds)[:80]}, needs low,high with 0 <= low < high <= 1")
+    return low, high
+
+
 def given(options: Mapping[str, object]) -> dict[str, object]:
     """The options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
@@ -221,6 +232,7 @@ def make_table(
     prediction: str | None = "eps",
     clip: float | None = None,
     spacing: str | None = None,
+    guidance_interval: Sequence[float] | None = None,
     **options: object,
 ) -> StepTable:
     """The table of a sampler on a schedule. An option that is None is not given.
@@ -232,6 +244,8 @@ def make_table(
             `ends` of ddim, 0 or 1: a step from t ends at max(t - T // S, ends), diffusers' rule, whatever comes next.
         prediction: what the network was trained to output: `eps`, `v` (Salimans & Ho 2022) or `x0`.
         clip: bound of x0, or None. spacing: of the timesteps, default trailing, see `timestep_grid`.
+        guidance_interval: (low, high), shares of T: guidance acts where low < t / T <= high (Kynkaanniemi et al. 2024),
+            elsewhere its weight is 1. None: everywhere.
 
     Raises: ValueError naming the argument; also for an option that is given and that the solver does not take.
     """
@@ -243,13 +257,14 @@ def make_table(
     taken = options_of(solver)
     for name in own:
         if name not in taken:
-            known = ", ".join(("steps", "prediction", "clip", "spacing", *taken))
+            known = ", ".join(("steps", "prediction", "clip", "spacing", "guidance_interval", *taken))
             raise ValueError(f"{name}: got {own[name]!r}, but solver {solver!r} takes only {known}")
     prediction = "eps" if prediction is None else prediction
     check_choice("prediction", prediction, PREDICTIONS)
     spacing = "trailing" if spacing is None else spacing
     steps = schedule.timesteps if steps is None else steps
     timesteps = timestep_grid(schedule.timesteps, steps, spacing)
+    low, high = (0.0, 1.0) if guidance_interval is None else _interval(guidance_interval)
     levels = schedule.alpha_bars.clamp(min=ALPHA_BAR_MIN)
     alpha_bars, handed = levels[np.append(timesteps, 0)].tolist(), own
     if "ends" in own:
@@ -272,6 +287,8 @@ def make_table(
     if not coefficients.to(torch.float32).isfinite().all():
         beyond = f"alpha_bars[{timesteps[0]}] = {alpha_bars[0]:.2g} needs coefficients beyond float32"
         raise ValueError(f"schedule: {beyond}; use fewer timesteps, smaller betas, or start later")
+    if guidance_interval is not None:
+        own["guidance_interval"] = [low, high]
     made_for = {"solver": solver, "steps": int(steps), "spacing": spacing, **own, "schedule": schedule.config()}
     seen: Counter[int] = Counter()
     noise_steps = []
@@ -280,4 +297,7 @@ def make_table(
         seen[t] += 1
     tensor = partial(torch.tensor, device="cpu")
     more = {"noise_steps": tensor(noise_steps), "begins": tensor(begins), "made_for": made_for}
+    # Divided, not multiplied: 57 / 100 is what 0.57 is.
+    shares = torch.from_numpy(timesteps / schedule.timesteps)
+    more["guidance_scale"] = ((low < shares) & (shares <= high)).to(torch.float64)
     return StepTable(torch.from_numpy(timesteps), coefficients, clip, prediction, **more)

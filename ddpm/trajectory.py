@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -63,12 +63,25 @@ def _out_of_memory(error: Exception) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def _numbers(name: str, values: Any, device: torch.device) -> Tensor | None:
-    """As a float32 tensor on the device. Raises TypeError for what is none."""
+def _numbers(name: str, values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    """As a tensor on the device. Raises TypeError for what is none."""
     try:
-        return None if values is None else torch.as_tensor(values, dtype=torch.float32, device=device)
+        return None if values is None else torch.as_tensor(values, dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name}: got a {type(values).__name__}, needs a tensor or numbers ({error})") from error
+
+
+def weights_of(guidance: Any, n: int) -> float | Tensor:
+    """A weight for all n samples, or one for each, float64 [n] on the CPU. Raises ValueError or TypeError."""
+    shape = tuple(getattr(guidance, "shape", ()))
+    if not isinstance(guidance, list | tuple) and shape != (n,) and math.prod(shape) == 1:
+        return check_number("guidance", guidance, -FLOAT32_MAX, FLOAT32_MAX, "a finite number in float32")
+    weights = _numbers("guidance", guidance, torch.device("cpu"), torch.float64)
+    if weights.shape != (n,):
+        raise ValueError(f"guidance: got weights {list(weights.shape)}, needs a number or [{n}], one for each sample")
+    for k in (~(weights.abs() <= FLOAT32_MAX)).nonzero().flatten().tolist():
+        raise ValueError(f"guidance: got {weights[k]:g} for sample {k} of the {n}, needs finite numbers in float32")
+    return weights
 
 
 def check_room(name: str, n: int, shape: tuple[int, ...], device: torch.device) -> None:
@@ -192,20 +205,23 @@ class Trajectory:
         self,
         n: int,
         context: Tensor | None = None,
-        guidance: float = 1.0,
+        guidance: float | Sequence[float] | Tensor = 1.0,
         seed: int = 0,
         first_sample: int = 0,
         batch_size: int | None = None,
         noise: Noise | None = None,
         x_T: Tensor | None = None,  # noqa: N803 (its name in the papers)
         callback: Callback | None = None,
+        negative: Tensor | None = None,
+        guidance_rescale: float = 0.0,
     ) -> Tensor:
         """Draw n samples. Sample k depends on (weights, table, seed, first_sample + k) alone.
 
         Args:
             n: how many, >= 1.
             context: a condition for all, or [n, ...] one a sample; None = unconditional.
-            guidance: w in m_uncond + w (m_cond - m_uncond); 1 = conditional only. Any other needs a context.
+            guidance: w in m_uncond + w (m_cond - m_uncond), for all or [n] one a sample; 1 = conditional only. Any
+                other needs a context. The table's `guidance_scale` says how much of it a row has.
             seed: 0 <= seed < 2^63. first_sample: global index of the first sample, >= 0.
             batch_size: samples per chunk, default by image size; results do not depend on it. A chunk that runs out of
                 memory starts again with half as many, which is logged.
@@ -213,6 +229,8 @@ class Trajectory:
             x_T: [n, *sample_shape] to start from instead of noise.
             callback: callback(row, x0) after every row 0..len(table)-1 of every chunk; x0 [chunk, *shape], the present
                 estimate, is overwritten by later rows. It costs a state in memory, `graph` replays single rows.
+            negative: conditions to guide away from, as context is, in place of "no condition"; not with guidance 1.
+            guidance_rescale: phi in 0..1 of Lin et al. 2024, see `kernels.guidance_rescale`; not with guidance 1.
 
         Returns float32 [n, *sample_shape] on the model's device, not clamped. Raises as the constructor does, and
         WorkFailed (a RuntimeError) if a sample is not finite, naming it and its first such step.
@@ -223,11 +241,18 @@ class Trajectory:
         philox.check_seed(seed)
         if first_sample > philox.SAMPLE_LIMIT - n:
             raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
-        guidance = check_number("guidance", guidance, -FLOAT32_MAX, FLOAT32_MAX, "a finite number in float32")
-        if guidance != 1.0 and context is None:
-            raise ValueError(f"guidance: got {guidance} without a context, needs a context to guide towards")
-        if guidance != 1.0 and not self.guided:
-            raise ValueError(f"guidance: got {guidance}, but this trajectory was prepared without guided=True")
+        guidance = weights_of(guidance, n)
+        guides = bool(torch.as_tensor(guidance != 1.0).any())
+        given = f"{guidance}" if isinstance(guidance, float) else f"{guidance.tolist()}"[:80]
+        if guides and context is None:
+            raise ValueError(f"guidance: got {given} without a context, needs a context to guide towards")
+        if guides and not self.guided:
+            raise ValueError(f"guidance: got {given}, but this trajectory was prepared without guided=True")
+        phi = check_number("guidance_rescale", guidance_rescale, 0, 1, "0 <= phi <= 1") or None
+        for name, value in (("negative", negative), ("guidance_rescale", phi)):
+            if value is not None and isinstance(guidance, float) and not guides:
+                what = "conditions" if name == "negative" else value
+                raise ValueError(f"{name}: got {what} without guidance, needs a guidance other than 1")
         if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *self.shape)):
             found = list(x_T.shape) if isinstance(x_T, Tensor) else f"a {type(x_T).__name__}"
             raise ValueError(f"x_T: got {found}, needs {[n, *self.shape]}")
@@ -235,7 +260,10 @@ class Trajectory:
             if called is not None and not callable(called):
                 raise TypeError(f"{name}: got a {type(called).__name__}, needs a function")
         check_room("n", n, self.shape, self.device)
-        contexts = rows_of_condition(self.model, _numbers("context", context, self.device), n, self.device)
+        contexts, negatives = (
+            rows_of_condition(self.model, _numbers(name, value, self.device), n, self.device, name)
+            for name, value in (("context", context), ("negative", negative))
+        )
         batch_size = chunk_size(self.shape) if batch_size is None else batch_size
         draw = _checked(PhiloxNoise(seed) if noise is None else noise, self.state_dtype)
 
@@ -246,13 +274,14 @@ class Trajectory:
             while start < end:
                 stop = min(start + size, end)
                 samples = torch.arange(first_sample + start, first_sample + stop, device=self.device)
-                c = None if contexts is None else contexts[start:stop]
+                c, away = (None if each is None else each[start:stop] for each in (contexts, negatives))
+                w = guidance if isinstance(guidance, float) else guidance[start:stop]
                 try:
                     if x_T is None:
                         x = draw(samples, 0, philox.Stream.INITIAL, self.shape)
                     else:
                         x = x_T[start:stop].to(self.device, self.state_dtype)
-                    images[start - first : stop - first] = engine(x, samples, c, guidance, draw, called)
+                    images[start - first : stop - first] = engine(x, samples, c, w, draw, called, away, phi)
                 except (MemoryError, RuntimeError) as error:
                     count = stop - start
                     if count == 1 or not _out_of_memory(error):

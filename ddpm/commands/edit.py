@@ -31,7 +31,9 @@ def edit(
     strength: Annotated[float | None, Option(help="share of T that is sampled again [0.6; 1 with --mask]")] = None,
     mask: Annotated[Path | None, Option(help="picture, white where pixels are made anew; black ones stay")] = None,
     context: Annotated[str | None, Option(help="class by name or number, v1,v2,.., or all")] = None,
-    guidance: given.Guidance = 1.0,
+    guidance: given.Weights = "1",
+    negative: given.Negative = None,
+    guidance_rescale: given.Rescale = 0.0,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
     columns: Annotated[int | None, Option(help="of the picture [square]")] = None,
@@ -62,15 +64,17 @@ def edit(
     strength = (0.6 if mask is None else 1.0) if strength is None else strength
     part = rest_of(table, opened.schedule, strength)
     contexts = given.contexts_of(opened, context, first_sample, n)
+    guided = (guidance, negative, guidance_rescale, asked["guidance_interval"])
+    how, told = given.guided_by(opened, n, first_sample, *guided)
 
     def draw(model: nn.Module, schedule: NoiseSchedule, count: int, **more: Any) -> Tensor:
         return edited(model, schedule, known, count, strength=strength, mask=area, **more)
 
-    more = {"first_sample": first_sample, "guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
+    more = how | {"first_sample": first_sample, "seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, part, World(), draw=draw, **more)
     caption = f"strength {strength:g}, {options['solver']}, {part.steps} of {table.steps} steps"
     caption += f", context {context}" if context not in (None, given.ALL) else ""
-    caption += (f", guidance {guidance:g}" if guidance != 1.0 else "") + f", seed {seed}"
+    caption += f"{told}, seed {seed}"
     if out is not None:
         pictures.save_png(out, pictures.render(images, columns, (), caption))
         print(f"wrote {out}")

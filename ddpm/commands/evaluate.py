@@ -27,6 +27,7 @@ def evaluate(
     run: Annotated[Path, Argument(help="run folder")],
     n: Annotated[int, Option(help="how many samples")] = 500,
     guidance: given.Guidance = 1.0,
+    guidance_rescale: given.Rescale = 0.0,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
     data: Annotated[str | None, Option(help="where the training data lies now [as trained]")] = None,
     labels: Annotated[str | None, Option(help="where its labels lie now [as trained]")] = None,
@@ -53,7 +54,9 @@ def evaluate(
         contexts = one_hot_conditions(opened.model, classes)
     elif dataset.labels is not None:
         contexts = dataset.labels[torch.arange(n) % len(dataset)]
-    more = {"guidance": guidance, "seed": seed, "engine": engine, "precision": precision}
+    asked_of_guidance = {"guidance_rescale": guidance_rescale, "guidance_interval": asked["guidance_interval"]}
+    guided, _ = given.guided_by(opened, n, 0, str(guidance), None, *asked_of_guidance.values())
+    more = guided | {"seed": seed, "engine": engine, "precision": precision}
     images, _ = given.sample_run(opened, n, contexts, table, World(), **more)
     result = evaluation.evaluate(images, dataset, classes, quiet=False, held_out=held_out(dataset.name))
     how = f"{options['solver']}, {table.steps} steps, guidance {guidance:g}, {precision}"
@@ -69,5 +72,6 @@ def evaluate(
     Console().print(shown)
     if json is not None:
         settings = {"solver": options["solver"], "steps": table.steps, "guidance": guidance, "seed": seed}
+        settings |= {name: value for name, value in asked_of_guidance.items() if value}
         write_json(json, settings | {"precision": precision} | asdict(result))
         print(f"wrote {json}")

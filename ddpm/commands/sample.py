@@ -41,7 +41,9 @@ def sample(
     depth: Annotated[int | None, Option(help="bits a channel in --png-dir, 8 or 16 [8]")] = None,
     gif: Annotated[Path | None, Option(help="noise becoming pictures")] = None,
     context: Annotated[str | None, Option(help=CONTEXT)] = None,
-    guidance: given.Guidance = 1.0,
+    guidance: given.Weights = "1",
+    negative: given.Negative = None,
+    guidance_rescale: given.Rescale = 0.0,
     seed: Annotated[int, Option(help="0 <= seed < 2^63; the same seed gives the same pictures")] = 0,
     between: Annotated[tuple[int, int] | None, Option(help="two seeds: from one's first sample to the other's")] = None,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
@@ -78,7 +80,7 @@ def sample(
     target = pick_device(device)
     opened.model.to(target)
     options, table = given.table_of(opened, asked)
-    more = {"first_sample": first_sample, "batch_size": batch_size, "guidance": guidance, "seed": seed}
+    more = {"first_sample": first_sample, "batch_size": batch_size, "seed": seed}
     more |= {"engine": engine, "precision": precision}
     if between is not None:
         if any(table.noisy):
@@ -90,7 +92,9 @@ def sample(
             raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")
         check_integer("--n", n)
         contexts = given.contexts_of(opened, context, first_sample, n)
-        images, estimates = given.sample_run(opened, n, contexts, table, ranks, keep=gif is not None, **more)
+        guided = (guidance, negative, guidance_rescale, asked["guidance_interval"])
+        how, told = given.guided_by(opened, n, first_sample, *guided)
+        images, estimates = given.sample_run(opened, n, contexts, table, ranks, keep=gif is not None, **how, **more)
         if not ranks.is_main:
             return
     headers: list[str] = []
@@ -102,9 +106,8 @@ def sample(
             headers = [pictures.header_of(str(names[k]), k) for k in numbers.tolist()]
     caption = f"{options['solver']}, {table.steps} steps"
     caption += f", context {context}" if context not in (None, given.ALL) else ""
-    caption += f", guidance {guidance:g}" if guidance != 1.0 else ""
     seeds = f"seed {seed}" if between is None else f"from seed {between[0]} to {between[1]}"
-    caption += f", {seeds}" + (f", from sample {first_sample}" if first_sample else "")
+    caption += f"{told}, {seeds}" + (f", from sample {first_sample}" if first_sample else "")
     if out is not None:
         pictures.save_png(out, pictures.render(images, columns, headers, caption))
     if npy is not None:

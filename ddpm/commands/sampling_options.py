@@ -34,10 +34,15 @@ Corrections = Annotated[int | None, Option(help="Langevin steps after each step 
 Snr = Annotated[float | None, Option(help="size of pc's Langevin steps [the run's]")]
 Clip = Annotated[float | None, Option(help="bound of x0, 0 = none [the run's]")]
 Spacing = Annotated[str | None, Option(help=f"{', '.join(SPACINGS)}, leading+K [the run's]")]
+Interval = Annotated[str | None, Option(metavar="LO,HI", help="shares of T between which guidance acts [0,1]")]
 TABLE_OPTIONS = {"solver": Solver, "steps": Steps, "eta": Eta, "variance": Variance, "resample": Resample}
 TABLE_OPTIONS |= {"corrections": Corrections, "snr": Snr, "clip": Clip, "spacing": Spacing}
+TABLE_OPTIONS |= {"guidance_interval": Interval}
 Command = TypeVar("Command", bound=Callable[..., Any])
 Guidance = Annotated[float, Option(help="w of classifier-free guidance, 1 = none")]
+Weights = Annotated[str, Option("--guidance", help="w of classifier-free guidance, 1 = none; w1,w2,..: one a sample")]
+Negative = Annotated[str | None, Option(help="what guidance leads away from, as --context [no condition]")]
+Rescale = Annotated[float, Option("--guidance-rescale", help="phi, 0..1: how far guidance keeps the output's spread")]
 EngineName = Annotated[str, Option("--engine", help=f"auto, {', '.join(ENGINES)}")]
 Precision = Annotated[str, Option(help="of the network: fp32, bf16 or fp16")]
 Device = Annotated[str, Option(help="auto, cpu or cuda")]
@@ -98,7 +103,9 @@ def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], Step
     A solver that ends in .json is a stored table, which has its own options. Raises BadInput if it is for other weights
     or another schedule, ValueError for options that do not fit.
     """
-    path = asked.get("solver")
+    path, interval = (asked.get(name) for name in ("solver", "guidance_interval"))
+    if isinstance(interval, str):
+        asked = asked | {"guidance_interval": numbers_of("--guidance-interval", interval, "LO,HI, two shares of T")}
     if not is_table_file(path):
         options = run.options(**asked)
         if not options.get("clip"):
@@ -107,7 +114,7 @@ def table_of(run: runs.Run, asked: dict[str, Any]) -> tuple[dict[str, Any], Step
     for name, value in given(asked).items():
         if name != "solver":
             needs = "a table that has its own, needs one of the two"
-            raise BadInput(f"--{name}: got {value} beside --solver {path}, {needs}")
+            raise BadInput(f"--{name.replace('_', '-')}: got {value} beside --solver {path}, {needs}")
     table, prediction, own = StepTable.load(path), run.config["prediction"], run.schedule.config()
     if table.prediction != prediction:
         raise BadInput(f"{path}: is for networks that predict {table.prediction}, {run.folder} predicts {prediction}")
@@ -133,8 +140,43 @@ def class_count(run: runs.Run) -> int:
     return shape[0] if shape is not None and len(shape) == 1 else 0
 
 
-def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int, count: str = "--n") -> Tensor | None:
-    """[n, *condition_shape] for `--context`; `all` gives global sample k the class k % classes. count: n's option."""
+def numbers_of(option: str, text: str, needs: str) -> list[float]:
+    """Of what stands between commas. Raises BadInput."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{option}: got {text!r}, needs {needs}") from None
+
+
+def guided_by(
+    run: runs.Run,
+    n: int,
+    first_sample: int,
+    guidance: str,
+    negative: str | None,
+    rescale: float,
+    interval: str | None,
+) -> tuple[dict[str, Any], str]:
+    """(what `sample` takes of guidance, what a caption says of it). Raises BadInput."""
+    numbers = numbers_of("--guidance", guidance, "a number, or one for each sample")
+    weights: Any = torch.tensor(numbers, dtype=torch.float64)
+    if len(weights) not in (1, n):
+        raise BadInput(f"--guidance: got {len(weights)} numbers, needs one, or {n}: one for each sample")
+    guides, one = bool((weights != 1).any()), len(weights) == 1
+    told = f", guidance {f'{weights[0]:g}' if one else guidance[:40]}" if guides else ""
+    for option, value in (("negative", negative), ("guidance-interval", interval), ("guidance-rescale", rescale)):
+        if value and not guides:
+            raise BadInput(f"--{option}: got {value} without guidance, needs a --guidance other than 1")
+        told += f", {option.removeprefix('guidance-')} {value}" if value else ""
+    away = contexts_of(run, negative, first_sample, n, option="--negative")
+    weights = weights.item() if one else weights
+    return {"guidance": weights, "negative": away, "guidance_rescale": rescale}, told
+
+
+def contexts_of(
+    run: runs.Run, text: str | None, first_sample: int, n: int, count: str = "--n", option: str = "--context"
+) -> Tensor | None:
+    """[n, *condition_shape] of an option; `all` gives global sample k the class k % classes. count: n's option."""
     # Before there is a row of each.
     check_room(count, n, sample_shape(run.model), torch.device("cpu"))
     check_number("--first-sample", first_sample, 0, philox.SAMPLE_LIMIT - n, "0..2^56 - n")
@@ -142,7 +184,7 @@ def contexts_of(run: runs.Run, text: str | None, first_sample: int, n: int, coun
         return None
     if text == ALL and class_count(run):
         return one_hot_conditions(run.model, cycled_classes(run, first_sample, n))
-    vector = run.context(text)
+    vector = run.context(text, option)
     return vector.expand(n, *vector.shape)
 
 
@@ -163,12 +205,11 @@ def sample_run(
     precision: str = "fp32",
     keep: bool = False,
     draw: Callable[..., Tensor] = sample,
-    x_T: Tensor | None = None,  # noqa: N803 (its name in the papers)
     **more: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """Samples [n, ...] of all ranks on the CPU, and with `keep` the x0 [n, ...] after each step that a GIF shows.
 
-    draw: what makes them, called as `sample` is.
+    draw: what makes them, called as `sample` is. more: for it; tensors are of all n samples.
     """
     if batch_size is not None:
         check_integer("--batch-size", batch_size)
@@ -195,10 +236,8 @@ def sample_run(
                 start += len(x0)
 
         if count:
-            context = None if context is None else context[part]
-            if x_T is not None:
-                more["x_T"] = x_T[part]
             more |= {"context": context, "first_sample": first_sample + part.start, "batch_size": batch_size}
+            more = {name: value[part] if isinstance(value, Tensor) else value for name, value in more.items()}
             dtype = PRECISIONS[precision]
             images = draw(run.model, run.schedule, count, table=table, dtype=dtype, callback=callback, **more)
     return world.gather(images, n).cpu(), list(kept.values())

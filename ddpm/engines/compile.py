@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, FormOf, engine
+from ddpm.engines.engine import Chunk, FormOf, engine, guided
 from ddpm.engines.fused import FusedEngine, Update
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
 from kernels import philox
-from kernels.solver_step import guide, reference
+from kernels.solver_step import reference
 
 logger = logging.getLogger("ddpm")
 
@@ -40,6 +40,7 @@ def _update(
     m: Tensor,
     uncond: Tensor | None,
     guidance: Tensor,
+    rescale: Tensor | None,
     row: Tensor,
     previous: Tensor | None,
     clip: float | None,
@@ -50,7 +51,7 @@ def _update(
     """One row of the table (seven coefficients and t) with its Philox noise."""
     m = m.to(x.dtype)
     if uncond is not None:
-        m = guide(m, uncond.to(x.dtype), guidance)
+        m = guided(m, uncond.to(x.dtype), guidance, rescale)
     z = None
     if noisy:
         step, shape = row[7].to(torch.int64), tuple(x.shape[1:])
@@ -114,12 +115,13 @@ class CompileEngine(FusedEngine):
         x, samples = chunk.x, chunk.samples
         rows = self.table.rows(x.device, x.dtype).unbind()
         seed = torch.full((), chunk.noise.seed, device=x.device)
-        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), dtype=x.dtype, device=x.device).unbind()
+        weights = self.weights(chunk).unbind()
+        rescale = None if chunk.rescale is None else torch.full((), chunk.rescale, dtype=x.dtype, device=x.device)
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
-            batch_may_vary(x, m, uncond, previous, samples)
+            batch_may_vary(x, m, uncond, previous, samples, weights[i] if weights[i].ndim else None)
             clip, noisy = self.table.clip, self.noisy[i]
-            return _compiled_update()(x, m, uncond, weights[i], rows[i], previous, clip, seed, samples, noisy)
+            return _compiled_update()(x, m, uncond, weights[i], rescale, rows[i], previous, clip, seed, samples, noisy)
 
         return update
 

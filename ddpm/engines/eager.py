@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, Engine, FormOf, engine
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided
 from ddpm.inference.form import checked, typed
 from ddpm.networks.protocol import in_type, null_condition, predict
 from kernels import philox
-from kernels.solver_step import guide, reference
+from kernels.solver_step import reference
 
 
 @engine
@@ -29,12 +29,15 @@ class EagerEngine(Engine):
     def run(self, chunk: Chunk) -> Tensor:
         x, context = chunk.x, chunk.context
         rows = self.table.rows(x.device, x.dtype)
-        steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(chunk.guidance)
-        guided = context is not None and any(weight != 1.0 for weight in weights)
-        null = null_condition(self.model, context) if guided else None
+        steps, weights = self.table.noise_steps.tolist(), self.weights(chunk)
+        acts = (self.table.weights_of_guidance(chunk.guidance) != 1.0).reshape(len(steps), -1).any(1).tolist()
+        null = chunk.negative
+        if null is None and context is not None and any(acts):
+            null = null_condition(self.model, context)
         x0 = torch.zeros_like(x)
         for i, (step, time) in enumerate(zip(steps, self.time_of_row, strict=True)):
-            m = self._output(x, time, context, null, weights[i], *((x0,) if self.recalls else ()))
+            how = (null, weights[i], chunk.rescale) if acts[i] and null is not None else ()
+            m = self._output(x, time, context, how, *((x0,) if self.recalls else ()))
             z = chunk.noise(chunk.samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)
             if chunk.callback is not None:
@@ -46,22 +49,22 @@ class EagerEngine(Engine):
         x: Tensor,
         time: float,
         context: Tensor | None,
-        null: Tensor | None,
-        guidance: float,
+        how: tuple[Tensor, Tensor, float | None] | tuple[()],
         *recalled: Tensor,
     ) -> Tensor:
-        """The network's output, guided. Both halves of guidance are one call of [2n, ...] rows.
+        """The network's output. how: guided by (conditions of the other half, weights, rescale), or () not at all.
 
-        So a single guided sample is a batch of two: PyTorch convolves a batch of one on the CPU by another algorithm,
-        whose rounding (6.4e-7 against 1.8e-7) guidance would blow up to 1.8e-5 over a trajectory, measured on the
-        sprites run with guidance 2.
+        Both halves of guidance are one call of [2n, ...] rows, so a single guided sample is a batch of two: PyTorch
+        convolves a batch of one on the CPU by another algorithm, whose rounding (6.4e-7 against 1.8e-7) guidance would
+        blow up to 1.8e-5 over a trajectory, measured on the sprites run with guidance 2.
         """
-        if guidance == 1.0 or null is None:
+        if not how:
             return self._network(x, time, context, *recalled)
+        null, *by = how
         twice = (torch.cat((each, each)) for each in recalled)
         both = self._network(torch.cat((x, x)), time, torch.cat((context, null)), *twice)
         conditional, unconditional = both.chunk(2)
-        return guide(conditional, unconditional, guidance)
+        return guided(conditional, unconditional, *by)
 
     def _network(self, x: Tensor, time: float, context: Tensor | None, *recalled: Tensor) -> Tensor:
         t = torch.full((x.shape[0],), time, dtype=self.kind, device=x.device)

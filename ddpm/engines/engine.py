@@ -3,7 +3,7 @@
 name                              for --engine
 lacks(device, dtype, ...)         why it cannot run there, or None
 Engine(model, count, table, dtype, form)
-engine(x_T, samples, context, guidance, noise, callback) -> x_0
+engine(x_T, samples, context, guidance, noise, callback, negative, rescale) -> x_0
 refresh(model)                    take over the model's present weights
 
 A subclass states the first two and overrides `prepare`, `run` and `refresh`.
@@ -21,6 +21,8 @@ from ddpm.inference import Form, make_form
 from ddpm.networks.protocol import network_times, recalls
 from ddpm.noise import Noise
 from ddpm.table import StepTable
+from kernels.guidance_rescale import reference as rescaled
+from kernels.solver_step import guide
 
 Callback = Callable[[int, Tensor], None]
 FormOf = Callable[[nn.Module, torch.dtype], Form]
@@ -40,9 +42,21 @@ class Chunk:
     x: Tensor
     samples: Tensor  # int64 [n], global indices
     context: Tensor | None  # [n, ...]
-    guidance: float  # 1 = none
+    guidance: float | Tensor  # 1 = none; or float64 [n] on the CPU
     noise: Noise
     callback: Callback | None = None
+    negative: Tensor | None = None  # [n, ...], instead of the null condition
+    rescale: float | None = None  # phi of `kernels.guidance_rescale`
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is a condition to guide towards, and a weight that is not 1."""
+        return self.context is not None and bool(torch.as_tensor(self.guidance != 1.0).any())
+
+
+def guided(m: Tensor, m_uncond: Tensor, guidance: float | Tensor, rescale: float | Tensor | None) -> Tensor:
+    """Guidance, rescaled if it shall be. guidance: a number, or [n, 1, ...]."""
+    return guide(m, m_uncond, guidance) if rescale is None else rescaled(m, m_uncond, guidance, rescale)
 
 
 class Engine:
@@ -72,6 +86,11 @@ class Engine:
     def __call__(self, *parts: Any) -> Tensor:
         """The fields of a `Chunk` -> x [n, ...] at 0."""
         return self.run(Chunk(*parts))
+
+    def weights(self, chunk: Chunk) -> Tensor:
+        """Guidance of every row in the state's type, where it is: [S], or [S, n, 1, ...] with one a sample."""
+        weights = self.table.weights_of_guidance(chunk.guidance).to(chunk.x)
+        return weights.reshape(*weights.shape, *(1,) * (chunk.x.ndim - 1)) if weights.ndim > 1 else weights
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         """What is done once, before the first chunk."""

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, Engine, FormOf, engine
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided
 from ddpm.inference import at, halves, hooks_every_module
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise, RowNoise
-from kernels import backend, solver_step
-from kernels.solver_step import guide, reference
+from kernels import backend, guidance_rescale, solver_step
+from kernels.solver_step import reference
 
 # update(i, x, m, m_uncond, x0_previous) -> (x, x0): row i of the table.
 Update = Callable[[int, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -48,8 +48,12 @@ class FusedEngine(Engine):
         return self._tables
 
     def rows(self, chunk: Chunk) -> Rows:
-        """Guided if there is a context to guide towards and a weight that is not 1."""
-        return self.form.rows(chunk.context, len(chunk.x), chunk.guidance != 1.0 and chunk.context is not None)
+        """Of both halves where the chunk is guided; negative conditions are rows like the others."""
+        n = len(chunk.x)
+        if not chunk.guided or chunk.negative is None:
+            return self.form.rows(chunk.context, n, chunk.guided)
+        rows = self.form.rows(torch.cat((chunk.context, chunk.negative)), 2 * n, False)
+        return None if rows is None else tuple(row.reshape(2, n, *row.shape[2:]) for row in rows)
 
     def run(self, chunk: Chunk) -> Tensor:
         x = chunk.x
@@ -78,9 +82,11 @@ class FusedEngine(Engine):
         rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if keeps_x0 else None
         indices = torch.arange(len(self.table), device=x.device).split(1)
         seed = torch.full((), chunk.noise.seed, device=x.device)
-        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
+        weights = self.table.weights_of_guidance(chunk.guidance).to(x)
 
         def update(i: int, _: Tensor, m: Tensor, uncond: Tensor | None, __: Tensor | None) -> tuple[Tensor, ...]:
+            if uncond is not None and chunk.rescale is not None:
+                m, uncond = guidance_rescale(m, uncond, weights[i], chunk.rescale), None
             return solver_step(own, m, rows, indices[i], seed, samples, uncond, weights, x0, self.table.clip), x0
 
         return update
@@ -89,13 +95,13 @@ class FusedEngine(Engine):
         """The update by the operator's reference, with noise that is drawn before."""
         x = chunk.x
         rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
-        weights = self.table.weights_of_guidance(chunk.guidance)
+        weights = self.weights(chunk).unbind()
         draws = RowNoise(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             m = m.to(x.dtype)
             if uncond is not None:
-                m = guide(m, uncond.to(x.dtype), weights[i])
+                m = guided(m, uncond.to(x.dtype), weights[i], chunk.rescale)
             z = draws(i) if self.noisy[i] else None
             return reference(x, m, rows[i], z, previous, self.table.clip)
 

@@ -19,7 +19,7 @@ from ddpm.inference import at, halves
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
 from ddpm.precision import float32_on_cuda
-from kernels import solver_step
+from kernels import guidance_rescale, solver_step
 
 STEPS_PER_GRAPH = 10  # untuned
 WARM_UP_STEPS = 3
@@ -47,7 +47,16 @@ def warm_up(device: torch.device, step: Callable[[], None]) -> torch.cuda.Stream
 class Capture:
     """Static buffers for n samples and the graphs of one and of STEPS_PER_GRAPH steps over them."""
 
-    def __init__(self, by: "GraphEngine", x: Tensor, tables: tuple[Tensor, ...], rows: Rows, keeps_x0: bool) -> None:
+    def __init__(
+        self,
+        by: "GraphEngine",
+        x: Tensor,
+        tables: tuple[Tensor, ...],
+        rows: Rows,
+        one_each: tuple[int, ...],
+        rescales: bool,
+        keeps_x0: bool,
+    ) -> None:
         self.form, self.clip, room = by.form, by.table.clip, by.room
         layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
         self.x = torch.zeros_like(x, memory_format=layout)
@@ -56,7 +65,8 @@ class Capture:
         self.samples = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
         self.index = torch.zeros(1, dtype=torch.int64, device=x.device)
         self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
-        self.guidance = torch.ones(room, dtype=torch.float32, device=x.device)
+        self.guidance = torch.ones(room, *one_each, dtype=torch.float32, device=x.device)
+        self.rescale = torch.zeros((), dtype=torch.float32, device=x.device) if rescales else None
         self.table = torch.zeros(room, 8, device=x.device)
         self.tables = tuple(table.new_zeros(room, *table.shape[1:]) for table in tables)
         self.rows = None if rows is None else tuple(torch.zeros_like(row) for row in rows)
@@ -79,6 +89,9 @@ class Capture:
     def _step(self) -> None:
         given = self.x, at(self.tables, self.index), self.rows, *self.recalled
         m, *uncond = self.form(*given).chunk(halves(self.rows))
+        if uncond and self.rescale is not None:
+            weights = self.guidance.index_select(0, self.index).flatten()
+            m, uncond = guidance_rescale(m, uncond[0], weights, self.rescale), ()
         row = self.table, self.index, self.seed, self.samples
         solver_step(self.x, m, *row, uncond[0] if uncond else None, self.guidance, self.x0, self.clip)
         self.index.add_(1)
@@ -89,6 +102,8 @@ class Capture:
         self.samples.copy_(chunk.samples)
         self.index.zero_()
         self.seed.fill_(chunk.noise.seed)
+        if self.rescale is not None:
+            self.rescale.fill_(chunk.rescale)
         if self.x0 is not None:
             self.x0.zero_()
         for own, given in zip((self.guidance, self.table, *self.tables), by_step, strict=True):
@@ -122,15 +137,16 @@ class GraphEngine(FusedEngine):
         if not (isinstance(chunk.noise, PhiloxNoise) and x.dtype == torch.float32):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
         tables, rows = self.tables(x.device), self.rows(chunk)
-        weights = torch.tensor(self.table.weights_of_guidance(chunk.guidance), device=x.device)
-        key, captures = self._key(x, rows, self.memory or callback is not None), self.form.captures
+        weights = self.table.weights_of_guidance(chunk.guidance).to(x)
+        made_for = weights.shape[1:], chunk.rescale is not None, self.memory or callback is not None
+        key, captures = self._key(x, rows, made_for), self.form.captures
         with torch.cuda.device(x.device):
             # Nobody else's while its buffers are in use: neither another thread's nor a callback's that samples.
             capture = captures.pop(key, None)
             if capture is None:
                 while len(captures) >= CAPTURES_KEPT:
                     captures.popitem(last=False)
-                capture = Capture(self, x, tables, rows, self.memory or callback is not None)
+                capture = Capture(self, x, tables, rows, *made_for)
             capture.load(chunk, rows, (weights, self.table.rows(x.device), *tables))
             done, count = 0, len(self.table)
             while done < count:
@@ -143,9 +159,9 @@ class GraphEngine(FusedEngine):
         captures[key] = capture
         return x
 
-    def _key(self, x: Tensor, rows: Rows, keeps_x0: bool) -> tuple[object, ...]:
+    def _key(self, x: Tensor, rows: Rows, made_for: tuple[object, ...]) -> tuple[object, ...]:
         """What a capture serves."""
         shapes = None if rows is None else tuple(row.shape for row in rows)
         # Where the weights lie: a graph reads the memory that it was captured with.
         weights = tuple(tensor.data_ptr() for tensor in (*self.form.parameters(), *self.form.buffers()))
-        return x.shape, shapes, self.room, keeps_x0, self.table.clip, weights, float32_on_cuda()
+        return x.shape, shapes, self.room, made_for, self.table.clip, weights, float32_on_cuda()

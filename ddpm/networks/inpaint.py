@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm.networks.protocol import broadcast, condition_shape, null_condition, predict, recalls, sample_shape
+from ddpm.networks.protocol import broadcast, predict, recalls, sample_shape
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import ALPHA_BAR_MIN, to_x0
 
@@ -57,15 +57,15 @@ class Inpaint(nn.Module):
         if not bool(keep.any()) or bool(keep.all()):
             all_or_none = "every" if bool(keep.any()) else "no"
             raise ValueError(f"keep: {all_or_none} pixel is known, needs some that are and some that are not")
-        self.network, self.sample_shape, self.condition_shape = network, shape, condition_shape(network)
+        self.network, self.sample_shape = network, shape
+        # What the network does not state, this does not either.
+        if hasattr(network, "condition_shape"):
+            self.condition_shape = network.condition_shape
+        if hasattr(network, "null_condition"):
+            self.null_condition = network.null_condition
         self.time, self.self_condition = getattr(network, "time", "fraction"), recalls(network)
         here = known.to(next(network.parameters(), known).device)
         self.given = Known(here, keep, schedule, prediction, self.time)
-
-    def null_condition(self, n: int) -> Tensor:
-        """The network's."""
-        condition = torch.zeros(n, *(self.condition_shape or (0,)), device=self.given.known.device)
-        return null_condition(self.network, condition)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None, *recalled: Tensor) -> Tensor:
         """As the network's, of the same shapes."""

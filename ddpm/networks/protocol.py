@@ -150,24 +150,26 @@ def broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def rows_of_condition(model: nn.Module, context: Tensor | None, n: int, device: torch.device) -> Tensor | None:
+def rows_of_condition(
+    model: nn.Module, context: Tensor | None, n: int, device: torch.device, name: str = "context"
+) -> Tensor | None:
     """float32 [n, *condition_shape] from one condition for all or one a row; None: none. Raises ValueError."""
     if context is None:
         return None
     context = torch.as_tensor(context, dtype=torch.float32, device=device)
     if not context.isfinite().all():
-        raise ValueError("context: got NaN or infinite values, needs finite ones")
+        raise ValueError(f"{name}: got NaN or infinite values, needs finite ones")
     if not hasattr(model, "condition_shape"):
         rows = context.expand(n, -1) if context.ndim == 1 else context
         if context.ndim < 1 or rows.shape[0] != n:
             needs = f"one vector or [{n}, ...], a row a sample"
-            raise ValueError(f"context: got shape {list(context.shape)}, needs {needs}")
+            raise ValueError(f"{name}: got shape {list(context.shape)}, needs {needs}")
         return rows
     shape = condition_shape(model) or (0,)
     rows = context.expand(n, *shape) if tuple(context.shape) == shape else context
     if tuple(rows.shape) != (n, *shape):
         stated = "" if math.prod(shape) else ": this network has no condition"
-        raise ValueError(f"context: got shape {list(context.shape)}, needs {[n, *shape]} or {list(shape)}{stated}")
+        raise ValueError(f"{name}: got shape {list(context.shape)}, needs {[n, *shape]} or {list(shape)}{stated}")
     return rows if math.prod(shape) else None
 
 

@@ -103,6 +103,23 @@ def test_networks_without_a_form_and_with_indices_as_time(gaussian_eps):
     torch.testing.assert_close(fused, eager, atol=1e-5, rtol=0)
 
 
+def test_a_network_that_does_not_state_its_conditions():
+    class Unstated(torch.nn.Module):
+        sample_shape = (4,)
+
+        def forward(self, x, t, c=None):
+            return 0.5 * x + (0 if c is None else c.sum(1, keepdim=True) / 10)
+
+    image, mask = torch.ones(4), torch.tensor([1, 0, 0, 0])
+    more = {"strength": 1.0, "mask": mask, "solver": "ddim", "steps": 5, "clip": 1.0, "guidance": 2.0}
+    eager, fused = (
+        edit(Unstated(), COSINE, image, 2, engine=engine, context=torch.tensor([1.0, 2.0, 3.0]), **more)
+        for engine in ("eager", "fused")
+    )
+    torch.testing.assert_close(fused, eager, atol=1e-5, rtol=0)
+    assert torch.equal(eager[:, 1:], torch.ones(2, 3))
+
+
 def test_several_pictures_of_one_mask(unet):
     model, images = unet(), torch.stack([IMAGE, -IMAGE])
     options = {"mask": MASK, "strength": 1.0, "clip": 1.0, "engine": "fused", "steps": 5, "context": torch.eye(5)[:2]}

@@ -129,6 +129,20 @@ def test_it_draws_eager_s_pictures_from_two_captures(unet, captures):
     assert len(captures) == 6
 
 
+def test_weights_of_samples_negatives_intervals_and_rescale_are_in_its_buffers(unet, captures):
+    model, both = unet(), {"solver": "ddpm", "steps": 7}
+    for way in (
+        {"guidance": [2.5, -1.0], "negative": CONTEXT.flip(0), "guidance_rescale": 0.7},
+        {"guidance": [0.5, 3.0], "negative": CONTEXT[:1].expand(2, 5), "guidance_rescale": 0.2, "seed": 4},
+        {"guidance": [2.0, 1.0], "guidance_rescale": 1.0, "guidance_interval": (0.2, 0.8)},
+    ):
+        assert distance(draw(model, **both | way), draw(model, "eager", **both | way)) < 1e-5
+    assert len(captures) == 2
+    for way in ({"guidance": [2.0, 5.0]}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_rescale": 0.5}):
+        assert distance(draw(model, **both | way), draw(model, "eager", **both | way)) < 1e-5
+    assert len(captures) == 8
+
+
 @pytest.mark.long
 def test_diffusers_network_is_captured_as_it_is(captures):
     """With its classes under guidance; the indices of steps and "no class" are made where the network is."""
