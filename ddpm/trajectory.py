@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.engines import Engine, choose
-from ddpm.engines.engine import Callback, FormOf
+from ddpm.engines.engine import Callback, FormOf, guides
 from ddpm.errors import WorkFailed, check_integer, check_number
 from ddpm.inference import FORMS, device_of, has_form, lock_of, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
@@ -242,15 +242,14 @@ class Trajectory:
         if first_sample > philox.SAMPLE_LIMIT - n:
             raise ValueError(f"first_sample: got {first_sample}, needs 0..2^56 - n")
         guidance = weights_of(guidance, n)
-        guides = bool(torch.as_tensor(guidance != 1.0).any())
         given = f"{guidance}" if isinstance(guidance, float) else f"{guidance.tolist()}"[:80]
-        if guides and context is None:
+        if guides(guidance) and context is None:
             raise ValueError(f"guidance: got {given} without a context, needs a context to guide towards")
-        if guides and not self.guided:
+        if guides(guidance) and not self.guided:
             raise ValueError(f"guidance: got {given}, but this trajectory was prepared without guided=True")
         phi = check_number("guidance_rescale", guidance_rescale, 0, 1, "0 <= phi <= 1") or None
         for name, value in (("negative", negative), ("guidance_rescale", phi)):
-            if value is not None and isinstance(guidance, float) and not guides:
+            if value is not None and isinstance(guidance, float) and not guides(guidance):
                 what = "conditions" if name == "negative" else value
                 raise ValueError(f"{name}: got {what} without guidance, needs a guidance other than 1")
         if x_T is not None and (not isinstance(x_T, Tensor) or tuple(x_T.shape) != (n, *self.shape)):

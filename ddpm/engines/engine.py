@@ -51,7 +51,12 @@ class Chunk:
     @property
     def guided(self) -> bool:
         """Whether there is a condition to guide towards, and a weight that is not 1."""
-        return self.context is not None and bool(torch.as_tensor(self.guidance != 1.0).any())
+        return self.context is not None and guides(self.guidance)
+
+
+def guides(guidance: float | Tensor) -> bool:
+    """Whether any weight is not 1, which is no guidance."""
+    return bool((guidance != 1.0).any()) if isinstance(guidance, Tensor) else guidance != 1.0
 
 
 def guided(m: Tensor, m_uncond: Tensor, guidance: float | Tensor, rescale: float | Tensor | None) -> Tensor:

@@ -297,7 +297,7 @@ CALLS = [
     ({"guidance": 1e300, "context": [0.0] * 5}, r"guidance: got 1e\+300, needs a finite number in float32"),
     ({"guidance": "2", "context": [0.0] * 5}, "guidance: got '2', needs a finite number in float32"),
     ({"guidance": None}, "guidance: got None, needs a finite number in float32"),
-    ({"guidance": torch.ones(2)}, r"guidance: got tensor\(\[1\., 1\.\]\), needs a finite number in float32"),
+    ({"guidance": torch.ones(3)}, r"guidance: got weights \[3\], needs a number or \[2\], one for each sample"),
     ({"context": "sprite"}, "context: got a str, needs a tensor or numbers"),
     ({"context": [1e39] * 5}, "context: got NaN or infinite values"),
     ({"x_T": 3}, r"x_T: got a int, needs \[2, 3, 16, 16\]"),
