@@ -1,32 +1,49 @@
-"""Suite `sampling`: whole runs of `ddpm.sample`, network, table and noise included, through every engine.
+"""Suite `sampling`: whole runs of `ddpm.sample` and `ddpm.edit`, network, table and noise included, by every engine.
 
-`short` is one image in four steps, where what a call prepares weighs most.
+`short` is one image in four steps, where what a call prepares weighs most. `guided` has all that guidance can have: a
+weight a sample, negative conditions, an interval, rescale. `img2img` begins a picture at half of T; `inpaint` knows the
+upper half of one.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 
 from bench.registry import Bench, Workload
-from bench.suites.networks import SCHEDULE, SEED, contexts, judged, network, sampling_cost
-from ddpm import sample
+from bench.suites.networks import SCHEDULE, SEED, SIDE, contexts, judged, network, sampling_cost
+from ddpm import edit, sample
 from ddpm.engines import competitors
+from ddpm.networks import sample_shape
+
+GUIDED = {"guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7}
+LOWER_HALF = (torch.arange(SIDE) >= SIDE // 2)[:, None].expand(SIDE, SIDE)
+EDITED = {"img2img": {"strength": 0.5}, "inpaint": {"strength": 1.0, "mask": LOWER_HALF}}
 
 
-def _build(steps: int, n: int, device: torch.device) -> Bench:
-    model = network(device)
-    options = {"solver": "ddim", "steps": steps, "context": contexts(n, device), "seed": SEED}
+def _build(way: str, steps: int, n: int, device: torch.device) -> Bench:
+    model, context = network(device), contexts(n, device)
+    options: dict[str, Any] = {"solver": "ddim", "steps": steps, "context": context, "seed": SEED}
+    if way == "guided":
+        options |= GUIDED | {"guidance": torch.linspace(0, 4, n), "negative": context.roll(1, 1)}
 
     def draw(engine: str) -> torch.Tensor:
+        if way in EDITED:
+            image = torch.linspace(-1, 1, SIDE, device=device).expand(sample_shape(model))
+            return edit(model, SCHEDULE, image, n, engine=engine, **options, **EDITED[way])
         return sample(model, SCHEDULE, n, engine=engine, **options)
 
     eager, makes = partial(draw, "eager"), {name: partial(partial, draw, name) for name in competitors(device)}
-    return Bench([()], eager, judged(eager, makes), sampling_cost(model, n, steps), images=n)
+    rows = round(steps * EDITED.get(way, {}).get("strength", 1.0))
+    cost = sampling_cost(model, n, rows, 2.0 if way == "guided" else 1.0)
+    return Bench([()], eager, judged(eager, makes), cost, images=n)
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """By steps and images."""
+    """By way, steps and images."""
+    usual = (5, 8) if quick else (20, 64)
+    rows = [("", *usual), ("short", 4, 1), *((way, *usual) for way in ("guided", *EDITED))]
     return [
-        Workload(f"{head}/ddim{steps}/n{n}", "sampling", partial(_build, steps, n))
-        for head, steps, n in (("sampling", *((5, 8) if quick else (20, 64))), ("sampling/short", 4, 1))
+        Workload(f"sampling/{way}{'/' * bool(way)}ddim{steps}/n{n}", "sampling", partial(_build, way, steps, n))
+        for way, steps, n in rows
     ]
