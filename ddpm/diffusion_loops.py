@@ -77,20 +77,27 @@ def _taken(function: Callable[..., Any], options: dict[str, Any]) -> dict[str, A
     return taken
 
 
+def estimate(previous: Tensor | None) -> dict[str, Tensor]:
+    """The argument by which a step gets it, if there is one: steps of former versions take another in its place."""
+    return {} if previous is None else {"x_self_cond": previous}
+
+
 def _by_steps(diffusion: "GaussianDiffusion", table: StepTable, states: list[Tensor], draw: Noise, how: dict) -> Tensor:
     """The last of the states, which grow by one for each row of the table: of ddpm by p_sample, else as DDIM does."""
     (x,), x0 = states, None
     first, last = how["first_sample"], len(table) - 1
     ancestral = table.solver == "ddpm"
-    options = _taken(diffusion.p_sample, how) if ancestral else {}
+    clipped = {"clip_x_start": True, "rederive_pred_noise": True}
+    clipped = {name: value for name, value in clipped.items() if accepts(diffusion.model_predictions, name)}
+    options = _taken(diffusion.p_sample, how) if ancestral else clipped
     samples = torch.arange(first, first + len(x), device=x.device)
     for row, t in enumerate(table.timesteps.tolist()):
-        previous = x0 if diffusion.self_condition else None
+        previous = estimate(x0 if diffusion.self_condition else None)
         if ancestral:
-            x, x0 = diffusion.p_sample(x, t - 1, previous, **options)
+            x, x0 = diffusion.p_sample(x, t - 1, **previous, **options)
         else:
             times = torch.full((len(x),), t - 1, device=x.device)
-            told = diffusion.model_predictions(x, times, previous, clip_x_start=True, rederive_pred_noise=True)
+            told = diffusion.model_predictions(x, times, **previous, **options)
             x = x0 = told.pred_x_start
             if row < last:
                 signal = float(diffusion.schedule.alpha_bars[table.timesteps[row + 1]])

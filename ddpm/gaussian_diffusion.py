@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddpm import diffusion_loops
 from ddpm.beta_schedules import buffers_of, schedule_of
 from ddpm.diffusion_formulas import Formulas, ModelPrediction
-from ddpm.diffusion_loops import sampling_options
+from ddpm.diffusion_loops import estimate, sampling_options
 from ddpm.errors import check_choice, check_integer, check_number
 from ddpm.former_arguments import only, renamed, understands
 from ddpm.networks.protocol import predict
@@ -232,7 +232,7 @@ class GaussianDiffusion(Formulas):
         self, x: Tensor, t: Tensor, x_self_cond: Tensor | None = None, clip_denoised: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`q_posterior` of what the network says x0 is, and that x0. clip_denoised: to -1..1."""
-        x0 = self.model_predictions(x, t, x_self_cond).pred_x_start
+        x0 = self.model_predictions(x, t, **estimate(x_self_cond)).pred_x_start
         x0 = x0.clamp(-1, 1) if clip_denoised else x0
         return *self.q_posterior(x0, x, t), x0
 
@@ -250,7 +250,7 @@ class GaussianDiffusion(Formulas):
         """A step of `p_sample_loop`, for loops of one's own: (x_{t-1}, x0), each like x. The last one has no noise."""
         check_integer("t", t, 0, self.num_timesteps - 1)
         times = torch.full((len(x),), t, device=x.device)
-        mean, _, logarithm, x0 = self.p_mean_variance(x, times, x_self_cond)
+        mean, _, logarithm, x0 = self.p_mean_variance(x, times, clip_denoised=True, **estimate(x_self_cond))
         if t == 0:
             return mean, x0
         draw = PhiloxNoise(seed) if noise is None else noise
@@ -338,8 +338,7 @@ class GaussianDiffusion(Formulas):
             raise TypeError(f"img: got {img.dtype}, needs floating point (0..1)")
         if list(img.shape[1:]) != needs:
             raise ValueError(f"img: got shape {list(img.shape)}, needs [n, {', '.join(map(str, needs))}]")
-        if times is None and self.has_own("random_times"):
-            times = self.random_times(len(img))
+        times = self.random_times(len(img)) if times is None and self.has_own("random_times") else times
         samples = self._next(len(img), taken=True) if samples is None else samples
         times = self._times(samples) if times is None else times
         if not self.has_own("p_losses") or diffusion_loops.accepts(self.p_losses, "samples"):

@@ -47,7 +47,8 @@ GROUPS = 8  # of GroupNorm, unless said
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))
+    """Three, of a version with two or three."""
+    return (*map(int, version.split(".")), 0)[:3]
 
 
 _changed = accumulate((change for _, change in CHANGES), lambda held, change: held | change)

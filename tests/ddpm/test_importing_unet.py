@@ -286,7 +286,7 @@ def test_what_is_not_that_network_says_what_it_looks_like(imported, tmp_path, va
     ],
 )
 def test_options_that_do_not_fit(imported, tmp_path, options, words):
-    answer, _ = imported(checkpoint(diffusion_of()), *options)
+    answer, _ = imported(diffusion_of().state_dict(), *options)
     *_, line = answer.err.strip().splitlines()
     assert (answer.code, line) == (2, f"error: {words.format(tmp_path / 'model-3.pt')}")
 

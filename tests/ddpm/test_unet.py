@@ -366,6 +366,15 @@ def test_releases_are_told_apart():
         assert same == [release_of(release)]
 
 
+@pytest.mark.parametrize(
+    ("version", "release"),
+    [("0.22", "0.22.0"), ("0.27.12", "0.27.3"), ("1.7", "1.7.0"), ("1.8.14a", "1.8.0"), ("1.10.17", "1.9.0"),
+     ("2.0", "2.0.0"), ("2.04", "2.0.0"), ("3.1.0rc1", "2.0.0")],
+)  # fmt: skip
+def test_a_version_is_of_the_release_with_its_network(version, release):
+    assert release_of(version) == release
+
+
 def test_groups_alone_mean_the_last_release_that_had_them():
     assert release_of(None, 8) == release_of("1.11.1") == "1.9.0"
     assert made(resnet_block_groups=2, with_time_emb=True).config()["version"] == "1.9.0"
