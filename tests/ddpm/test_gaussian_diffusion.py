@@ -809,6 +809,10 @@ def test_random_configurations_are_the_library_s(library, network, options):
     """Whole trajectories: DDPM in 1000 steps, DDIM in 50, and losses."""
     for steps in (None, 50):
         theirs, ours = pair(library, network=network, sampling_timesteps=steps, **options)
+        # An untrained network that is fed its own estimate is chaotic: float32 and float64 part by 0.25 in 1000 steps.
+        with torch.no_grad():
+            for each in (theirs, ours):
+                each.model.final_conv.weight.mul_(0.3)
         assert distance(ours.sample(2, seed=5), drawn(theirs, ours, 2)) < 1e-4
     images, noise = torch.rand(4, ours.channels, *ours.image_size), torch.randn(4, ours.channels, *ours.image_size)
     t, offset = torch.tensor([0, 1, 500, 999]), torch.randn(4, ours.channels)
