@@ -345,7 +345,13 @@ def test_every_engine_draws_eager_s_pictures(engine, self_condition, plain):
 # --- former releases ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("release", releases.RELEASES)
+FIRST = {release_of(release): release for release in reversed(releases.RELEASES)}  # of each network
+
+
+@pytest.mark.parametrize(
+    "release",
+    [pytest.param(each, marks=() if each in FIRST.values() else pytest.mark.long) for each in releases.RELEASES],
+)
 def test_former_networks_draw_what_their_release_drew(release):
     model = Unet(**releases.FORMER_NETWORK, **releases.former_options(release), version=release)
     held = np.load(releases.FORMER)
