@@ -12,8 +12,9 @@ import onnx
 from ddpm.commands.sampling_options import is_table_file, table_of
 from ddpm.errors import BadInput, check_choice, check_integer
 from ddpm.files import json_text, replacing_all
-from ddpm.networks import sample_shape
+from ddpm.networks import condition_shape, sample_shape
 from ddpm.runs import Run, held
+from ddpm.table import StepTable
 from export import models, run
 from export.models import RNG, describe, sha256, versions
 from export.precision import PRECISIONS, in_precision
@@ -50,6 +51,7 @@ def write(
     precision: str = "fp32",
     noise: str = "philox",
     open_table: bool = False,
+    open_guidance: bool = False,
     verify: bool = True,
     evaluate: int | None = None,
     data: str | None = None,
@@ -58,7 +60,8 @@ def write(
     """Export a run into the folder `out`, with the table that was asked for (see `table_of`), and return the manifest.
 
     evaluate: how many samples fp16 and int8 are judged by, default SAMPLES; data, labels: what beside.
-    open_table makes the table and its clip inputs of sampler.onnx and step.onnx, constants otherwise.
+    open_table makes the table and its clip inputs of sampler.onnx and step.onnx, constants otherwise. open_guidance
+    makes guidance one number a sample, and negative conditions and the rescale of guidance inputs of theirs.
 
     Everything is written beside its place, opened and measured there, and renamed only if it passed; otherwise the
     folder is left as it was. Raises BadInput for what cannot be exported, before any work, or WorkFailed if a
@@ -74,9 +77,10 @@ def write(
         solver = options["solver"]
         raise BadInput(f"--noise: got none, but {solver} adds noise in its steps; use --solver ddim or dpmpp_2m")
     if open_table and not models.opens(table):
-        raise BadInput(
-            f"--open-table: {options['solver']} is more than its rows, needs one of whole timesteps, each once"
-        )
+        needs = "one of whole timesteps, each once, and guidance everywhere"
+        raise BadInput(f"--open-table: {options['solver']} is more than its rows, needs {needs}")
+    if open_guidance and condition_shape(opened.model) is None:
+        raise BadInput(f"--open-guidance: {opened.folder} has no conditions, needs a run that has")
     dataset = dataset_of(opened, data, labels) if judged else (None, None)
     # A table by the options of `make_table` that make it, or whole.
     described = {"options": options, "steps": len(table), "clip": table.clip}
@@ -84,6 +88,8 @@ def write(
     if open_table:  # from which run.py makes other tables
         described["alpha_bars"] = opened.schedule.alpha_bars.tolist()
     with_rows = described | {"rows": table.rows().tolist()}
+    of_step = with_rows | {"starts": _starts(table, opened)}
+    opens = (open_table, open_guidance)
 
     def note(kind: str, **more: Any) -> str:
         return json.dumps(describe(opened, kind, precision, **more))
@@ -96,9 +102,9 @@ def write(
         traced = in_precision(trace(model), precision, opened)
         onnx.save(models.denoiser(model, traced, note("denoiser")), paths[DENOISER])
         noted = note("sampler", noise=noise, rng=RNG, table=with_rows if noise == "input" or open_table else described)
-        onnx.save(models.sampler(model, traced, table, count, noise, noted, open_table), paths[SAMPLER])
-        noted = note("step", noise="input", rng=RNG, table=with_rows)
-        onnx.save(models.step(model, traced, table, count, noted, open_table), paths[STEP])
+        onnx.save(models.sampler(model, traced, table, count, noise, noted, *opens), paths[SAMPLER])
+        noted = note("step", noise="input", rng=RNG, table=of_step)
+        onnx.save(models.step(model, traced, table, count, noted, *opens), paths[STEP])
         shutil.copyfile(run.__file__, paths[RUNNER])
         files = {kind: paths[f"{kind}.onnx"] for kind in run.KINDS}
         parity, measured = _judged(files, opened, precision, samples, *dataset) if verify else ([], None)
@@ -109,6 +115,7 @@ def write(
             "precision": precision,
             "noise": noise,
             "table": with_rows,
+            "open_guidance": open_guidance,
             "verified": verify,
             "parity": [asdict(result) | {"good": result.good} for result in parity],
             "quality": measured,
@@ -117,6 +124,13 @@ def write(
         }
         paths[MANIFEST].write_text(json_text(manifest), encoding="utf-8")
     return manifest
+
+
+def _starts(table: StepTable, opened: Run) -> list[list[float]]:
+    """[row, share of T, alpha_bar] of every row that a trajectory may begin with: none of a learned table."""
+    times = table.timesteps.tolist() if table.weights is None else []
+    begins = [(k, t) for k, t in enumerate(times) if bool(table.begins[k])]
+    return [[k, t / opened.schedule.timesteps, opened.schedule.alpha_bar(t)] for k, t in begins]
 
 
 def _samples_of(evaluate: int | None, data: str | None, labels: str | None, judged: bool, what: str) -> int:

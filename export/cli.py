@@ -39,6 +39,9 @@ def onnx(
     open_table: Annotated[
         bool, typer.Option("--open-table", help="make the solver's table an input: one file runs any steps")
     ] = False,
+    open_guidance: Annotated[
+        bool, typer.Option("--open-guidance", help="guidance by sample, negative conditions and rescale as inputs")
+    ] = False,
     verify: Verify = True,
     evaluate: Evaluate = None,
     data: Data = None,
@@ -46,8 +49,8 @@ def onnx(
     **asked: Any,
 ) -> None:
     """Write a run as ONNX: the denoiser, one step, and the whole sampler in one file."""
-    how = {"precision": precision, "noise": noise, "open_table": open_table, "verify": verify}
-    judged = {"evaluate": evaluate, "data": data, "labels": labels}
+    how = {"precision": precision, "noise": noise, "open_table": open_table, "open_guidance": open_guidance}
+    judged = {"verify": verify, "evaluate": evaluate, "data": data, "labels": labels}
     manifest = bundle.write(runs.load_run(folder), out, asked, **how, **judged)
     print_parity([Parity(p["name"], p["error"], p["tolerance"]) for p in manifest["parity"]])
     print_quality(manifest["quality"])

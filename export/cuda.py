@@ -64,7 +64,9 @@ class StepLoop:
         condition = run.condition_shape(self.metadata)
         if condition is not None:
             fixed["contexts"] = np.zeros((2 if guided else 1, batch, *condition), np.float32)
-            fixed["guidance"] = np.ones(1, np.float32)
+            by_sample = "guidance_rescale" in required
+            fixed["guidance"] = np.ones(batch if by_sample else 1, np.float32)
+            fixed |= {"guidance_rescale": np.zeros(1, np.float32)} if by_sample else {}
         self.fixed = {name: self._value(array) for name, array in fixed.items()}
         self.buffers = [[self._value(v) for v in (images, images, np.zeros(1, np.int64))] for _ in "AB"]
         self.bindings = [self._binding(*self.buffers), self._binding(*reversed(self.buffers))]
@@ -86,18 +88,25 @@ class StepLoop:
         return binding
 
     def __call__(
-        self, samples: np.ndarray, context: np.ndarray | None = None, *, seed: int = 0, guidance: float = 1.0
+        self,
+        samples: np.ndarray,
+        context: np.ndarray | None = None,
+        *,
+        seed: int = 0,
+        guidance: float | np.ndarray = 1.0,
+        negative: np.ndarray | None = None,
+        guidance_rescale: float = 0.0,
     ) -> np.ndarray:
-        """Images float32 [batch, C, H, W], not clamped, of consecutive global samples [batch]."""
+        """Images float32 [batch, C, H, W], not clamped, of consecutive global samples [batch]; else as `run.draw`."""
         if len(samples) != self.batch:
             raise run.UsageError(f"samples: got {len(samples)}, this loop was built for {self.batch}")
-        if guidance != 1.0 and not self.guided:
-            raise run.UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
         run.check_draw(self.metadata, samples, context, seed, guidance)
+        if np.any(np.asarray(guidance) != 1.0) and not self.guided:
+            raise run.UsageError(f"guidance: got {guidance}, but this loop was built without guided=True")
         if context is not None:
-            copies = [np.ascontiguousarray(context, np.float32), run.null_conditions(self.metadata, self.batch)]
-            self.fixed["contexts"].update_inplace(np.stack(copies[: 2 if self.guided else 1]))
-            self.fixed["guidance"].update_inplace(np.array([guidance], np.float32))
+            given = (self.metadata, context, guidance, negative, guidance_rescale, self.fixed)
+            for name, value in run.step_conditions(*given, copies=2 if self.guided else 1).items():
+                self.fixed[name].update_inplace(value)
         x, x0, index = self.buffers[0]
         x.update_inplace(run.normals(seed, samples, 0, 0, self.shape))
         x0.update_inplace(np.zeros((self.batch, *self.shape), np.float32))

@@ -16,10 +16,11 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from ddpm.networks.protocol import condition_shape, in_type, network_times, null_condition, recalls, sample_shape
+from ddpm.networks.protocol import condition_shape, in_type, network_times, recalls, sample_shape
 from ddpm.runs import MODEL, Run, taken_options
 from ddpm.solvers import make_table
 from ddpm.table import StepTable
+from export import conditions
 from export.graph import BOOL, FLOAT, INT64, Builder, model_of
 from export.philox_graph import counters, normals, step_word
 from export.run import COLUMNS, FORMAT_VERSION, RUNTIME
@@ -40,20 +41,12 @@ IMAGES = "in -1..1, not clamped"
 TIMES = {FLOAT: "t / T of every row, in (0, 1]", INT64: "t - 1 of every row, in 0..T-1"}
 CONTEXT = "a condition for every sample: a class as its one-hot vector; finite numbers"
 GUIDANCE = "w of classifier-free guidance, finite; 1 is none, and half the work"
+GUIDANCES = "w of classifier-free guidance of every sample, finite; 1 in all is none, and half the work"
+NEGATIVE = "what guidance leads away from, for every sample; the null condition (zeros, or as the metadata say)"
+PHI = "how far guidance keeps the spread of the output, 0 (not at all) to 1 (Lin et al. 2024)"
 TABLE = "a row for every step: seven coefficients (see ddpm/solvers.py) and the step's t, a whole number in 1..T"
 RECALLED = "x0 of the step before; zeros at first"
 CLIP = "bound of the predicted x0; infinity for none"
-
-
-def null_of(model: nn.Module, shape: tuple[int, ...]) -> np.ndarray:
-    """ "No condition", float32 [*shape]."""
-    return null_condition(model, torch.zeros(1, *shape))[0].float().numpy()
-
-
-def _rows(b: Builder, traced: Traced, conditions: str, leading: str) -> list[str]:
-    """What the network reads of conditions [copies * batch, ...], each [copies, batch, ...]; leading: those two."""
-    results = b.inline(traced.rows.graph, [conditions], "condition.")
-    return [b.op("Reshape", row, b.op("Concat", leading, b.op("Shape", row, start=2), axis=0)) for row in results]
 
 
 def denoiser(model: nn.Module, traced: Traced, metadata: str) -> onnx.ModelProto:
@@ -71,7 +64,7 @@ def denoiser(model: nn.Module, traced: Traced, metadata: str) -> onnx.ModelProto
     arguments = [x, *b.inline(traced.tables.graph, [times], "time.")]
     if condition is not None:
         context = _of_batch(b, b.input("context", FLOAT, ["batch", *condition], CONTEXT), batch, condition)
-        arguments += _rows(b, traced, context, b.op("Concat", b.integers(1), batch, axis=0))
+        arguments += conditions.rows(b, traced, context, b.op("Concat", b.integers(1), batch, axis=0))
     if recalls(model):
         arguments.append(b.op("Reshape", b.input("x0_previous", FLOAT, shape, RECALLED), b.op("Shape", x), allowzero=1))
     (m,) = b.inline(traced.network.graph, arguments, "network.")
@@ -126,21 +119,6 @@ def _tables(
     return b.inline(traced.tables.graph, [b.op("Gather", b.constant(times, times.dtype), index, axis=0)], "time.")
 
 
-def _weights(b: Builder, table: StepTable, guidance: str) -> str | None:
-    """w of every row [steps], 1 + scale (w - 1); None where it is w in all of them."""
-    if bool((table.guidance_scale == 1).all()):
-        return None
-    scale, one = b.constant(table.guidance_scale.numpy(), np.float32), b.constant(1.0, np.float32)
-    return b.op("Add", one, b.op("Mul", scale, b.op("Sub", guidance, one)))
-
-
-def _guided(b: Builder, m: str, guidance: str, x: str) -> str:
-    """m_uncond + guidance (m_cond - m_uncond); with one copy both are the same rows and m stays as it is."""
-    copies = b.op("Reshape", m, b.op("Concat", b.integers(-1), b.op("Shape", x), axis=0))
-    conditional, unconditional = (b.op("Gather", copies, b.constant(k, np.int64), axis=0) for k in (0, -1))
-    return b.op("Add", unconditional, b.op("Mul", guidance, b.op("Sub", conditional, unconditional)))
-
-
 def _update(b: Builder, row: str, x: str, m: str, x0_previous: str, clip: str | None) -> tuple[str, str, str, str]:
     """(x_new without noise, x0, c6, t): the equations of ddpm/solvers.py in the eager path's order.
 
@@ -151,18 +129,6 @@ def _update(b: Builder, row: str, x: str, m: str, x0_previous: str, clip: str | 
     x0 = x0 if clip is None else b.op("Max", b.op("Min", x0, clip), b.op("Neg", clip))
     terms = zip(c[2:6], (x, x0, m, x0_previous), strict=True)
     return b.sum_of(*(b.op("Mul", weight, value) for weight, value in terms)), x0, c[6], c[7]
-
-
-def _halves(b: Builder, model: nn.Module, traced: Traced, context: str, guidance: str) -> list[str]:
-    """Rows of context [batch, ...] and, only where guidance is not 1, of no condition: each [copies, batch, ...]."""
-    shape, zero = condition_shape(model), b.integers(0)
-    guided = b.op("Cast", b.op("Not", b.op("Equal", guidance, b.constant(1.0, np.float32))), to=INT64)
-    copies = b.op("Reshape", b.op("Add", guided, b.constant(1, np.int64)), b.integers(1))
-    nothing = b.op("Expand", b.constant(null_of(model, shape)[None], np.float32), b.op("Shape", context))
-    batch = b.op("Shape", context, start=0, end=1)
-    both = b.op("Concat", context, nothing, axis=0)
-    used = b.op("Slice", both, zero, b.op("Mul", copies, batch), zero)
-    return _rows(b, traced, used, b.op("Concat", copies, batch, axis=0))
 
 
 def _noisy(b: Builder, x_new: str, c6: str, z: str, x: str | None = None) -> str:
@@ -183,14 +149,6 @@ def _at_least(b: Builder, value: str, least: int, name: str) -> str:
     )
 
 
-def _finite(b: Builder, context: str, guidance: str) -> str:
-    """guidance, if it and context are finite, or an error."""
-    zero = b.constant(0.0, np.float32)
-    zeros = b.op("Add", b.op("ReduceSum", b.op("Mul", context, zero), keepdims=0), b.op("Mul", guidance, zero))
-    wrong = b.op("Not", b.op("Equal", zeros, zero))
-    return b.refused(guidance, wrong, "guidance, context: need finite numbers", np.float32)
-
-
 def sampler(
     model: nn.Module,
     traced: Traced,
@@ -199,12 +157,14 @@ def sampler(
     noise: str,
     metadata: str,
     is_open: bool = False,
+    by_sample: bool = False,
 ) -> onnx.ModelProto:
     """The whole trajectory as one Scan over the table's rows. count: T of the schedule.
 
     Inputs: seed and first_sample (int64 scalars), context [batch, ...] and guidance (float scalar) or, without
     conditions, n (int64 scalar). is_open: also table [steps, 8] and clip (float scalar), which are constants
-    otherwise; only for a table that `opens`. Output: images.
+    otherwise; only for a table that `opens`. by_sample: guidance is [batch], and there are negative [batch, ...] and
+    guidance_rescale (float scalar). Output: images.
     noise: `philox` draws in the graph; `input` takes x_T [batch, C, H, W] and noise [steps, batch, C, H, W] in place of
     seed and first_sample; `none` draws x_T alone, for tables without noise.
 
@@ -225,7 +185,17 @@ def sampler(
         z_given = b.input("noise", FLOAT, ("steps", *images), "normal noise of every step of the table")
     if condition is not None:
         context = b.input("context", FLOAT, ["batch", *condition], CONTEXT)
-        guidance = _finite(b, context, b.input("guidance", FLOAT, [], GUIDANCE))
+        negative, others = None, {}
+        if by_sample:
+            guidance = b.input("guidance", FLOAT, ["batch"], GUIDANCES)
+            negative = b.input("negative", FLOAT, ["batch", *condition], NEGATIVE)
+            phi = b.input("guidance_rescale", FLOAT, [], PHI)
+            batch = b.op("Shape", context, start=0, end=1)
+            guidance, negative = b.op("Reshape", guidance, batch), _of_batch(b, negative, batch, condition)
+            others = {"negative": negative, "guidance_rescale": phi}
+        else:
+            guidance = b.input("guidance", FLOAT, [], GUIDANCE)
+        guidance = conditions.finite(b, guidance, context=context, **others)
     if drawn and condition is None:
         batch = b.op("Reshape", b.input("n", INT64, [], "how many samples"), b.integers(1))
     else:
@@ -242,12 +212,16 @@ def sampler(
     kept: list[tuple[str, int]] = []  # what the body reads of the outer graph, and its rank
     halves, weights = [], None
     if condition is not None:
-        halves = _halves(b, model, traced, _of_batch(b, context, batch, condition), guidance)
+        halves = conditions.halves(b, model, traced, _of_batch(b, context, batch, condition), guidance, negative)
         # [copies, batch, ...] where the traced rows are [1, batch, ...].
         kept += [(half, _rank(value)) for half, value in zip(halves, traced.rows.graph.output, strict=True)]
-        weights = _weights(b, table, guidance)
+        rank = len(images) if by_sample else 0
+        guidance = conditions.one_each(b, guidance, batch, rank) if by_sample else guidance
+        weights = conditions.weights(b, table, guidance, rank)
         if weights is None:
-            kept.append((guidance, 0))
+            kept.append((guidance, rank))
+        if by_sample:
+            kept.append((phi, 0))
     if is_open:
         kept.append((b.input("clip", FLOAT, [], CLIP), 0))
 
@@ -261,13 +235,13 @@ def sampler(
         at.append(body.input(f"table{k}", kind.elem_type, [1, *(dim.dim_value or None for dim in kind.shape.dim[1:])]))
     if weights is not None:
         scanned.append(weights)
-        guidance = body.input("weight", FLOAT, [])
+        guidance = body.input("weight", FLOAT, [None] * rank)
     elif condition is not None:
         guidance = inside[len(halves)]
     recalled = [x0_previous] if recalls(model) else []
     (m,) = body.inline(traced.network.graph, [x, *at, *inside[: len(halves)], *recalled], "network.")
     if condition is not None:
-        m = _guided(body, m, guidance, x)
+        m = conditions.guided(body, m, guidance, x, inside[-2 if is_open else -1] if by_sample else None)
     x_new, x0, c6, t = _update(body, row, x, m, x0_previous, inside[-1] if is_open else _bound(body, table))
     if noise == "input":
         scanned.append(z_given)
@@ -292,13 +266,20 @@ def sampler(
 
 
 def step(
-    model: nn.Module, traced: Traced, table: StepTable, count: int, metadata: str, is_open: bool = False
+    model: nn.Module,
+    traced: Traced,
+    table: StepTable,
+    count: int,
+    metadata: str,
+    is_open: bool = False,
+    by_sample: bool = False,
 ) -> onnx.ModelProto:
     """One self-advancing step, for IOBinding and CUDA graphs: no Scan, no Philox, nothing read on the host.
 
     Inputs: x, x0_previous [batch, C, H, W]; index int64 [1], the table's row; noise [window, batch, C, H, W], whose
     entry index - noise_start (int64 [1]) is this step's; contexts [copies, batch, ...] (two copies, the second of no
-    condition, for guidance); guidance [1]; with is_open table and clip as in the sampler. count: T.
+    condition or of negative ones, for guidance); guidance [1], or with by_sample [batch], and guidance_rescale [1];
+    with is_open table and clip as in the sampler. count: T.
     Outputs: x_next, x0, index_next = index + 1.
     """
     b = Builder()
@@ -312,7 +293,9 @@ def step(
     if condition is not None:
         doc = f"{CONTEXT}; for guidance two copies, the second of no condition"
         contexts = b.input("contexts", FLOAT, ["copies", "batch", *condition], doc)
-        guidance = b.input("guidance", FLOAT, [1], "w of classifier-free guidance; 1 with one copy")
+        about = "w of classifier-free guidance; 1 with one copy"
+        guidance = b.input("guidance", FLOAT, ["batch"] if by_sample else [1], about)
+        phi = b.input("guidance_rescale", FLOAT, [1], PHI) if by_sample else None
     rows = _table_rows(b, table, is_open)
     clip = b.input("clip", FLOAT, [], CLIP) if is_open else _bound(b, table)
     row = b.op("Gather", rows, index, axis=0)
@@ -320,12 +303,17 @@ def step(
     if condition is not None:
         leading = b.op("Concat", b.op("Shape", contexts, start=0, end=1), batch, axis=0)
         flat = b.op("Reshape", contexts, b.op("Concat", leading, b.integers(*condition), axis=0), allowzero=1)
-        arguments += _rows(b, traced, b.op("Reshape", flat, b.integers(-1, *condition)), leading)
+        arguments += conditions.rows(b, traced, b.op("Reshape", flat, b.integers(-1, *condition)), leading)
     arguments += [x0_previous] if recalls(model) else []
     (m,) = b.inline(traced.network.graph, arguments, "network.")
     if condition is not None:
-        weights = _weights(b, table, guidance)
-        m = _guided(b, m, guidance if weights is None else b.op("Gather", weights, index, axis=0), x)
+        rank = len(images) if by_sample else 0
+        guidance = conditions.one_each(b, guidance, batch, rank) if by_sample else guidance
+        weights = conditions.weights(b, table, guidance, rank)
+        if weights is not None:
+            guidance = b.op("Gather", weights, index, axis=0)
+            guidance = b.op("Squeeze", guidance, b.integers(0)) if by_sample else guidance
+        m = conditions.guided(b, m, guidance, x, phi)
     x0_previous = _of_batch(b, x0_previous, batch, sample_shape(model))
     x_new, x0, c6, _ = _update(b, b.op("Squeeze", row, b.integers(0)), x, m, x0_previous, clip)
     z = b.op("Squeeze", b.op("Gather", noise, b.op("Sub", index, noise_start), axis=0), b.integers(0))
@@ -361,7 +349,7 @@ def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]
     `onnxruntime` is the oldest that runs it; denoisers and steps may run in older ones.
     """
     condition = condition_shape(run.model)
-    if condition is not None and (null := null_of(run.model, condition)).any():
+    if condition is not None and (null := conditions.null_of(run.model, condition)).any():
         more["null_condition"] = null.tolist()
     if recalls(run.model):
         more["self_condition"] = True

@@ -33,7 +33,7 @@ except ImportError:  # on Windows
 try:
     import numpy as np
     import onnxruntime as ort
-    from PIL import Image
+    from PIL import Image, ImageOps
 except ImportError as missing:
     if __name__ != "__main__":
         raise
@@ -46,7 +46,7 @@ except ImportError as missing:
 
 KEY, FORMAT_VERSION, FORMER_VERSION = "fused_ddpm", 2, 1  # of the metadata
 RUNTIME = "1.21.1"  # the oldest onnxruntime that has every operator of a sampler.onnx on the CPU
-SAMPLER, MANIFEST = "sampler.onnx", "manifest.json"
+SAMPLER, STEP, MANIFEST = "sampler.onnx", "step.onnx", "manifest.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 # Heuristic search costs a tenth of the exhaustive one at the start; TF32 would leave the parity of float32. Untuned.
 PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}}
@@ -61,6 +61,8 @@ NOISE_MODES = ("philox", "input", "none")
 # What simplifiers make constants of in files of format 1, and what tells the others apart.
 FIXED = {"first_sample": 0, "guidance": 1}
 OPEN = dict.fromkeys(("table", "clip"), "a model of `ddpm-export onnx --open-table`")
+OPEN_GUIDANCE = "a model of `ddpm-export onnx --open-guidance`"
+STRENGTH = 0.6  # of --init
 MADE_HERE, SPACINGS = ("ddpm", "ddim", "dpmpp_2m"), ("trailing", "leading", "linspace")  # of tables, see `make_rows`
 KNOWN_OPTIONS = ("solver", "steps", "prediction", "clip", "spacing", "eta", "variance", "ends")
 FATAL = 4  # onnxruntime's log level: its errors come as exceptions, and its warnings would stand beside our one line
@@ -257,6 +259,10 @@ def _claims(metadata: dict[str, Any], session: ort.InferenceSession) -> Iterator
         if noise == "input" or "rows" in table or "table" in inputs:
             shape = np.asarray(table["rows"], np.float32).shape
             yield shape == (steps, COLUMNS), f"table has rows {list(shape)} for {steps} steps"
+        if "starts" in table:
+            row, *shares = np.asarray(table["starts"], np.float64).reshape(len(table["starts"]), 3).T
+            fits = [(row >= 0) & (row < steps) & (row == row.round()), *((each >= 0) & (each <= 1) for each in shares)]
+            yield bool(np.all(fits)), f"table has starts {table['starts']!s:.60} for {steps} steps"
         if "alpha_bars" in table:
             bars = np.asarray(table["alpha_bars"], np.float64)
             falls = bars.shape == (count + 1,) and bars[0] == 1 and bars[-1] >= 0 and (np.diff(bars) <= 0).all()
@@ -343,7 +349,9 @@ def step_noise(rows: np.ndarray, seed: int, samples: np.ndarray, shape: Sequence
     return noise
 
 
-def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) -> np.ndarray | None:
+def contexts(
+    text: str | None, metadata: dict[str, Any], samples: np.ndarray, option: str = "--context"
+) -> np.ndarray | None:
     """float32 [n, *shape] of a class by name or number, `v1,v2,..` (all numbers of a condition), `all` or None.
 
     `all` gives sample k the class k % classes.
@@ -353,7 +361,7 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
     shape = condition_shape(metadata)
     if shape is None:
         if text is not None:
-            raise UsageError(f"--context: got {text!r}, but this model was trained without classes")
+            raise UsageError(f"{option}: got {text!r}, but this model was trained without classes")
         return None
     size, classes = math.prod(shape), len(shape) == 1
     if text is None:
@@ -372,12 +380,12 @@ def contexts(text: str | None, metadata: dict[str, Any], samples: np.ndarray) ->
         named = f"name ({', '.join(names)}) or " if names else ""
         known = f"a class by {named}number (0..{size - 1}), all, or " if classes else ""
         known += f"{size} finite numbers" if size > 1 else "one finite number with a point (0.5)"
-        raise UsageError(f"--context: got {text!r}, needs {known}")
+        raise UsageError(f"{option}: got {text!r}, needs {known}")
     return np.tile(row.astype(np.float32).reshape(shape), (len(samples), *(1 for _ in shape)))
 
 
 def check_draw(
-    metadata: dict[str, Any], samples: np.ndarray, context: np.ndarray | None, seed: int, guidance: float
+    metadata: dict[str, Any], samples: np.ndarray, context: np.ndarray | None, seed: int, guidance: float | np.ndarray
 ) -> None:
     """Raise UsageError for values that onnxruntime would take silently."""
     samples, shape = np.asarray(samples), condition_shape(metadata)
@@ -387,14 +395,61 @@ def check_draw(
         raise UsageError(f"samples: got {samples.tolist()!r:.80}, needs consecutive whole numbers in 0..2^56 - 1")
     if type(seed) is bool or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63:
         raise UsageError(f"seed: got {seed!r}, needs a whole number in 0..{2**63 - 1}")
-    if not _is_finite(guidance) or np.ndim(guidance):
-        raise UsageError(f"guidance: got {guidance!r}, needs a finite float32")
+    if not _is_finite(guidance) or np.shape(guidance) not in ((), samples.shape):
+        raise UsageError(
+            f"guidance: got {guidance!r:.80}, needs a finite float32, or {len(samples)}, one for each sample"
+        )
     needs = None if shape is None else [len(samples), *shape]
     found = None if context is None else list(np.shape(context))
     if found != needs:
         raise UsageError(f"context: got {found or 'none'}, this model needs {needs or 'none'}")
     if context is not None and not _is_finite(context):
         raise UsageError("context: got NaN, infinite or huge values, needs finite float32")
+
+
+def _guidance(
+    metadata: dict[str, Any],
+    n: int,
+    guidance: float | np.ndarray,
+    negative: np.ndarray | None,
+    phi: float,
+    by_sample: bool,
+) -> dict[str, np.ndarray]:
+    """What of guidance a model takes, float32: weights, [n] if it has them by sample, negative conditions, phi.
+
+    Raises UsageError for what makes no guidance, or what the model has not.
+    """
+    weights, shape = np.asarray(guidance, np.float32), (n, *(condition_shape(metadata) or ()))
+    if not (_is_finite(phi) and np.ndim(phi) == 0 and 0 <= phi <= 1):
+        raise UsageError(f"guidance_rescale: got {phi!r:.80}, needs 0..1")
+    for name, value in (("negative", negative), ("guidance_rescale", phi or None)):
+        if value is not None and weights.ndim == 0 and weights == 1:
+            what = f"{value:g}" if np.ndim(value) == 0 else "conditions"
+            raise UsageError(f"{name}: got {what} without guidance, needs a guidance other than 1")
+    for name, value in (("guidance", guidance if weights.ndim else None), ("guidance_rescale", phi or None)):
+        if value is not None and not by_sample:
+            raise UsageError(f"{name}: got {value!r:.80}, but this model takes one weight alone, needs {OPEN_GUIDANCE}")
+    if negative is not None and (np.shape(negative) != shape or not _is_finite(negative)):
+        raise UsageError(f"negative: got {list(np.shape(negative))}, needs {list(shape)} finite float32")
+    nothing = null_conditions(metadata, n) if negative is None else np.ascontiguousarray(negative, np.float32)
+    weights = np.broadcast_to(weights, n).copy() if by_sample else weights
+    return {"guidance": weights, "negative": nothing, "guidance_rescale": np.array(phi, np.float32)}
+
+
+def step_conditions(
+    metadata: dict[str, Any],
+    context: np.ndarray,
+    guidance: float | np.ndarray,
+    negative: np.ndarray | None,
+    phi: float,
+    taken: Any,
+    copies: int,
+) -> dict[str, np.ndarray]:
+    """What a step.onnx takes of conditions and guidance; taken: the names of its inputs. Raises UsageError."""
+    found = _guidance(metadata, len(context), guidance, negative, phi, "guidance_rescale" in taken)
+    both = np.ascontiguousarray(context, np.float32), found["negative"]
+    feeds = {"contexts": np.stack(both[:copies]), "guidance": found["guidance"].reshape(-1)}
+    return feeds | ({"guidance_rescale": found["guidance_rescale"].reshape(1)} if "guidance_rescale" in taken else {})
 
 
 def _is_finite(values: Any) -> bool:
@@ -502,13 +557,16 @@ def draw(
     context: np.ndarray | None,
     *,
     seed: int = 0,
-    guidance: float = 1.0,
+    guidance: float | np.ndarray = 1.0,
+    negative: np.ndarray | None = None,
+    guidance_rescale: float = 0.0,
     table: np.ndarray | None = None,
     clip: float | None = None,
 ) -> np.ndarray:
     """Images float32 [n, C, H, W], not clamped, of consecutive global samples [n].
 
-    table [steps, 8] replaces the model's, together with clip (None = none), where the model keeps its table open.
+    guidance [n], negative [n, ...] (conditions to guide away from) and guidance_rescale (0..1): for a model that takes
+    them. table [steps, 8] replaces the model's, together with clip (None = none), where the model keeps its table open.
     Raises UsageError for values that onnxruntime would take silently, Failure if the model fails.
     """
     samples = np.asarray(samples)
@@ -525,7 +583,11 @@ def draw(
         if "clip" in taken or clip != own["clip"]:
             feeds["clip"] = np.array(np.inf if clip is None else clip, np.float32)
     if context is not None:
-        feeds |= {"context": np.asarray(context, np.float32), "guidance": np.array(guidance, np.float32)}
+        guided = _guidance(metadata, len(samples), guidance, negative, guidance_rescale, "negative" in taken)
+        if negative is not None and "negative" not in taken:
+            raise UsageError(f"negative: got conditions, but this model has its own, needs {OPEN_GUIDANCE}")
+        feeds |= {name: value for name, value in guided.items() if name == "guidance" or name in taken}
+        feeds["context"] = np.asarray(context, np.float32)
     if metadata["noise"] == "input":
         feeds["x_T"] = normals(seed, samples, 0, 0, shape)
         rows = feeds.get("table", np.asarray(own["rows"], np.float32))
@@ -537,7 +599,7 @@ def draw(
     # What is a constant of this model, or was made one by a program that simplified it.
     for name in [name for name in feeds if name not in taken]:
         given = feeds.pop(name)
-        if name not in FIXED or given != FIXED[name]:
+        if name not in FIXED or np.any(given != FIXED[name]):
             got = f"got {list(given.shape)}" if given.ndim else f"got {given:g}"
             needs = OPEN.get(name, "one that no program simplified")
             raise UsageError(f"{name}: {got}, but it is a constant of this model, needs {needs}")
@@ -548,6 +610,130 @@ def draw(
     if not np.isfinite(images).all():
         raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
     return images
+
+
+def edit(
+    session: ort.InferenceSession,
+    metadata: dict[str, Any],
+    samples: np.ndarray,
+    context: np.ndarray | None,
+    init: np.ndarray,
+    strength: float,
+    keep: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    guidance: float | np.ndarray = 1.0,
+    negative: np.ndarray | None = None,
+    guidance_rescale: float = 0.0,
+    table: np.ndarray | None = None,
+    clip: float | None = None,
+) -> np.ndarray:
+    """Images as `ddpm edit` makes them, by a step.onnx.
+
+    init: [C, H, W] or [n, C, H, W], which is noised to timestep strength T and sampled from there. keep: bool [H, W],
+    pixels that stay those of init: their x0 is known in every row. The rest is as in `draw`.
+    """
+    samples, own = np.asarray(samples), metadata["table"]
+    check_draw(metadata, samples, context, seed, guidance)
+    shape, taken = (metadata["channels"], metadata["height"], metadata["width"]), {v.name for v in session.get_inputs()}
+    starts = own.get("starts")
+    if table is not None and "table" not in taken:
+        raise UsageError(f"table: got {list(table.shape)}, but it is a constant of this model, needs {OPEN['table']}")
+    if table is None:
+        table, clip = np.asarray(own["rows"], np.float32), own["clip"]
+    else:
+        last, table = metadata["schedule"]["timesteps"], check_table(table, metadata)
+        starts = [[k, t / last, own["alpha_bars"][int(t)]] for k, t in enumerate(table[:, -1].tolist())]
+    if not starts:
+        found = "was exported by a former version" if starts is None else "has a learned table, which has no middle"
+        raise UsageError(f"--init: this model {found}, needs {'another' if starts == [] else 'a new'} export")
+    begins = [(int(k), alpha_bar) for k, share, alpha_bar in starts if share <= strength]
+    if not begins or not strength <= 1:
+        raise UsageError(f"--strength: got {strength:g}, needs {starts[-1][1]:g}..1 with this table")
+    first, alpha_bar = begins[0]
+    feeds = {"table": table, "clip": np.array(np.inf if clip is None else clip, np.float32)} if "table" in taken else {}
+    if context is not None:
+        copies = 2 if np.any(np.asarray(guidance) != 1) else 1
+        feeds |= step_conditions(metadata, context, guidance, negative, guidance_rescale, taken, copies)
+    x = math.sqrt(alpha_bar) * init + math.sqrt(1 - alpha_bar) * normals(seed, samples, 0, 0, shape)
+    x0_previous = np.zeros_like(x)
+    for i in range(first, len(table)):
+        c, z = table[i].astype(np.float64), step_noise(table[i : i + 1], seed, samples, shape)
+        at = np.array([i], np.int64)
+        feeds |= {"x": x, "x0_previous": x0_previous, "index": at, "noise": z, "noise_start": at}
+        try:
+            x_next, x0 = session.run(["x_next", "x0"], feeds)
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            raise Failure(f"the model failed ({_reason(error)})") from error
+        if i == first:  # where there is no x0 before it, its own takes that place
+            x_next = x_next + np.float32(c[5]) * x0
+            c[3], c[5] = c[3] + c[5], 0.0
+        if keep is not None:  # what the row makes of the m whose x0 is known
+            m = (init - c[0] * x) / c[1]
+            x0 = np.where(keep, init if clip is None else init.clip(-clip, clip), x0).astype(np.float32)
+            known = c[2] * x + c[3] * x0 + c[4] * m + c[5] * x0_previous + c[6] * z[0]
+            x_next = np.where(keep, known, x_next).astype(np.float32)
+        x, x0_previous = x_next, x0
+    if not np.isfinite(x).all():
+        raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
+    return x if keep is None else np.where(keep, init, x)
+
+
+def read_image(path: Path, height: int, width: int, alpha: bool = False) -> np.ndarray:
+    """A picture of 8 bits a channel as float32 [C, H, W] in [-1, 1]: 4 channels with alpha, else 1 (grey) or 3.
+
+    What is transparent is laid on white otherwise. Raises UsageError for another thing, or one of another size.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113 (False for a name that is too long)
+        raise UsageError(f"{path}: no such regular file")
+    try:
+        with Image.open(path) as image:
+            deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+            image.load()
+            seen = ImageOps.exif_transpose(image)
+        mode, size = seen.mode, seen.size
+        clear = mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in seen.info
+        grey = mode in ("1", "L", "LA", "La")
+        if alpha or clear:
+            seen = seen.convert("RGBA")
+        if clear and not alpha:
+            seen = Image.alpha_composite(Image.new("RGBA", size, "white"), seen).convert("RGB")
+        elif not alpha:
+            seen = seen.convert("L" if grey else "RGB")
+    except Exception as error:  # damage raises nearly anything
+        raise UsageError(f"{path}: not a readable image ({str(error).splitlines()[0]:.80})") from error
+    if deep:
+        raise UsageError(f"{path}: has more than 8 bits a channel, needs 8, or a .npy file of floats")
+    if size != (width, height):
+        raise UsageError(f"{path}: is {size[0]}x{size[1]}, needs {width}x{height}, what the model draws")
+    pixels = np.atleast_3d(np.asarray(seen)).transpose(2, 0, 1)
+    if mode in ("P", "PA") and not alpha:
+        grey = (pixels == pixels[:1]).all()
+    pixels = pixels[:1] if grey and not alpha else pixels
+    return pixels.astype(np.float32) / np.float32(127.5) - 1
+
+
+def read_init(path: Path, metadata: dict[str, Any], n: int) -> np.ndarray:
+    """What an editing begins with, float32 [C, H, W] or [n, C, H, W]. Raises UsageError."""
+    shape = (metadata["channels"], metadata["height"], metadata["width"])
+    if path.suffix.lower() == ".npy":
+        values = _load(path, f"floats in -1..1 {list(shape)}")
+        if values.shape not in (shape, (n, *shape)) or values.dtype.kind != "f" or not _is_finite(values):
+            needs = f"finite floats in -1..1 {list(shape)} or {[n, *shape]}"
+            raise UsageError(f"{path}: got {values.dtype} {list(values.shape)}, needs {needs}")
+        return values.astype(np.float32)
+    image = read_image(path, *shape[1:], shape[0] == 4)
+    if len(image) > shape[0]:
+        raise UsageError(f"{path}: has {len(image)} channels, needs {shape[0]}, what the model draws")
+    return np.ascontiguousarray(np.broadcast_to(image, shape))
+
+
+def read_mask(path: Path, metadata: dict[str, Any]) -> np.ndarray:
+    """bool [H, W], true where pixels are kept: where the picture is dark. Raises UsageError."""
+    keep = read_image(path, metadata["height"], metadata["width"]).mean(axis=0) <= 0
+    if keep.all() or not keep.any():
+        raise UsageError(f"{path}: {'every' if keep.all() else 'no'} pixel is kept, needs black ones and white ones")
+    return keep
 
 
 def _show_progress(start: int, done: int, total: int, began: float) -> None:
@@ -651,13 +837,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
     made = _Parser(prog=prog, description="Draw samples from a sampler.onnx, without PyTorch.")
-    beside = Path(__file__).with_name(SAMPLER)
-    model = "sampler.onnx, or the folder of an export [the one beside this file]"
-    made.add_argument("model", nargs="?", type=Path, default=beside, help=model)
+    model = "sampler.onnx (step.onnx with --init), or the folder of an export [the one beside this file]"
+    made.add_argument("model", nargs="?", type=Path, default=Path(__file__).parent, help=model)
     made.add_argument("--n", type=int, default=64, help="how many [64]")
     made.add_argument("--seed", type=int, default=0, help="0 <= seed < 2^63; the same seed gives the same pictures [0]")
     made.add_argument("--context", help="class by name or number, v1,v2,.., or all (sample k: class k %% K)")
-    made.add_argument("--guidance", type=float, default=1.0, help="w of classifier-free guidance [1 = none]")
+    made.add_argument("--guidance", default="1", help="w of classifier-free guidance, or w1,w2,.. by sample [1 = none]")
+    made.add_argument("--negative", help="what guidance leads away from, as --context [no condition]")
+    made.add_argument("--guidance-rescale", type=float, default=0.0, help="phi of Lin et al. 2024, 0..1 [0]")
+    made.add_argument("--init", type=Path, help="picture or .npy to begin with, in the middle, by step.onnx")
+    made.add_argument("--strength", type=float, help=f"share of T that is sampled again [{STRENGTH}; 1 with --mask]")
+    made.add_argument("--mask", type=Path, help="picture, white where pixels are made anew; black ones stay")
     made.add_argument("--first-sample", type=int, default=0, help="global index of the first sample [0]")
     made.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"changes nothing but memory [{BATCH_SIZE}]")
     opened = "for a model exported with --open-table"
@@ -706,10 +896,25 @@ def _check(given: argparse.Namespace) -> None:
     for name, (low, high) in limits.items():
         if not low <= getattr(given, name) <= high:
             raise UsageError(f"--{name.replace('_', '-')}: got {getattr(given, name)}, needs {low}..{high}")
-    if not abs(given.guidance) <= FLOAT_MAX:
-        raise UsageError(f"--guidance: got {given.guidance}, needs a finite number")
-    if given.guidance != 1.0 and given.context is None:
+    try:
+        weights = np.array([float(part) for part in given.guidance.split(",")])
+    except ValueError:
+        raise UsageError(f"--guidance: got {given.guidance!r:.60}, needs a number, or one for each sample") from None
+    if not _is_finite(weights) or len(weights) not in (1, given.n):
+        raise UsageError(
+            f"--guidance: got {given.guidance:.60}, needs a finite number, or {given.n}, one for each sample"
+        )
+    guides = (weights != 1).any()
+    if guides and given.context is None:
         raise UsageError(f"--guidance: got {given.guidance} without --context, needs a context to guide towards")
+    for option, value in (("--negative", given.negative), ("--guidance-rescale", given.guidance_rescale or None)):
+        if value is not None and not guides:
+            raise UsageError(f"{option}: got {value} without guidance, needs a --guidance other than 1")
+    given.guidance = float(weights[0]) if len(weights) == 1 else weights
+    if given.init is None and not given.strength is given.mask is None:
+        raise UsageError("--strength, --mask: got them without --init, the picture that they are about")
+    if given.mask is not None and given.guidance_rescale:
+        raise UsageError("--guidance-rescale: got it beside --mask, needs one of the two (`ddpm edit` takes both)")
     made = given.solver is not None or given.steps is not None
     if given.clip is not None and (not 0 <= given.clip <= FLOAT_MAX or (given.table is None and not made)):
         raise UsageError(f"--clip: got {given.clip}, needs a bound > 0 (or 0 = none) and --table, --solver or --steps")
@@ -719,30 +924,35 @@ def _check(given: argparse.Namespace) -> None:
         raise UsageError(f"--steps: got {given.steps}, needs 1..T of the model's schedule")
 
 
-def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
-    """The rows [steps, 8] of a .npy file, for this model. Raises UsageError."""
+def _load(path: Path, needs: str) -> np.ndarray:
+    """The array of a .npy file. Raises UsageError."""
     if _is_special(path):
-        raise UsageError(f"{path}: is no regular file, needs a .npy file of floats [steps, {COLUMNS}]")
+        raise UsageError(f"{path}: is no regular file, needs a .npy file of {needs}")
     try:
-        table = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         why = f" ({error.strerror or 'cut off'})" if isinstance(error, OSError) else ""
-        raise UsageError(f"{path}: not a .npy file of numbers{why}, needs floats [steps, {COLUMNS}]") from error
-    if not isinstance(table, np.ndarray):
-        raise UsageError(f"{path}: got an archive, needs floats [steps, {COLUMNS}]")
-    return check_table(table, metadata, str(path))
+        raise UsageError(f"{path}: not a .npy file of numbers{why}, needs {needs}") from error
+    if not isinstance(array, np.ndarray):
+        raise UsageError(f"{path}: got an archive, needs {needs}")
+    return array
+
+
+def read_table(path: Path, metadata: dict[str, Any]) -> np.ndarray:
+    """The rows [steps, 8] of a .npy file, for this model. Raises UsageError."""
+    return check_table(_load(path, f"floats [steps, {COLUMNS}]"), metadata, str(path))
 
 
 def sample(given: argparse.Namespace) -> None:
     """The command."""
     _check(given)
-    path = given.model
+    path, file = given.model, SAMPLER if given.init is None else STEP
     if path.is_dir():
-        path /= SAMPLER
+        path /= file
         if not path.exists():
-            raise ModelError(f"{given.model}: has no {SAMPLER}, needs a folder that `ddpm-export onnx RUN --out` wrote")
+            raise ModelError(f"{given.model}: has no {file}, needs a folder that `ddpm-export onnx RUN --out` wrote")
     session = open_session(path, given.provider, given.threads, given.allow_fallback)
-    metadata = metadata_of(session, path, "sampler")
+    metadata = metadata_of(session, path, file.removesuffix(".onnx"))
     if known_digest(path) is None:
         print(f"note: no {MANIFEST} knows the sha256 of {path.name}: damage would go unnoticed", file=sys.stderr)
     shape = metadata["channels"], metadata["height"], metadata["width"]
@@ -755,7 +965,17 @@ def sample(given: argparse.Namespace) -> None:
         print("note: this model draws its noise on the CPU; `--noise input` exports run faster here", file=sys.stderr)
     samples = np.arange(given.first_sample, given.first_sample + given.n)
     context = contexts(given.context, metadata, samples)
-    options = {"seed": given.seed, "guidance": given.guidance}
+    options = {"seed": given.seed, "guidance_rescale": given.guidance_rescale}
+    away = None if given.negative is None else contexts(given.negative, metadata, samples, "--negative")
+    each = {"context": context, "guidance": given.guidance, "negative": away}
+    make = draw
+    if given.init is not None:
+        make = edit
+        each["init"] = read_init(given.init, metadata, given.n)
+        if given.mask is not None:
+            options["keep"] = read_mask(given.mask, metadata)
+        usual = STRENGTH if given.mask is None else 1.0
+        options["strength"] = usual if given.strength is None else given.strength
     table = None if given.table is None else read_table(given.table, metadata)
     if given.solver is not None or given.steps is not None:
         if "alpha_bars" not in metadata["table"]:
@@ -765,11 +985,13 @@ def sample(given: argparse.Namespace) -> None:
     if table is not None:
         clip = metadata["table"]["clip"] if given.clip is None else given.clip
         options |= {"table": table, "clip": clip or None}
+    by_row = {"context", "negative", "guidance"} | ({"init"} if np.ndim(each.get("init")) == 4 else set())
     drawn, began = [], time.monotonic()
     try:
         for start in range(0, given.n, given.batch_size):
             part = slice(start, start + given.batch_size)
-            drawn.append(draw(session, metadata, samples[part], None if context is None else context[part], **options))
+            own = {name: value[part] if np.ndim(value) and name in by_row else value for name, value in each.items()}
+            drawn.append(make(session, metadata, samples[part], **own, **options))
             _show_progress(start, min(part.stop, given.n), given.n, began)
     finally:
         if sys.stderr.isatty():

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +55,8 @@ COMPARED = (
 CASE_SEED = 11
 # The trajectory that is compared: two samples, far from sample 0, of the last classes, guided.
 FIRST_SAMPLE, SAMPLES, GUIDANCE, SEED = 1000, 2, 2.0, 7
+# What is compared instead of GUIDANCE where a file takes it: each sample's weight, and how its output is rescaled.
+GUIDANCES, RESCALE = np.array([2.0, 3.5]), 0.5
 # Of the statistics. Another seed than the calibration's: the calls that are judged were not calibrated on.
 QUALITY_SEED, CHUNK, STEPS = 2_000_003, 20, 50
 PSNR_MOST = 200.0  # dB, of equal images: JSON has no infinity
@@ -176,22 +178,20 @@ def _opened(files: Mapping[str, Path], kind: str) -> tuple[Any, dict[str, Any]]:
     return session, metadata_of(session, files[kind], kind)
 
 
-def _eager_trajectory(run: Run, table: StepTable, dtype: torch.dtype = torch.float32) -> Tensor:
+def _eager_trajectory(run: Run, table: StepTable, dtype: torch.dtype = torch.float32, **how: Any) -> Tensor:
     """The trajectory that is compared, of SAMPLES samples."""
-    context = one_hot_conditions(run.model, -1 - torch.arange(SAMPLES))
     with Bar("eager reference", len(table), "steps/s") as bar:
         return sample(
             run.model,
             run.schedule,
             SAMPLES,
             table=table,
-            context=context,
-            guidance=1.0 if context is None else GUIDANCE,
             seed=SEED,
             first_sample=FIRST_SAMPLE,
             engine="eager",
             dtype=dtype,
             callback=lambda i, _: bar.update(i + 1),
+            **how,
         )
 
 
@@ -204,18 +204,24 @@ def own_trajectories(
     """
     session, metadata = _opened(files, "sampler" if "sampler" in files else "step")
     table = described_table(metadata["table"], run)
-    context = one_hot_conditions(run.model, -1 - torch.arange(SAMPLES))
-    given = {"seed": SEED, "guidance": 1.0 if context is None else GUIDANCE}
-    reference = _eager_trajectory(run, table).numpy()
-    numbers, rows = np.arange(FIRST_SAMPLE, FIRST_SAMPLE + SAMPLES), None if context is None else context.numpy()
+    last = -1 - torch.arange(SAMPLES)
+    context = one_hot_conditions(run.model, last)
+    rows: dict[str, Any] = {"context": None if context is None else context.numpy()}
+    how = {"guidance": 1.0 if context is None else GUIDANCE}
+    if "guidance_rescale" in {value.name for value in session.get_inputs()}:
+        rows |= {"guidance": GUIDANCES, "negative": one_hot_conditions(run.model, last - 1).numpy()}
+        how = {"guidance_rescale": RESCALE}
+    eager = partial(_eager_trajectory, run, table, **rows, **how)
+    reference, how, numbers = eager().numpy(), how | {"seed": SEED}, np.arange(FIRST_SAMPLE, FIRST_SAMPLE + SAMPLES)
     found = {}
     if "sampler" in files:
-        found["sampler"] = draw(session, metadata, numbers, rows, **given)
-        found["alone"] = draw(session, metadata, numbers[-1:], None if rows is None else rows[-1:], **given)
+        found["sampler"] = draw(session, metadata, numbers, **rows, **how)
+        alone = {name: None if value is None else value[-1:] for name, value in rows.items()}
+        found["alone"] = draw(session, metadata, numbers[-1:], **alone, **how)
     if "step" in files:
         loop = StepLoop(files["step"], batch=SAMPLES, guided=context is not None, provider="cpu")
-        found["step"] = loop(numbers, rows, **given)
-    return reference, found, cache(lambda: distance(reference, _eager_trajectory(run, table, torch.float64)))
+        found["step"] = loop(numbers, **rows, **how)
+    return reference, found, cache(lambda: distance(reference, eager(dtype=torch.float64)))
 
 
 def parities(files: Mapping[str, Path], run: Run) -> list[Parity]:

@@ -45,7 +45,9 @@ from tests.records import code_digest, put
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "tests" / "clients"
 # What a file's graph looks like is decided here.
-GRAPH = tuple(ROOT / "export" / f"{name}.py" for name in ("graph", "models", "philox_graph", "precision", "traced"))
+GRAPH = tuple(
+    ROOT / "export" / f"{name}.py" for name in ("graph", "conditions", "models", "philox_graph", "precision", "traced")
+)
 LIMIT = 900  # seconds for one file: seconds are usual, so this is a client that hangs
 TRAIN = "--data digits --n-feat 16 --epochs 4 --timesteps 100 --schedule cosine --prediction v --seed 0"
 EXPORT = "--solver ddpm --steps 20 --clip 1 --no-verify"
