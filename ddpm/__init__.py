@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpm.editing import edit
     from ddpm.gaussian_diffusion import GaussianDiffusion
-    from ddpm.networks import ContextUnet, PointMLP, Unet, load_context_unet_weights
+    from ddpm.networks import ContextUnet, PointMLP, SimpleUNet, Unet, load_context_unet_weights
     from ddpm.runs import Run, load_run
     from ddpm.sampling import sample
     from ddpm.schedule import NoiseSchedule
@@ -27,6 +27,7 @@ _HOMES = {
     "NoiseSchedule": "ddpm.schedule",
     "PointMLP": "ddpm.networks",
     "Run": "ddpm.runs",
+    "SimpleUNet": "ddpm.networks",
     "StepTable": "ddpm.table",
     "Trainer": "ddpm.trainer",
     "Trajectory": "ddpm.trajectory",
@@ -44,6 +45,7 @@ __all__ = [
     "NoiseSchedule",
     "PointMLP",
     "Run",
+    "SimpleUNet",
     "StepTable",
     "Trainer",
     "Trajectory",

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from bench import cli
 from bench.machine import describe
 from bench.suites.networks import BLOCKS
-from ddpm import ContextUnet, PointMLP, Unet, load_run, sample, training
+from ddpm import ContextUnet, PointMLP, SimpleUNet, Unet, load_run, sample, training
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import first_line
@@ -69,6 +69,9 @@ UNET2D |= {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_group
 NETWORKS = {
     "ContextUnet": Network(
         lambda: ContextUnet(1, 8, 3, 16), ("ddpm/networks/context_unet.py", "ddpm/inference/context_unet.py")
+    ),
+    "SimpleUNet": Network(
+        lambda: SimpleUNet(1, 8, 3, (14, 15)), ("ddpm/networks/simple_unet.py", "ddpm/inference/simple_unet.py")
     ),
     "Unet": Network(lambda: Unet(**UNET), UNET_FILES),
     "Unet, self_condition": Network(lambda: Unet(**UNET, self_condition=True), UNET_FILES),

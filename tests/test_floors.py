@@ -64,7 +64,7 @@ def test_what_only_posix_has_is_imported_where_it_is_used():
 
 
 def test_one_network_is_named_where_it_is_described():
-    """What comes above a network takes it by the protocol; the last three: its sibling, a benchmark, old metadata."""
+    """What comes above a network takes it by the protocol; the last five: its siblings, a benchmark, old metadata."""
     words = ("ContextUnet", "n_cfeat")
     naming = {name for name, path in MODULES.items() if any(word in path.read_text(encoding="utf-8") for word in words)}
     assert naming == {
@@ -75,6 +75,8 @@ def test_one_network_is_named_where_it_is_described():
         "ddpm.inference.context_unet",
         "ddpm.commands.importing",
         "ddpm.networks.mlp",
+        "ddpm.networks.simple_unet",
+        "ddpm.inference.simple_unet",
         "bench.suites.networks",
         "export.run",
     }

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.registry import Bench, Candidate, Workload
 from bench.timing import Call
-from ddpm import ContextUnet, NoiseSchedule, PointMLP, StepTable, Trajectory, Unet, make_table
+from ddpm import ContextUnet, NoiseSchedule, PointMLP, SimpleUNet, StepTable, Trajectory, Unet, make_table
 from ddpm.engines import competitors
 from ddpm.extras import lacks
 from ddpm.metrics import ENGINE_TOLERANCE, engine_error
@@ -45,6 +45,7 @@ UNET = {"dim": 64, "dim_mults": (1, 2, 4)}
 BLOCKS = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
 UNET2D = {"block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8, **BLOCKS}
 OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "simple_unet": lambda: SimpleUNet(3, height=32),
     "unet": lambda: Unet(**UNET, image_size=32),
     "unet2d": lambda: UNet2D(sample_size=32, **UNET2D),
     "mlp": PointMLP,

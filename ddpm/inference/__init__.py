@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ddpm.inference.context_unet import ContextUnetForm
 from ddpm.inference.form import EXPORTED, FORMS, KERNELS, Form, Layout, PlainForm, at, device_of, halves
 from ddpm.inference.inpaint import InpaintForm
+from ddpm.inference.simple_unet import SimpleUNetForm
 from ddpm.inference.unet import UnetForm
 from ddpm.networks.inpaint import Inpaint
 from ddpm.networks.protocol import build_network, name_of

@@ -12,6 +12,7 @@ With `Layout.kernels` a call at 16x16 is 25 launches: bias, GELU, the shortcut's
 
 import copy
 import logging
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,14 @@ from kernels.winograd import PANEL, fits, missing
 logger = logging.getLogger("ddpm")
 
 GATED_LEVELS = 2
+Network = TypeVar("Network", bound=nn.Module)
 
 
-def fold_batch_norm(model: ContextUnet, dtype: torch.dtype | None = None) -> ContextUnet:
-    """A copy in eval mode, every BatchNorm folded into its convolution in float64; of `dtype`, default the model's."""
+def fold_batch_norm(model: Network, dtype: torch.dtype | None = None) -> Network:
+    """A copy in eval mode, every BatchNorm of a `ResidualConvBlock` folded into its convolution in float64.
+
+    Of `dtype`, default the model's.
+    """
     dtype = dtype or next(model.parameters()).dtype
     model = copy.deepcopy(model).double().eval().requires_grad_(False)
     for block in model.modules():

@@ -1,5 +1,7 @@
 """Building blocks that networks share; parameter names are part of published weights."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -60,3 +62,18 @@ class EmbedFC(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.reshape(-1, self.input_dim))
+
+
+class Sinusoidal(nn.Module):
+    """Sines and cosines of t theta^(-i / (d/2 - 1)), i = 0..d/2 - 1: [n] -> float32 [n, d]."""
+
+    def __init__(self, dim: int, theta: float) -> None:
+        super().__init__()
+        self.dim, self.theta = dim, theta
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.dim // 2
+        # In float32 whatever the network's type, as weights were trained: at t = 1000 its rounding can be seen.
+        frequencies = torch.exp(torch.arange(half, device=time.device) * -(math.log(self.theta) / (half - 1)))
+        angles = time.reshape(-1, 1) * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)

@@ -99,16 +99,18 @@ class ContextUnet(ZeroIsNone):
         return own | {"height": height, "multipliers": list(self.multipliers)}
 
     @classmethod
-    def for_data(cls, shape: tuple[int, ...], classes: int, n_feat: int) -> "ContextUnet":
+    def for_data(
+        cls, shape: tuple[int, ...], classes: int, n_feat: int, multipliers: Sequence[int] | None = None
+    ) -> "ContextUnet":
         """For images of this shape (C, H, W); without classes unconditional."""
         if len(shape) != 3:
             raise ValueError(f"network: context_unet is for images, the data have {list(shape)}")
         channels, *sides = shape
-        return cls(channels, n_feat, classes, sides)
+        return cls(channels, n_feat, classes, sides, multipliers)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         """x [n, C, H, W], t [n] in (0, 1], c [n, n_cfeat] or None = zeros -> [n, C, H, W]."""
-        check_call(self, x, t, c)
+        t = check_call(self, x, t, c)
         skips = [self.init_conv(x)]
         for level in range(1, self.depth + 1):
             skips.append(getattr(self, f"down{level}")(skips[-1]))

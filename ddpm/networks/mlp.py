@@ -51,7 +51,7 @@ class PointMLP(ZeroIsNone):
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         """x [n, features], t [n] in (0, 1], c [n, n_cfeat] or None = zeros -> [n, features]."""
-        check_call(self, x, t, c)
+        t = check_call(self, x, t, c)
         angles = t.to(x.dtype).reshape(-1, 1) * self.frequencies
         condition = x.new_zeros(x.shape[0], self.n_cfeat) if c is None else c.to(x.dtype)
         embedding = self.embed(torch.cat((angles.sin(), angles.cos(), condition), dim=1))

@@ -9,12 +9,14 @@
                        estimate of x0 in the row before; unstated: False
     null_condition(n)  [n, *condition_shape] of "no condition"; unstated: zeros
     config()           the arguments that build it again
-    for_data(shape, classes, n_feat)   classmethod: the network for samples of this shape, for `ddpm train`
+    for_data(shape, classes, n_feat)   classmethod: the network for samples of this shape, for `ddpm train`, whose
+                       options of its own are further arguments with defaults
     forward(x, t, c)   x [n, *sample_shape], t [n], c [n, *condition_shape] or None = no condition -> x's shape
 
 A module with `sample_shape` alone samples, compiles and exports; a run folder also needs a name, config and for_data.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -56,13 +58,25 @@ def build_network(name: str, config: Mapping[str, object]) -> nn.Module:
         raise ValueError(f"network {name}: {error}") from error
 
 
-def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: int) -> nn.Module:
-    """A fresh network for data of this shape; None takes the usual one. Raises ValueError if it is for other data."""
+def own_options(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What its for_data takes beyond shape, classes and n_feat."""
+    return tuple(inspect.signature(kind.for_data).parameters)[3:] if hasattr(kind, "for_data") else ()
+
+
+def network_for(name: str | None, shape: tuple[int, ...], classes: int, n_feat: int, **own: object) -> nn.Module:
+    """A fresh network for data of this shape; None takes the usual one. own: see `own_options`.
+
+    Raises ValueError if it is for other data or does not take an option.
+    """
     name = name or ("mlp" if len(shape) == 1 else "context_unet")
     kind = _class_of(name)
     if not hasattr(kind, "for_data"):
         raise ValueError(f"network: {name!r} cannot be made for data, needs a classmethod for_data")
-    made = kind.for_data(shape, classes, n_feat)
+    for option, value in own.items():
+        if option not in own_options(kind):
+            takes = " and ".join(other for other, each in NETWORKS.items() if option in own_options(each))
+            raise ValueError(f"{option}: got {value}, but network {name} does not take it, needs {takes}")
+    made = kind.for_data(shape, classes, n_feat, **own)
     if tuple(made.sample_shape) != tuple(shape):
         raise ValueError(f"network: {name!r} is for samples {list(made.sample_shape)}, the data have {list(shape)}")
     return made
@@ -173,16 +187,22 @@ def rows_of_condition(
     return rows if math.prod(shape) else None
 
 
-def check_call(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> None:
-    """What a network's forward asks of its arguments. Raises ValueError naming the argument."""
+def check_call(model: nn.Module, x: Tensor, t: Tensor, c: Tensor | None) -> Tensor:
+    """What a network's forward asks of its arguments. Raises ValueError naming the argument.
+
+    Returns t; one time for all rows, [1, 1, ..] with as many axes as x, [n] times.
+    """
     shape, n = sample_shape(model), x.shape[0]
     if tuple(x.shape[1:]) != shape:
         raise ValueError(f"x: got shape {list(x.shape)}, needs [n, {', '.join(map(str, shape))}]")
+    if tuple(t.shape) == (1,) * x.ndim:
+        t = t.reshape(1).expand(n)
     if t.numel() != n:
         raise ValueError(f"t: got shape {list(t.shape)}, needs [{n}], one time per row of x")
     condition = condition_shape(model) or (0,)
     if c is not None and tuple(c.shape) != (n, *condition):
         raise ValueError(f"c: got shape {list(c.shape)}, needs {[n, *condition]}")
+    return t
 
 
 def check_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddpm.errors import check_integer, check_number
 from ddpm.former_arguments import only, understands
 from ddpm.networks import unet_versions
+from ddpm.networks.blocks import Sinusoidal
 from ddpm.networks.protocol import network
 from ddpm.networks.unet_versions import PRESENT, GroupNorm, LayerNorm, Nested, StandardizedConv2d, Structure
 from ddpm.table import FLOAT64_MAX
@@ -25,6 +26,7 @@ from ddpm.table import FLOAT64_MAX
 MEMORY = 4  # learned keys and values that every attention sees beside the pixels
 NOT_BUILT = ("learned_variance", "learned_sinusoidal_cond", "random_fourier_features")
 LEVELS = (1, 2, 4, 8)
+ATTN_HEADS, ATTN_DIM_HEAD = 4, 32
 
 
 class RMSNorm(nn.Module):
@@ -138,21 +140,6 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(-1, -2).reshape(n, -1, h, w))
 
 
-class Sinusoidal(nn.Module):
-    """Sines and cosines of t theta^(-i / (d/2 - 1)), i = 0..d/2 - 1: [n] -> float32 [n, d]."""
-
-    def __init__(self, dim: int, theta: float) -> None:
-        super().__init__()
-        self.dim, self.theta = dim, theta
-
-    def forward(self, time: Tensor) -> Tensor:
-        half = self.dim // 2
-        # In float32 whatever the network's type, as weights were trained: at t = 1000 its rounding can be seen.
-        frequencies = torch.exp(torch.arange(half, device=time.device) * -(math.log(self.theta) / (half - 1)))
-        angles = time.reshape(-1, 1) * frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
 def _per_level(name: str, value: object, levels: int, kind: type) -> tuple:
     """One value for all levels, or one for each. Raises ValueError."""
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * levels
@@ -205,8 +192,8 @@ class Unet(nn.Module):
         learned_sinusoidal_dim: int = 16,
         sinusoidal_pos_emb_theta: float = 10000,
         dropout: float = 0.0,
-        attn_dim_head: int | Sequence[int] = 32,
-        attn_heads: int | Sequence[int] = 4,
+        attn_dim_head: int | Sequence[int] = ATTN_DIM_HEAD,
+        attn_heads: int | Sequence[int] = ATTN_HEADS,
         full_attn: bool | Sequence[bool] | None = None,
         flash_attn: bool = False,
         image_size: int | Sequence[int] | None = None,
@@ -294,7 +281,16 @@ class Unet(nn.Module):
         return self._config | {"image_size": None if self.sample_shape is None else list(self.sample_shape[1:])}
 
     @classmethod
-    def for_data(cls, shape: tuple[int, ...], classes: int, n_feat: int) -> "Unet":
+    def for_data(
+        cls,
+        shape: tuple[int, ...],
+        classes: int,
+        n_feat: int,
+        multipliers: Sequence[int] | None = None,
+        self_condition: bool = False,
+        attn_heads: int = ATTN_HEADS,
+        attn_dim_head: int = ATTN_DIM_HEAD,
+    ) -> "Unet":
         """For images of this shape (C, H, W) without classes; as many levels, at most four, as the sides halve."""
         if len(shape) != 3:
             raise ValueError(f"network: unet is for images, the data have {list(shape)}")
@@ -302,7 +298,8 @@ class Unet(nn.Module):
             raise ValueError(f"network: unet takes no classes, the data have {classes}, needs unlabelled images")
         channels, *sides = shape
         levels = next(count for count in (4, 3, 2, 1) if not any(side % 2 ** (count - 1) for side in sides))
-        return cls(n_feat, dim_mults=LEVELS[:levels], channels=channels, image_size=sides)
+        own = {"self_condition": self_condition, "attn_heads": attn_heads, "attn_dim_head": attn_dim_head}
+        return cls(n_feat, dim_mults=multipliers or LEVELS[:levels], channels=channels, image_size=sides, **own)
 
     def films(self, time: Tensor) -> tuple[Tensor, ...]:
         """What depends on time alone: for each residual block in order [n, 2 C, 1, 1]. time: [n], whole or not."""

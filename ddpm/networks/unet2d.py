@@ -149,7 +149,7 @@ class UNet2D(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor | None = None) -> Tensor:
         """x [n, C, H, W], t [n] counted from 0, whole or (unless learned) not, c [n, K] or None -> [n, C, H, W]."""
-        check_call(self, x, t, c)
+        t = check_call(self, x, t, c)
         if self.condition_shape is None:
             c = None
         elif c is None:
