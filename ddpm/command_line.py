@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ddpm.errors import WorkFailed
 from ddpm.extras import lacks
@@ -23,6 +24,21 @@ BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
 SENT_AGAIN_S = 0.01
 # Set to 1 by `--debug`: processes that a command starts show their tracebacks too.
 DEBUG = "FUSED_DDPM_DEBUG"
+
+
+class Command(TyperCommand):
+    """A command whose --help lists the options of a panel under its name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for each in self.get_params(ctx):
+            name = getattr(each, "rich_help_panel", None) or f"{each.param_type_name}s".capitalize()
+            if (line := each.get_help_record(ctx)) is not None:
+                sections.setdefault(name, []).append(line)
+        for name, lines in sections.items():
+            if lines:
+                with formatter.section(name):
+                    formatter.write_dl(lines)
 
 
 class Terminated(BaseException):
@@ -106,7 +122,7 @@ def app_of(commands: Mapping[str, str], about: str, arguments: Sequence[str] = (
     called = next((word for word in arguments if not word.startswith("-")), "")
     for name in [called] if called in commands else commands:
         module, _, function = commands[name].partition(":")
-        app.command(name)(getattr(import_module(module), function))
+        app.command(name, cls=Command)(getattr(import_module(module), function))
     return app
 
 

@@ -24,13 +24,14 @@ from ddpm.networks.protocol import build_network, condition_shape, network_for, 
 from ddpm.progress import Bar
 from ddpm.solvers import given
 from ddpm.training.engines import Trainer, make_trainer
-from ddpm.training.options import TrainOptions
+from ddpm.training.options import OF_NETWORKS, TrainOptions
 
 # A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
 # Options that runs from before there were others do not name.
 LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False, "init": None}
+LATER_OPTIONS |= dict.fromkeys(OF_NETWORKS)
 
 
 class OtherData(BadInput):
@@ -155,7 +156,9 @@ def check_options(folder: Path, options: TrainOptions) -> None:
             if options.image_size not in (None, shape[-1]):
                 raise ValueError(f"image_size {options.image_size}, its network is for samples {list(shape)}")
             with torch.device("meta"):
-                pairs += [(network, network_for(options.network, shape, math.prod(condition or (0,)), options.n_feat))]
+                classes = math.prod(condition or (0,))
+                made = network_for(options.network, shape, classes, options.n_feat, **options.of_network())
+            pairs.append((network, made))
     except (ValueError, RuntimeError, MemoryError) as error:
         raise BadInput(f"{path}: its training options are no run's: {first_line(error)}") from error
     _check_same(path, pairs)

@@ -1,6 +1,7 @@
 """What a training run may be asked for."""
 
 import math
+import re
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, get_args, get_type_hints
@@ -8,12 +9,14 @@ from typing import Annotated, get_args, get_type_hints
 import torch
 from torch import nn
 from typer import Option
+from typer.models import OptionInfo
 
 from ddpm.data import Dataset, load_data, parse_range
 from ddpm.errors import BadInput, first_line
-from ddpm.networks.protocol import NETWORKS, condition_shape, name_of, network_for, sample_shape
+from ddpm.networks.protocol import NETWORKS, condition_shape, name_of, network_for, own_options, sample_shape
 from ddpm.runs import load_run
 from ddpm.schedule import NoiseSchedule
+from ddpm.solvers import given
 from ddpm.table import FLOAT32_MAX, PREDICTIONS
 from kernels import philox
 
@@ -23,7 +26,15 @@ BATCH_MAX = 1 << 20  # untuned; beyond it a single batch is hundreds of epochs o
 RANGES = {"epochs": (1, math.inf), "batch_size": (1, BATCH_MAX), "min_snr": (0, FLOAT32_MAX)}
 RANGES |= {"clip_grad": (0, FLOAT32_MAX)}
 RANGES |= {"ema_decay": (0, 1), "context_dropout": (0, 1), "seed": (0, philox.SEED_LIMIT - 1)}
+OF_NETWORKS = ("multipliers", "time_dim", "self_condition", "attn_heads", "attn_dim_head")
+MULTIPLIERS = re.compile(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5}){0,15}")
 KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
+
+
+def _own(name: str, about: str, *flags: str) -> OptionInfo:
+    """An option that some networks have, listed under their names."""
+    takers = ", ".join(network for network, kind in NETWORKS.items() if name in own_options(kind))
+    return Option(*flags, help=about, rich_help_panel=f"Options of {takers}")
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,11 @@ class TrainOptions:
     alpha: Annotated[bool, Option("--alpha", help="keep transparency as a fourth channel")] = False
     network: Annotated[str | None, Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = None
     n_feat: Annotated[int, Option(help="width of the network")] = 64
+    multipliers: Annotated[str | None, _own("multipliers", "width of each level by --n-feat, as 1,2,4")] = None
+    time_dim: Annotated[int | None, _own("time_dim", "sines and cosines of the time [64]")] = None
+    self_condition: Annotated[bool | None, _own("self_condition", "takes its last x0, too", "--self-condition")] = None
+    attn_heads: Annotated[int | None, _own("attn_heads", "heads of attention [4]")] = None
+    attn_dim_head: Annotated[int | None, _own("attn_dim_head", "width of a head [32]")] = None
     init: Annotated[str | None, Option(help="run with whose weights training begins")] = None
     schedule: Annotated[str, Option(help="linear, quad, sigmoid, constant, cosine or context_unet")] = "linear"
     timesteps: Annotated[int, Option(help="T")] = 500
@@ -79,6 +95,8 @@ class TrainOptions:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise BadInput(f"--{name}: got {getattr(self, name)!r}, needs one of {', '.join(known)}")
+        if self.multipliers is not None and not MULTIPLIERS.fullmatch(self.multipliers):
+            raise BadInput(f"--multipliers: got {self.multipliers!r}, needs 1..16 integers >= 1, comma-separated")
         if not self.data:
             raise BadInput("--data: got an empty text, needs digits, swiss-roll, a file or a folder")
 
@@ -89,6 +107,11 @@ class TrainOptions:
 
     def make_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.make(self.schedule, self.timesteps, self.beta_start, self.beta_end)
+
+    def of_network(self) -> dict[str, object]:
+        """Those of OF_NETWORKS that are asked for, as `network_for` takes them."""
+        own = given({name: getattr(self, name) for name in OF_NETWORKS})
+        return own | {name: tuple(map(int, own[name].split(","))) for name in ("multipliers",) if name in own}
 
     def make_network(self, dataset: Dataset) -> nn.Module:
         """A freshly initialised network for the data; the same seed gives the same weights. Or that of the run `init`.
@@ -101,15 +124,19 @@ class TrainOptions:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             try:
-                return network_for(self.network, shape, classes, self.n_feat)
+                return network_for(self.network, shape, classes, self.n_feat, **self.of_network())
             except ValueError as error:
-                raise BadInput(f"--{error}" if str(error).startswith("network") else str(error)) from error
+                name, _, what = str(error).partition(":")
+                own = name in ("network", *OF_NETWORKS)
+                raise BadInput(f"--{name.replace('_', '-')}:{what}" if own else str(error)) from error
             except (RuntimeError, MemoryError) as error:
                 raise BadInput(
                     f"--n-feat: got {self.n_feat}, needs a network that can be made ({first_line(error)})"
                 ) from error
 
     def _initial(self, shape: tuple[int, ...], classes: int) -> nn.Module:
+        for name, value in given({name: getattr(self, name) for name in OF_NETWORKS}).items():
+            raise BadInput(f"--{name.replace('_', '-')}: got {value}, but --init takes over a network, needs none")
         run = load_run(self.init)
         name = name_of(run.model)
         must_match = {
