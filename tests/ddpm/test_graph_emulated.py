@@ -84,7 +84,7 @@ def emulated(monkeypatch):
     )
     monkeypatch.setattr(graph, "torch", _Torch(fake))
     # oneDNN's tensors have no address.
-    for form in ("context_unet", "unet"):
+    for form in ("context_unet", "simple_unet", "unet"):
         monkeypatch.setattr(f"ddpm.inference.{form}.Layout", partial(Layout, pack=False))
     monkeypatch.setattr("kernels.backend.reads_values", lambda tensor: False)  # as on CUDA
     monkeypatch.setattr(GraphEngine, "lacks", classmethod(lambda cls, *_: None))
