@@ -5,6 +5,7 @@ block of Python that begins with `# FILE.py` is that file. Commands get the size
 SMALLER_CODE; commands of NOT_RUN are only checked for their options; those of LONG are left to the long tests.
 """
 
+import gzip
 import importlib
 import os
 import re
@@ -55,6 +56,8 @@ SMALLER = {
 # In code that stands in a page as other people wrote it.
 SMALLER_CODE = {"dim=64": "dim=8", "128": "16", "timesteps=1000": "timesteps=50", "timesteps=250": "timesteps=5"}
 SMALLER_CODE |= {"train_batch_size=32": "train_batch_size=4", "train_num_steps=700000": "train_num_steps=3"}
+SMALLER_CODE |= {"n_feat=32": "n_feat=8", "image_size=28": "image_size=8", "height=28": "height=8", "T = 300": "T = 20"}
+SMALLER_CODE |= {"range(100)": "range(1)", "timesteps = 500": "timesteps = 9", "n_feat = 64": "n_feat = 8"}
 LONG = (
     r"ddpm train .*--engine compile",
     r"torchrun",
@@ -217,7 +220,14 @@ def prepared(tmp_path_factory):
     np.save(folder / "sprites.npy", rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8))
     np.save(folder / "sprites_labels.npy", np.eye(5, dtype=np.float32)[np.arange(60) % 5])
     torch.save(ContextUnet(3, 8, 5, 16).state_dict(), folder / "weights.pth")
+    (folder / "weights").mkdir()
+    shutil.copy(folder / "weights.pth", folder / "weights" / "context_model_trained.pth")
     shutil.copy(ROOT / "tests" / "ddpm" / "library" / "model-1.pt", folder / "model-10.pt")
+    for name, shape in (("images-idx3", (40, 28, 28)), ("labels-idx1", (40,))):
+        values = rng.integers(0, 10, shape, dtype=np.uint8)
+        values.flat[:10] = range(10)
+        header = bytes((0, 0, 8, len(shape))) + np.array(shape, ">i4").tobytes()
+        (folder / f"mnist10k-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
     pictures = folder / "path" / "to" / "your" / "images"
     pictures.mkdir(parents=True)
     for k, values in enumerate(rng.integers(0, 256, (10, 20, 16, 3), dtype=np.uint8)):
