@@ -280,10 +280,10 @@ HERE = [
 
 
 @pytest.mark.parametrize("engine", HERE)
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_every_engine_draws_the_same_pictures(engine, guidance):
+@pytest.mark.parametrize("way", [{}, {"guidance": 2.5}, {"guidance": 2.5, "negative": torch.eye(3)[1]}])
+def test_every_engine_draws_the_same_pictures(engine, way):
     model = made(height=(6, 9))
-    how = {"steps": 6, "prediction": "v", "guidance": guidance, "context": torch.eye(3), "seed": 3}
+    how = {"steps": 6, "prediction": "v", "context": torch.eye(3), "seed": 3} | way
     images = [sample(model, SCHEDULE, 3, engine=name, **how) for name in ("eager", engine)]
     assert distance(*images) < 1e-5
 
