@@ -29,8 +29,9 @@ class EagerEngine(Engine):
     def run(self, chunk: Chunk) -> Tensor:
         x, context = chunk.x, chunk.context
         rows = self.table.rows(x.device, x.dtype)
-        steps, weights = self.table.noise_steps.tolist(), self.weights(chunk)
-        acts = (self.table.weights_of_guidance(chunk.guidance) != 1.0).reshape(len(steps), -1).any(1).tolist()
+        steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(chunk.guidance)
+        acts = (weights != 1.0).reshape(len(steps), -1).any(1).tolist()
+        weights = weights.tolist() if weights.ndim == 1 else self.weights(chunk)
         null = chunk.negative
         if null is None and context is not None and any(acts):
             null = null_condition(self.model, context)
@@ -49,7 +50,7 @@ class EagerEngine(Engine):
         x: Tensor,
         time: float,
         context: Tensor | None,
-        how: tuple[Tensor, Tensor, float | None] | tuple[()],
+        how: tuple[Tensor, float | Tensor, float | None] | tuple[()],
         *recalled: Tensor,
     ) -> Tensor:
         """The network's output. how: guided by (conditions of the other half, weights, rescale), or () not at all.

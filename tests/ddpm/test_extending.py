@@ -144,9 +144,11 @@ def test_a_solver_is_one_function(toys, plain_normals):
 
 
 def test_its_options_are_refused_and_named_like_any_other(toys):
-    with pytest.raises(ValueError, match=r"eta: got 0\.5, but solver 'toy' takes only .*spacing, strength"):
+    with pytest.raises(ValueError, match=r"eta: got 0\.5, but solver 'toy' takes only .*guidance_interval, strength"):
         make_table(SCHEDULE, "toy", 5, eta=0.5)
-    with pytest.raises(ValueError, match=r"strength: got 0\.5, .* 'ddim' takes only .*spacing, eta, rederive, ends$"):
+    with pytest.raises(
+        ValueError, match=r"strength: got 0\.5, .* 'ddim' takes only .*guidance_interval, eta, rederive, ends$"
+    ):
         make_table(SCHEDULE, "ddim", 5, strength=0.5)
     with pytest.raises(ValueError, match=r"solver: got 'toys', needs one of ddpm, .*toy"):
         make_table(SCHEDULE, "toys", 5)
