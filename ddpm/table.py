@@ -101,11 +101,10 @@ class StepTable:
         table = torch.cat([self.coefficients, self.noise_steps[:, None].to(torch.float64)], dim=1)
         return table.to(device=device, dtype=dtype)
 
-    def weights_of_guidance(self, guidance: float | Tensor) -> Tensor:
-        """w of every row, 1 + scale (w - 1): float64 [S], or [S, n] for weights [n]; on the CPU."""
-        weights = torch.as_tensor(guidance, dtype=torch.float64, device="cpu")
-        scales = self.guidance_scale.reshape(-1, *(1,) * weights.ndim)
-        return torch.where(scales == 1, weights, 1 + scales * (weights - 1))
+    def weights_of_guidance(self, guidance: float | Tensor) -> list[float] | list[Tensor]:
+        """w of every row, 1 + scale (w - 1): numbers, or [n] each for weights [n]."""
+        scales = self.guidance_scale.tolist()
+        return [guidance if scale == 1 else 1 + scale * (guidance - 1) for scale in scales]
 
     def from_row(self, k: int) -> "StepTable":
         """From row k on, where x0 is its own x0_previous. Raises ValueError inside a step, or for a learned table."""

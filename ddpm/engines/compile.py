@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, FormOf, engine, guided
+from ddpm.engines.engine import Chunk, FormOf, engine, guided, shaped
 from ddpm.engines.fused import FusedEngine, Update
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise
@@ -115,7 +115,7 @@ class CompileEngine(FusedEngine):
         x, samples = chunk.x, chunk.samples
         rows = self.table.rows(x.device, x.dtype).unbind()
         seed = torch.full((), chunk.noise.seed, device=x.device)
-        weights = self.weights(chunk).unbind()
+        weights = [weight if weight.ndim == 0 else shaped(weight, x) for weight in self.weights(chunk).unbind()]
         rescale = None if chunk.rescale is None else torch.full((), chunk.rescale, dtype=x.dtype, device=x.device)
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:

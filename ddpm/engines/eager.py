@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided, guides, shaped
 from ddpm.inference.form import checked, typed
 from ddpm.networks.protocol import in_type, null_condition, predict
 from kernels import philox
@@ -30,14 +30,13 @@ class EagerEngine(Engine):
         x, context = chunk.x, chunk.context
         rows = self.table.rows(x.device, x.dtype)
         steps, weights = self.table.noise_steps.tolist(), self.table.weights_of_guidance(chunk.guidance)
-        acts = (weights != 1.0).reshape(len(steps), -1).any(1).tolist()
-        weights = weights.tolist() if weights.ndim == 1 else self.weights(chunk)
+        acts = [guides(weight) for weight in weights]
         null = chunk.negative
         if null is None and context is not None and any(acts):
             null = null_condition(self.model, context)
         x0 = torch.zeros_like(x)
         for i, (step, time) in enumerate(zip(steps, self.time_of_row, strict=True)):
-            how = (null, weights[i], chunk.rescale) if acts[i] and null is not None else ()
+            how = (null, shaped(weights[i], x), chunk.rescale) if acts[i] and null is not None else ()
             m = self._output(x, time, context, how, *((x0,) if self.recalls else ()))
             z = chunk.noise(chunk.samples, step, philox.Stream.SAMPLING, tuple(x.shape[1:])) if self.noisy[i] else None
             x, x0 = reference(x, m, rows[i, :7].unbind(), z, x0, self.table.clip)

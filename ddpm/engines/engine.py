@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpm.errors import register
 from ddpm.inference import Form, make_form
-from ddpm.networks.protocol import network_times, recalls
+from ddpm.networks.protocol import broadcast, network_times, recalls
 from ddpm.noise import Noise
 from ddpm.table import StepTable
 from kernels.guidance_rescale import reference as rescaled
@@ -59,6 +59,11 @@ def guides(guidance: float | Tensor) -> bool:
     return bool((guidance != 1.0).any()) if isinstance(guidance, Tensor) else guidance != 1.0
 
 
+def shaped(weight: float | Tensor, x: Tensor) -> float | Tensor:
+    """A row's weight as `guided` takes it: one a sample as [n, 1, ...] in the type of x, where that is."""
+    return broadcast(weight.to(x), x) if isinstance(weight, Tensor) else weight
+
+
 def guided(m: Tensor, m_uncond: Tensor, guidance: float | Tensor, rescale: float | Tensor | None) -> Tensor:
     """Guidance, rescaled if it shall be. guidance: a number, or [n, 1, ...]."""
     return guide(m, m_uncond, guidance) if rescale is None else rescaled(m, m_uncond, guidance, rescale)
@@ -93,9 +98,11 @@ class Engine:
         return self.run(Chunk(*parts))
 
     def weights(self, chunk: Chunk) -> Tensor:
-        """Guidance of every row in the state's type, where it is: [S], or [S, n, 1, ...] with one a sample."""
-        weights = self.table.weights_of_guidance(chunk.guidance).to(chunk.x)
-        return weights.reshape(*weights.shape, *(1,) * (chunk.x.ndim - 1)) if weights.ndim > 1 else weights
+        """Guidance of every row in the state's type, where it is: [S], or [S, n] with one a sample."""
+        weights = self.table.weights_of_guidance(chunk.guidance)
+        if isinstance(chunk.guidance, Tensor):
+            return torch.stack(weights).to(chunk.x)
+        return torch.tensor(weights, dtype=torch.float64, device="cpu").to(chunk.x)
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         """What is done once, before the first chunk."""

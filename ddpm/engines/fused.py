@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided
+from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided, shaped
 from ddpm.inference import at, halves, hooks_every_module
 from ddpm.inference.form import Rows
 from ddpm.noise import PhiloxNoise, RowNoise
@@ -82,7 +82,7 @@ class FusedEngine(Engine):
         rows, x0 = self.table.rows(x.device), torch.zeros_like(own) if keeps_x0 else None
         indices = torch.arange(len(self.table), device=x.device).split(1)
         seed = torch.full((), chunk.noise.seed, device=x.device)
-        weights = self.table.weights_of_guidance(chunk.guidance).to(x)
+        weights = self.weights(chunk)
 
         def update(i: int, _: Tensor, m: Tensor, uncond: Tensor | None, __: Tensor | None) -> tuple[Tensor, ...]:
             if uncond is not None and chunk.rescale is not None:
@@ -95,7 +95,7 @@ class FusedEngine(Engine):
         """The update by the operator's reference, with noise that is drawn before."""
         x = chunk.x
         rows = [row.unbind() for row in self.table.rows(x.device, x.dtype)[:, :7]]
-        weights = self.weights(chunk).unbind()
+        weights = [shaped(weight, x) for weight in self.table.weights_of_guidance(chunk.guidance)]
         draws = RowNoise(chunk.noise, chunk.samples, self.table, tuple(x.shape[1:]))
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:

@@ -137,7 +137,7 @@ class GraphEngine(FusedEngine):
         if not (isinstance(chunk.noise, PhiloxNoise) and x.dtype == torch.float32):
             raise ValueError("engine: 'graph' draws Philox noise in float32, needs noise=None and no dtype float64")
         tables, rows = self.tables(x.device), self.rows(chunk)
-        weights = self.table.weights_of_guidance(chunk.guidance).to(x)
+        weights = self.weights(chunk)
         made_for = weights.shape[1:], chunk.rescale is not None, self.memory or callback is not None
         key, captures = self._key(x, rows, made_for), self.form.captures
         with torch.cuda.device(x.device):

@@ -27,10 +27,9 @@ NETWORK = [
     *GATE, *UP, *GATE, *UP,
     "cat", "conv2d", "group_norm", "relu", "conv2d",  # out
 ]  # fmt: skip
-# Once a run: the table's rows, cast once, its noise steps as numbers, the weights of guidance by its scales as numbers
-# and which of them are none (these and the table are the only float64), the null condition, and an x0 of zeros.
-GUIDANCE = ["as_tensor", "reshape", "__eq__", "sub", "mul", "add", "where", "ne", "reshape", "any", "tolist", "tolist"]
-SETUP = ["__getitem__", "to", "cat", "to", "tolist", *GUIDANCE, "zeros", "to", "zeros_like"]
+# Once a run: the table's rows, cast once (they are the only float64), its noise steps and guidance scales as numbers,
+# the null condition, and an x0 of zeros.
+SETUP = ["__getitem__", "to", "cat", "to", "tolist", "tolist", "zeros", "to", "zeros_like"]
 # Conditional and unconditional rows are one call; then m_uncond + w (m_cond - m_uncond) and the row of the table:
 # c0 x + c1 m, c2 x + c3 x0 + c4 m + c5 x0_previous, and c6 z where there is noise.
 BEFORE = ["cat", "cat", "full", "to", "to"]
