@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ddpm.errors import BadInput, first_line
+from ddpm.sizes import Size, asked_sides
 
 logger = logging.getLogger("ddpm")
 
@@ -30,9 +31,11 @@ Range = tuple[float, float]  # the values of black and white
 IDX_IMAGES, IDX_LABELS = 2051, 2049
 CHUNK = 1 << 20
 NO_FILE, NOT_REGULAR = "no such file", "is no regular file"
-GENERATED, DIGITS_SIDE = ("digits", "swiss-roll"), 16
+GENERATED, DIGITS_SIDES = ("digits", "swiss-roll"), (16, 16)
 ALL = "all"  # what `--context` takes for every class in turn
-SIDE_MAX = 9459  # a square of the pixels that Pillow takes for safe
+SIDE_MAX = 9459  # of a square of the pixels that Pillow takes for safe
+DEPTHS = (8, 16)  # bits a channel
+IMAGE_SIZE = "side, or HEIGHTxWIDTH: crop to the central part of this shape, resize"  # what --help says of it
 CLASSES_MAX = 10_000  # untuned: labels beyond it are taken for something other than classes
 
 
@@ -72,26 +75,32 @@ class Dataset:
 def load_data(
     source: str,
     labels: str | None = None,
-    image_size: int | None = None,
+    image_size: Size | str | None = None,
     classes: Sequence[str] | None = None,
     *,
     value_range: Range | None = None,
     alpha: bool = False,
+    depth: int | None = None,
 ) -> Dataset:
     """The data set that `source` names. What was read, and what was not, is logged.
 
     source: see the module docstring. labels: a `.npy`, `.npz` or idx file for a source that has none: class numbers
     [N] or [N, 1] (those that there are become 0..K-1 and are named by the old ones), or conditions [N, K], one-hot or
-    not. image_size: crop each image to its central square (the odd pixel stays at the bottom and right), then resize to
-    this side with Pillow's bicubic filter, which averages when it shrinks. classes: their names in order of their
-    number, default those of the source; more names than numbers name every number from 0.
+    not. image_size: a side, (height, width) or "24x16": crop each image to its central part of this shape (the odd
+    pixel stays at the bottom and right), then resize with Pillow's bicubic filter, which averages when it shrinks.
+    classes: their names in order of their number, default those of the source; more names than numbers name every
+    number from 0.
     value_range: the values of black and white, for numbers that are neither 8 nor 16 bits, or use less of them.
-    alpha: keep transparency as a fourth channel.
+    alpha: keep transparency as a fourth channel. depth: 16 for data that have more than 8 bits a channel, 8 to round
+    them to bytes; None takes them as they are.
 
     Raises BadInput naming the file, what was found and what is needed.
     """
-    if image_size is not None and not 1 <= image_size <= SIDE_MAX:
+    sides = None if image_size is None else asked_sides(image_size)
+    if sides is not None and not all(1 <= side <= SIDE_MAX for side in sides):
         raise BadInput(f"--image-size: got {image_size}, needs a side of 1..{SIDE_MAX} pixels")
+    if depth not in (None, *DEPTHS):
+        raise BadInput(f"--depth: got {depth}, needs 8 or 16")
     path = Path(source)
     if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
@@ -99,25 +108,32 @@ def load_data(
         raise BadInput(f"--range: {source} has its own values, needs none")
     labelled, names, note = None, (), ""
     if source == "swiss-roll":
-        if image_size is not None:
-            raise BadInput("--image-size: swiss-roll has points, not images")
+        for option, given in (("--image-size", image_size), ("--depth", depth)):
+            if given is not None:
+                raise BadInput(f"{option}: swiss-roll has points, not images")
         values = _swiss_roll()
     elif source == "digits":
         images, labelled, names = _digits()
-        values = stacked(((source, image) for image in images), len(images), image_size or DIGITS_SIDE)
+        values = stacked(((source, image) for image in images), len(images), sides or DIGITS_SIDES)
     elif path.is_dir():
         from ddpm import image_files  # needs Pillow
 
-        values, labelled, names, note = image_files.image_folder(path, image_size, value_range, alpha)
+        values, labelled, names, note = image_files.image_folder(path, sides, value_range, alpha)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
         images = _images_of_array(path, value_range, alpha)
         if labels is not None:
             labelled, names = _read_labels(Path(labels), len(images), path, len(classes or ()))
-        values = stacked(((path, _taken(image, path, value_range)) for image in images), len(images), image_size)
+        values = stacked(((path, _taken(image, path, value_range)) for image in images), len(images), sides)
     if alpha and values.shape[1:2] != (4,):
         raise BadInput(f"--alpha: {source} has no transparency, needs pictures or an array [N, H, W, 4]")
+    if depth == 16 and values.dtype == np.uint8:
+        raise BadInput(f"--depth: got 16, but {source} has 8 bits a channel, needs pictures or an array of more")
+    if depth == 8 and values.dtype != np.uint8:
+        values += 1
+        values *= 127.5
+        values = np.rint(values, out=values).astype(np.uint8)
     if classes is not None:
         count = 0 if labelled is None else labelled.shape[1]
         if len(classes) != count:
@@ -156,20 +172,18 @@ def to_unit(values: np.ndarray, value_range: Range, named_by: str) -> np.ndarray
     return unit
 
 
-def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, side: int | None) -> np.ndarray:
-    """(where it is from, picture [h, w, c]) -> [count, C, H, W], each brought to `side` before the next one is made.
+def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, sides: tuple[int, int] | None) -> np.ndarray:
+    """(where it is from, picture [h, w, c]) -> [count, C, H, W], each brought to `sides` before the next one is made.
 
     One colour picture makes all of them colour, one float32 picture in [-1, 1] makes all of them that.
     """
     stack = None
     for k, (where, picture) in enumerate(pictures):
         height, width = picture.shape[:2]
-        if side is not None:
+        if sides is not None:
             from ddpm import image_files  # needs Pillow
 
-            picture = image_files.squared(picture, side)
-        elif height != width:
-            raise BadInput(f"{where}: images are {width}x{height}, needs squares (or --image-size)")
+            picture = image_files.fitted(picture, sides)
         picture = picture.transpose(2, 0, 1)
         if stack is None:
             try:
@@ -180,8 +194,8 @@ def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, side: int
                     f"{where}: {size} do not fit into memory, needs fewer or a smaller --image-size"
                 ) from error
         if picture.shape[1:] != stack.shape[2:]:
-            sizes = f"{width}x{height}, the first image is {stack.shape[3]}x{stack.shape[2]}"
-            raise BadInput(f"{where}: is {sizes}: needs --image-size to bring them to one size")
+            sizes = f"{height}x{width}, the first image is {stack.shape[2]}x{stack.shape[3]}"
+            raise BadInput(f"{where}: is {sizes}: needs --image-size to bring them to one size (height x width)")
         if picture.shape[0] > stack.shape[1]:
             stack = np.repeat(stack, 3, axis=1)
         if picture.dtype != stack.dtype:

@@ -22,10 +22,10 @@ from ddpm.diffusion_loops import estimate, sampling_options
 from ddpm.errors import check_choice, check_integer, check_number
 from ddpm.former_arguments import only, renamed, understands
 from ddpm.networks.protocol import predict
-from ddpm.networks.unet import sides_of
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.runs import free_folder, held, make_config, start_run
 from ddpm.schedule import NoiseSchedule
+from ddpm.sizes import sides_of
 from ddpm.solvers import make_table
 from ddpm.table import FLOAT64_MAX, StepTable
 from ddpm.training.objective import for_half, min_snr_weights

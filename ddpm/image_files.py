@@ -13,6 +13,8 @@ from PIL import Image, ImageFile
 from ddpm.data import Range, check_class_names, stacked, to_unit
 from ddpm.errors import BadInput, first_line
 
+Sides = tuple[int, int]  # height, width
+
 # Formats whose suffix Pillow knows and which it cannot draw by itself, beside those it only has stubs of.
 UNDRAWN = {"EPS", "IPTC", "MPEG"}
 # Formats whose further frames belong to one picture: previews of a photo, layers of a drawing.
@@ -45,7 +47,7 @@ def suffixes() -> set[str]:
 
 
 def image_folder(
-    folder: Path, side: int | None, value_range: Range | None, alpha: bool, classes: bool = True
+    folder: Path, sides: Sides | None, value_range: Range | None, alpha: bool, classes: bool = True
 ) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...], str]:
     """(pictures [N, C, H, W], one-hot labels or None, names of classes, a note of what was left out) of a folder.
 
@@ -56,11 +58,11 @@ def image_folder(
 
     def pictures() -> Iterator[tuple[Path, np.ndarray]]:
         for path in files:
-            picture, more = read_picture(path, side, value_range, alpha)
+            picture, more = read_picture(path, sides, value_range, alpha)
             further.extend([path] * more)
             yield path, picture
 
-    values = stacked(pictures(), len(files), side)
+    values = stacked(pictures(), len(files), sides)
     if value_range is not None and values.dtype == np.uint8:
         raise BadInput(f"--range: all pictures in {folder} have 8 bits a channel, needs none")
     note = f"; {len(skipped)} files skipped"
@@ -122,26 +124,26 @@ def _files_below(folder: Path, above: frozenset[Path] = frozenset()) -> Iterator
             yield from _files_below(path, above)
 
 
-def squared(picture: np.ndarray, side: int) -> np.ndarray:
-    """The central square of a picture [h, w, c], uint8 or float32 in [-1, 1], bicubic to [side, side, c]."""
+def fitted(picture: np.ndarray, sides: Sides) -> np.ndarray:
+    """The central part of this shape of a picture [h, w, c], uint8 or float32 in [-1, 1], bicubic to [*sides, c]."""
     channels = picture.shape[2]
-    if picture.shape[:2] == (side, side):
+    if picture.shape[:2] == sides:
         return picture
     if picture.dtype == np.uint8:
         image = Image.fromarray(picture[..., 0] if channels == 1 else picture)
-        return np.asarray(_squared(image, side)).reshape(side, side, channels)
+        return np.asarray(_fitted(image, sides)).reshape(*sides, channels)
     planes = list(np.moveaxis(picture, 2, 0))
     alpha = planes.pop() if channels == 4 else None
-    return _joined(planes, alpha, side)
+    return _joined(planes, alpha, sides)
 
 
-def _joined(colours: Iterable[np.ndarray], alpha: np.ndarray | None, side: int | None) -> np.ndarray:
-    """Float32 planes [h, w] in [-1, 1] -> [h, w, c], or bicubic to [side, side, c]; one plane at a time is copied."""
-    if side is None:
+def _joined(colours: Iterable[np.ndarray], alpha: np.ndarray | None, sides: Sides | None) -> np.ndarray:
+    """Float32 planes [h, w] in [-1, 1] -> [h, w, c], or bicubic to [*sides, c]; one plane at a time is copied."""
+    if sides is None:
         return np.stack([*colours, *([] if alpha is None else [alpha])], axis=2)
 
     def small(plane: np.ndarray) -> np.ndarray:
-        return np.asarray(_squared(Image.fromarray(plane), side))
+        return np.asarray(_fitted(Image.fromarray(plane), sides))
 
     if alpha is None:
         return np.stack([small(plane) for plane in colours], axis=2).clip(-1, 1)
@@ -154,20 +156,22 @@ def _joined(colours: Iterable[np.ndarray], alpha: np.ndarray | None, side: int |
     return np.stack([*seen, alpha], axis=2).clip(-1, 1)
 
 
-def _squared(image: Image.Image, side: int) -> Image.Image:
-    square = min(image.size)
-    left, top = (image.width - square) // 2, (image.height - square) // 2
-    if image.width != image.height:
-        image = image.crop((left, top, left + square, top + square))
-    return image if square == side else image.resize((side, side), Image.Resampling.BICUBIC)
+def _fitted(image: Image.Image, sides: Sides) -> Image.Image:
+    height, width = sides
+    high = min(image.height, max(1, round(image.width * height / width)))
+    wide = min(image.width, max(1, round(image.height * width / height)))
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    if image.size != (wide, high):
+        image = image.crop((left, top, left + wide, top + high))
+    return image if (high, wide) == sides else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read_picture(path: Path, side: int | None, value_range: Range | None, alpha: bool) -> tuple[np.ndarray, bool]:
+def read_picture(path: Path, sides: Sides | None, value_range: Range | None, alpha: bool) -> tuple[np.ndarray, bool]:
     """(what a file shows, turned as it is seen, whether it has further frames, which are left out).
 
-    uint8 [h, w, c], or of more than 8 bits float32 in [-1, 1], brought to `side` if there is one; grey in any form has
-    one channel, other pictures three. Transparent parts are laid on white, with `alpha` kept as a fourth channel. While
-    it is brought to `side` a picture takes at most some 24 bytes a pixel. Raises BadInput.
+    uint8 [h, w, c], or of more than 8 bits float32 in [-1, 1], brought to `sides` if there are any; grey in any form
+    has one channel, other pictures three. Transparent parts are laid on white, with `alpha` kept as a fourth channel.
+    While it is brought to `sides` a picture takes at most some 24 bytes a pixel. Raises BadInput.
     """
     if not path.is_file():
         raise BadInput(f"{path}: no such regular file")
@@ -179,7 +183,7 @@ def read_picture(path: Path, side: int | None, value_range: Range | None, alpha:
         with image:
             more = image.format not in ONE_PICTURE and getattr(image, "is_animated", False)
             deep = _deep_values(path, image)
-            values = _eight_bits(_seen(image), side, alpha) if deep is None else None
+            values = _eight_bits(_seen(image), sides, alpha) if deep is None else None
     except BadInput:
         raise
     except Exception as error:  # damage raises nearly anything
@@ -197,9 +201,9 @@ def read_picture(path: Path, side: int | None, value_range: Range | None, alpha:
             yield plane if opacity is None or alpha else (plane - 1) * opacity + 1
 
     if not alpha:
-        return _joined(units(), None, side), more
+        return _joined(units(), None, sides), more
     opaque = np.ones_like(planes[0], np.float32) if opacity is None else 2 * opacity - 1
-    return _joined(units() if len(planes) == 3 else [*units()] * 3, opaque, side), more
+    return _joined(units() if len(planes) == 3 else [*units()] * 3, opaque, sides), more
 
 
 def _seen(image: Image.Image) -> Image.Image:
@@ -211,18 +215,18 @@ def _seen(image: Image.Image) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def _eight_bits(image: Image.Image, side: int | None, alpha: bool) -> np.ndarray:
-    """uint8 [h, w, c] of a picture whose channels have at most 8 bits, brought to `side` if there is one."""
+def _eight_bits(image: Image.Image, sides: Sides | None, alpha: bool) -> np.ndarray:
+    """uint8 [h, w, c] of a picture whose channels have at most 8 bits, brought to `sides` if there are any."""
 
-    def fitted(image: Image.Image) -> np.ndarray:
-        return np.atleast_3d(np.asarray(image if side is None else _squared(image, side)))
+    def array(image: Image.Image) -> np.ndarray:
+        return np.atleast_3d(np.asarray(image if sides is None else _fitted(image, sides)))
 
     if image.mode in ("La", "RGBa"):  # premultiplied
         image = image.convert(image.mode.upper())
     if alpha:
-        return fitted(image.convert("RGBA"))
+        return array(image.convert("RGBA"))
     if image.mode in ("1", "L") and not image.has_transparency_data:
-        return fitted(image.convert("L"))
+        return array(image.convert("L"))
     grey, palette = image.mode in ("1", "L", "LA"), image.mode in ("P", "PA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -231,7 +235,7 @@ def _eight_bits(image: Image.Image, side: int | None, alpha: bool) -> np.ndarray
     if palette:
         red, green, blue = (band.tobytes() for band in image.split())
         grey = red == green == blue
-    return fitted(image)[..., : 1 if grey else 3]
+    return array(image)[..., : 1 if grey else 3]
 
 
 Deep = tuple[list[np.ndarray], Range | None, np.ndarray | None, bool]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ddpm.data import DEPTHS
 from ddpm.errors import BadInput, first_line
 from ddpm.files import (
     digest_of,
@@ -144,6 +145,13 @@ class Run:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.config["classes"])
+
+    @property
+    def depth(self) -> int:
+        """Bits a channel of its pictures: what training was asked for, else 8."""
+        options = self.config.get("training")
+        depth = options.get("depth") if isinstance(options, dict) else None
+        return depth if depth in DEPTHS else DEPTHS[0]
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ddpm.former_arguments import also, only, renamed, understands, without_effe
 from ddpm.gaussian_diffusion import LOSSES, GaussianDiffusion
 from ddpm.networks.protocol import broadcast, name_of
 from ddpm.schedule import GIVEN, NoiseSchedule
+from ddpm.sizes import short, sides_of
 from ddpm.table import FLOAT32_MAX
 from ddpm.training import TrainOptions, loop
 from kernels import philox
@@ -131,7 +132,7 @@ class Trainer:
 
     Args:
         diffusion_model: what is trained. folder: pictures in it and below, see `ddpm.data`; they are cropped to the
-            central square and resized. augment_horizontal_flip: mirror half of them.
+            central part of its image_size's shape and resized. augment_horizontal_flip: mirror half of them.
         train_batch_size: images at a time; gradient_accumulate_every: so often, in one step of Adam (train_lr,
             adam_betas, max_grad_norm). train_num_steps: how many steps; a later, larger number goes on.
         ema_update_every, ema_decay: of the moving average, which is what is sampled.
@@ -177,7 +178,7 @@ class Trainer:
         max_grad_norm: float = 1.0,
         num_fid_samples: int = 50000,
         save_best_and_latest_only: bool = False,
-        image_size: int | None = None,
+        image_size: int | Sequence[int] | None = None,
     ) -> None:
         need("PIL", extra="train")
         if not isinstance(diffusion_model, GaussianDiffusion):
@@ -207,11 +208,9 @@ class Trainer:
         if channels not in MODES or convert_image_to not in (None, MODES[channels]):
             got = f"{convert_image_to!r} and {channels} channels"
             raise ValueError(f"convert_image_to: got {got}, needs None, L and 1, RGB and 3 or RGBA and 4")
-        if image_size not in (None, sides[0]):
+        if image_size is not None and sides_of(image_size) != sides:
             raise ValueError(f"image_size: got {image_size}, but the diffusion has {sides}, needs that or none")
-        if sides[0] != sides[1]:
-            raise ValueError(f"image_size: got {sides}, which pictures are not cropped to, needs a square")
-        self.model, self.ds = diffusion_model, _pictures(Path(folder), sides[0], channels)
+        self.model, self.ds = diffusion_model, _pictures(Path(folder), sides, channels)
         self.results_folder, self.device = Path(results_folder), pick_device("auto")
         self.batch_size, self.train_num_steps = counts["train_batch_size"], counts.pop("train_num_steps")
         self.save_and_sample_every, self.num_samples = counts.pop("save_and_sample_every"), counts.pop("num_samples")
@@ -224,7 +223,7 @@ class Trainer:
         diffusion_model.tell_model()
         warn_of_own_steps(diffusion_model, "Trainer")
         batch = counts["train_batch_size"] * counts["gradient_accumulate_every"]
-        described = {"data": str(folder), "image_size": sides[0], "alpha": channels == 4}
+        described = {"data": str(folder), "image_size": short(sides), "alpha": channels == 4}
         described |= {"network": name_of(diffusion_model.model), "loss": LOSSES[diffusion_model.loss_type]}
         described |= {"schedule": GIVEN, "timesteps": diffusion_model.num_timesteps, "seed": diffusion_model.seed}
         described |= {"prediction": diffusion_model.prediction, "batch_size": batch, "lr": train_lr}
@@ -326,13 +325,13 @@ class Trainer:
         return self.results_folder / f"model-{milestone}.safetensors"
 
 
-def _pictures(folder: Path, side: int, channels: int) -> Dataset:
+def _pictures(folder: Path, sides: tuple[int, int], channels: int) -> Dataset:
     """All pictures in a folder and below, with so many channels. Raises BadInput."""
     from ddpm import image_files  # needs Pillow
 
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder, needs one with pictures")
-    values, _, _, note = image_files.image_folder(folder, side, None, alpha=channels == 4, classes=False)
+    values, _, _, note = image_files.image_folder(folder, sides, None, alpha=channels == 4, classes=False)
     if values.shape[1] < channels:
         values = np.repeat(values, channels, axis=1)
     elif values.shape[1] > channels:

@@ -34,7 +34,7 @@ POOLED = 8  # pixels loaded together; untuned
 
 
 def pooled(x: Tensor) -> Tensor:
-    """GELU of the mean over pixels: [n, C, s, s] -> [n, C]."""
+    """GELU of the mean over pixels: [n, C, h, w] -> [n, C]."""
     return F.gelu(x.mean((2, 3)))
 
 
@@ -216,8 +216,8 @@ def bottleneck(
     """Pool to one pixel, GELU, transposed convolution back to x's size, GroupNorm, ReLU and FiLM, for inference.
 
     Args:
-        x: float32, float16 or bfloat16 [n, C, s, s]; channels_last or contiguous, which the output shares.
-        up_weight: [C, C, s, s] of x's type, channels_last or contiguous: read fastest in the layout of x.
+        x: float32, float16 or bfloat16 [n, C, h, w]; channels_last or contiguous, which the output shares.
+        up_weight: [C, C, h, w] of x's type, channels_last or contiguous: read fastest in the layout of x.
         up_bias, norm_weight, norm_bias: [C], any floating type.
         film_scale, film_shift: [n, C], or [1, C] for all images; film_scale None = 1 (an unconditional network).
             film_scale may also be [k, n, C] or [k, 1, C]: k copies share x, as the halves of guidance do (the
@@ -228,7 +228,7 @@ def bottleneck(
     The pooled vector is rounded to x's type before the product, which accumulates in float32, as do the moments; where
     groups are too wide for one launch (see WIDEST) the product is rounded to x's type as well.
 
-    Returns: [n, C, s, s] like x; of k copies [k * n, C, s, s], all images of copy 0 first. Not differentiable.
+    Returns: [n, C, h, w] like x; of k copies [k * n, C, h, w], all images of copy 0 first. Not differentiable.
     """
     vectors = {"up_bias": up_bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     backend.check_tensors({"film_scale": film_scale}, x=x, up_weight=up_weight, film_shift=film_shift, **vectors)

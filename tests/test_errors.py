@@ -311,7 +311,7 @@ ROWS = [
     *(Row(RESUME, (CONFIG, f"--{name.replace('_', '-')}: got {value!r}, needs "), entry(value, "training", name))
       for name, value in (
         ("flip", "no"), ("lr", True), ("lr", "1"), ("epochs", 1.5), ("epochs", True), ("seed", None), ("data", 5),
-        ("labels", 5), ("image_size", "16"), ("classes", ["a"]), ("network", 5), ("n_feat", "8"), ("schedule", None),
+        ("labels", 5), ("image_size", "16x"), ("classes", ["a"]), ("network", 5), ("n_feat", "8"), ("schedule", None),
         ("timesteps", 20.0), ("beta_start", "0"), ("beta_end", []), ("prediction", 1), ("loss", {}), ("min_snr", "1"),
         ("batch_size", "4"), ("ema_decay", None), ("context_dropout", False), ("clip_grad", "1"), ("precision", 1),
         ("engine", 1), ("flip", 1),

@@ -90,7 +90,8 @@ def read_as(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     values, _ = read_picture(path, None, None, shape[0] == 4)
     height, width, channels = values.shape
     if (height, width) != shape[1:]:
-        raise BadInput(f"{path}: is {width}x{height}, needs {shape[2]}x{shape[1]}, what the run samples")
+        needs = f"needs {shape[1]}x{shape[2]}, what the run samples (height x width)"
+        raise BadInput(f"{path}: is {height}x{width}, {needs}")
     if channels > shape[0]:
         raise BadInput(f"{path}: has {channels} channels, needs {shape[0]}, what the run samples")
     unit = pixels_to_unit(torch.from_numpy(np.ascontiguousarray(values))).to(torch.float32)

@@ -9,7 +9,7 @@ from typer import Option
 
 from ddpm import forward as process
 from ddpm.commands.sampling_options import check_output
-from ddpm.data import load_data
+from ddpm.data import IMAGE_SIZE, load_data
 from ddpm.errors import BadInput, check_integer
 from ddpm.extras import need
 from ddpm.schedule import KINDS, NoiseSchedule
@@ -26,7 +26,7 @@ def forward(
     beta_start: Annotated[float | None, Option(help="first beta [1e-4]")] = None,
     beta_end: Annotated[float | None, Option(help="last beta [0.02]")] = None,
     n: Annotated[int | None, Option(help="points, or images in a panel [2000, or 4]")] = None,
-    image_size: Annotated[int | None, Option(help="crop to the central square, resize to this side")] = None,
+    image_size: Annotated[str | None, Option(help=IMAGE_SIZE)] = None,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
 ) -> None:
     """The Markov chain beside its closed form in ten panels each, and the schedules compared."""

@@ -12,12 +12,13 @@ import typer
 from torch import Tensor
 
 from ddpm import runs
-from ddpm.commands.importing_unet import FAMILY, import_unet, other_library, sides_of
+from ddpm.commands.importing_unet import FAMILY, image_sides, import_unet, other_library
 from ddpm.commands.weight_files import places_of, read_versioned, say_left_out, shape_of, take_network
 from ddpm.data import check_class_names
 from ddpm.errors import BadInput, check_choice
 from ddpm.networks import ContextUnet, SimpleUNet, load_context_unet_weights
 from ddpm.schedule import NoiseSchedule
+from ddpm.sizes import asked_sides, short, sides_of
 from ddpm.solvers import given
 from ddpm.table import PREDICTIONS
 
@@ -102,7 +103,8 @@ def import_simple(
     if timesteps is None:
         raise BadInput(f"--timesteps: {weights} does not tell how many it was trained with, needs T")
     schedule = NoiseSchedule.make("linear", timesteps, beta_start, beta_end)
-    sides, state = sides_of(image_size, weights), network_in(weights, entries, online, SIMPLE_FIRST, SIMPLE_STATISTICS)
+    sides = image_sides(image_size, weights)
+    state = network_in(weights, entries, online, SIMPLE_FIRST, SIMPLE_STATISTICS)
     try:
         found = simple_arguments_of(state) | {"height": sides}
     except ValueError as error:
@@ -149,7 +151,7 @@ def import_weights(
     which: Annotated[str, typer.Option("--weights", help="of several: ema or online")] = "ema",
     n_feat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
     n_cfeat: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
-    height: Annotated[int | None, typer.Option(help="[read off the weights]")] = None,
+    height: Annotated[str | None, typer.Option(help="side, or HEIGHTxWIDTH [read off the weights]")] = None,
     timesteps: Annotated[int | None, typer.Option(help="T it was trained with [500]")] = None,
     beta_start: Annotated[float | None, typer.Option(help="first beta [1e-4]")] = None,
     beta_end: Annotated[float | None, typer.Option(help="last beta [0.02]")] = None,
@@ -206,9 +208,11 @@ def import_weights(
         found = arguments_of(state)
     except ValueError as error:
         raise BadInput(f"{weights}: not a ContextUnet state dict ({error})") from None
-    for name, asked in (("n_feat", n_feat), ("n_cfeat", n_cfeat), ("height", height)):
-        if asked is not None and asked != found[name]:
-            raise BadInput(f"--{name.replace('_', '-')}: got {asked}, but {weights} has {found[name]}")
+    size = None if height is None else short(asked_sides(height, "--height"))
+    has = found | {"height": short(sides_of(found["height"]))}
+    for name, asked in (("n_feat", n_feat), ("n_cfeat", n_cfeat), ("height", size)):
+        if asked is not None and asked != has[name]:
+            raise BadInput(f"--{name.replace('_', '-')}: got {asked}, but {weights} has {has[name]}")
     schedule = NoiseSchedule.make("context_unet", 500 if timesteps is None else timesteps, beta_start, beta_end)
     how = {"classes": classes, "sampling": {"variance": "beta"}, "overwrite": overwrite}
     write_run(weights, out, partial(ContextUnet, **found), state, schedule, "eps", **how)

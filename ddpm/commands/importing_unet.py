@@ -18,6 +18,7 @@ from ddpm.networks import Unet
 from ddpm.networks.protocol import fit_state_dict
 from ddpm.networks.unet_versions import GROUPS, STRUCTURES, release_of
 from ddpm.schedule import NoiseSchedule
+from ddpm.sizes import asked_sides
 from ddpm.table import PREDICTIONS
 from ddpm.training.objective import min_snr_weights
 
@@ -164,14 +165,11 @@ def objective_of(weight: Tensor, alpha_bars: Tensor) -> str | None:
     return fits[0] if len(fits) == 1 else None
 
 
-def sides_of(text: str | None, path: Path) -> list[int]:
+def image_sides(text: str | None, path: Path) -> list[int]:
     """[height, width] of --image-size. Raises BadInput."""
     if text is None:
         raise BadInput(f"--image-size: {path} does not tell the size of its images, needs a side in pixels")
-    sides = re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", text)
-    if sides is None:
-        raise BadInput(f"--image-size: got {text!r}, needs a side in pixels, or HEIGHTxWIDTH")
-    return [int(sides[1]), int(sides[2] or sides[1])]
+    return list(asked_sides(text))
 
 
 def _prediction(path: Path, buffers: Mapping[str, Tensor], alpha_bars: Tensor, asked: str | None) -> tuple[str, str]:
@@ -210,7 +208,7 @@ def import_unet(
     if "alphas_cumprod" not in buffers:
         needs = f"a checkpoint of {LIBRARY}'s Trainer, or GaussianDiffusion's state dict"
         raise BadInput(f"{path}: holds a Unet alone, without the noise schedule (alphas_cumprod), needs {needs}")
-    sides, asked, given = sides_of(image_size, path), OBJECTIVES.get(prediction, prediction), stated(unet or ())
+    sides, asked, given = image_sides(image_size, path), OBJECTIVES.get(prediction, prediction), stated(unet or ())
     if asked is not None:
         check_choice("--prediction", asked, PREDICTIONS)
     try:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from ddpm import runs
 from ddpm.commands import sampling_options as given
+from ddpm.data import DEPTHS
 from ddpm.distributed import pick_device, world
 from ddpm.errors import BadInput, check_integer
 from ddpm.extras import need
@@ -38,7 +39,7 @@ def sample(
     out: Annotated[Path | None, Option(help="picture of all samples, .png")] = None,
     npy: Annotated[Path | None, Option(help="samples as float32 [n, C, H, W], not clamped")] = None,
     png_dir: Annotated[Path | None, Option(help="folder for a .png of each sample, named by its global index")] = None,
-    depth: Annotated[int | None, Option(help="bits a channel in --png-dir, 8 or 16 [8]")] = None,
+    depth: Annotated[int | None, Option(help="bits a channel in --png-dir, 8 or 16 [the run's]")] = None,
     gif: Annotated[Path | None, Option(help="noise becoming pictures")] = None,
     context: Annotated[str | None, Option(help=CONTEXT)] = None,
     guidance: given.Weights = "1",
@@ -61,7 +62,7 @@ def sample(
         given.check_output(path, option, suffix)
     if png_dir is not None:
         given.check_output_folder(png_dir, "--png-dir")
-    if depth is not None and (png_dir is None or depth not in (8, 16)):
+    if depth is not None and (png_dir is None or depth not in DEPTHS):
         raise BadInput(f"--depth: got {depth}, needs 8 or 16, and --png-dir, whose pictures it is of")
     if columns is not None:
         check_integer("--columns", columns)
@@ -123,7 +124,7 @@ def sample(
         pictures.save_gif(gif, (pictures.render(frame, columns, headers, caption, cell) for frame in frames))
     if png_dir is not None:
         png_dir.mkdir(exist_ok=True)
-        pictures.save_each(png_dir, images, first_sample, depth or 8)
+        pictures.save_each(png_dir, images, first_sample, depth or opened.depth)
     for path in (out, npy, gif):
         if path is not None:
             print(f"wrote {path}")

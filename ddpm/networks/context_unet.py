@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ddpm.networks.blocks import EmbedFC, ResidualConvBlock, UnetDown, UnetUp
 from ddpm.networks.protocol import ZeroIsNone, check_call, fit_state_dict, network
+from ddpm.sizes import short, sides_of
 from kernels.philox import is_integer
 
 GROUPS = 8
@@ -40,13 +41,10 @@ class ContextUnet(ZeroIsNone):
         multipliers: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        sides = tuple(height) if isinstance(height, Sequence) and not isinstance(height, str) else (height, height)
-        if not all(is_integer(size) for size in (in_channels, n_feat, n_cfeat, *sides, *(multipliers or ()))):
-            got = in_channels, n_feat, n_cfeat, height, multipliers
-            raise ValueError(f"in_channels, n_feat, n_cfeat, height, multipliers: got {got}, needs integers")
-        if len(sides) != 2:
-            raise ValueError(f"height: got {height}, needs one side, or (height, width)")
-        in_channels, n_feat, n_cfeat, sides = int(in_channels), int(n_feat), int(n_cfeat), tuple(map(int, sides))
+        if not all(is_integer(size) for size in (in_channels, n_feat, n_cfeat, *(multipliers or ()))):
+            got = in_channels, n_feat, n_cfeat, multipliers
+            raise ValueError(f"in_channels, n_feat, n_cfeat, multipliers: got {got}, needs integers")
+        in_channels, n_feat, n_cfeat, sides = int(in_channels), int(n_feat), int(n_cfeat), sides_of(height, "height")
         if max(sides) > SIDE_MAX:
             raise ValueError(f"height: got {height}, needs at most {SIDE_MAX}")
         if multipliers is None:
@@ -62,9 +60,10 @@ class ContextUnet(ZeroIsNone):
             raise ValueError(f"in_channels, n_cfeat: got {in_channels}, {n_cfeat}, needs >= 1, >= 0")
         if n_feat < GROUPS or n_feat % GROUPS:
             raise ValueError(f"n_feat: got {n_feat}, needs a multiple of {GROUPS} (the normalisation's groups)")
-        odd, step = next((side for side in sides if side < 2**depth or side % 2**depth), None), 2**depth
-        if odd is not None:
-            nearest = f"{odd // step * step} or {odd // step * step + step}" if odd > step else str(step)
+        step = 2**depth
+        below, above = ([max(1, round_(side / step)) * step for side in sides] for round_ in (math.floor, math.ceil))
+        if below != list(sides):
+            nearest = " or ".join(dict.fromkeys(str(short(each)) for each in (below, above)))
             needs = f"a multiple of {step} for {depth} halvings (--image-size {nearest})"
             raise ValueError(f"height: got {height}, needs {needs}")
         self.in_channels, self.n_feat, self.n_cfeat = in_channels, n_feat, n_cfeat

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpm.errors import check_integer
 from ddpm.networks.blocks import ResidualConvBlock, Sinusoidal
 from ddpm.networks.protocol import ZeroIsNone, check_call, network
+from ddpm.sizes import sides_of
 
 GROUPS = 8
 SIDE_MAX = 1 << 16
@@ -99,9 +100,7 @@ class SimpleUNet(ZeroIsNone):
         time_dim: int = TIME_DIM,
     ) -> None:
         super().__init__()
-        sides = tuple(height) if isinstance(height, list | tuple) else (height, height)
-        if len(sides) != 2:
-            raise ValueError(f"height: got {height!r}, needs one side, or (height, width)")
+        sides = sides_of(height, "height", low=0)
         if not isinstance(multipliers, list | tuple) or not 1 <= len(multipliers) <= LEVELS_MAX:
             raise ValueError(f"multipliers: got {str(multipliers)[:80]}, needs 1..{LEVELS_MAX} integers, one a level")
         check_integer("in_channels", in_channels)

@@ -21,6 +21,7 @@ from ddpm.networks import unet_versions
 from ddpm.networks.blocks import Sinusoidal
 from ddpm.networks.protocol import network
 from ddpm.networks.unet_versions import PRESENT, GroupNorm, LayerNorm, Nested, StandardizedConv2d, Structure
+from ddpm.sizes import sides_of
 from ddpm.table import FLOAT64_MAX
 
 MEMORY = 4  # learned keys and values that every attention sees beside the pixels
@@ -350,13 +351,3 @@ class Unet(nn.Module):
             needs = f"the shape of x {list(x.shape)}" if self.self_condition else "None without self_condition"
             raise ValueError(f"x_self_cond: got shape {list(estimate.shape)}, needs {needs}")
         return self.denoise(x, self.films(time), estimate)
-
-
-def sides_of(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) from one side or both. Raises ValueError."""
-    sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
-    if len(sides) != 2:
-        raise ValueError(f"image_size: got {image_size!r}, needs one side, or (height, width)")
-    for side in sides:
-        check_integer("image_size", side)
-    return sides

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpm.errors import check_choice, check_integer
 from ddpm.extras import need
 from ddpm.networks.protocol import check_call, network
+from ddpm.sizes import sides_of
 
 TIME_EMBEDDINGS = ("positional", "learned")
 LEVELS_MAX = 16  # at 16 sides are multiples of 32,768 pixels
@@ -55,8 +56,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"block_out_channels: got {str(levels)[:80]}, needs a list of 1..{LEVELS_MAX} widths")
     for width in levels:
         check_integer("block_out_channels", width)
-    for side in sides_of(get("sample_size")):
-        check_integer("sample_size", side)
+    for side in sides_of(get("sample_size"), "sample_size"):
         if side % 2 ** (len(levels) - 1):
             raise ValueError(f"sample_size: got {side}, needs a multiple of {2 ** (len(levels) - 1)}")
     layers = get("layers_per_block", 2)
@@ -68,14 +68,6 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"class_embed_type: got {get('class_embed_type')!r}, needs null (with classes) or 'identity'")
     if get("dropout", 0.0) != 0.0:
         raise ValueError(f"dropout: got {get('dropout')!r}, needs 0: its coins are not those of the noise contract")
-
-
-def sides_of(sample_size: object) -> tuple[Any, ...]:
-    """(height, width). Raises ValueError for what are neither one side nor two."""
-    sides = tuple(sample_size) if isinstance(sample_size, list | tuple) else (sample_size, sample_size)
-    if len(sides) != 2 or None in sides:
-        raise ValueError(f"sample_size: got {sample_size!r}, needs one side, or [height, width]")
-    return sides
 
 
 @network("unet2d")

@@ -22,15 +22,16 @@ from ddpm.errors import BadInput, WorkFailed, first_line
 from ddpm.files import digest_of, json_text, read_noted, warn_if_unchecked, write_tensors, write_text
 from ddpm.networks.protocol import build_network, condition_shape, network_for, sample_shape
 from ddpm.progress import Bar
+from ddpm.sizes import asked_sides
 from ddpm.solvers import given
 from ddpm.training.engines import Trainer, make_trainer
-from ddpm.training.options import OF_NETWORKS, TrainOptions
+from ddpm.training.options import OF_NETWORKS, TrainOptions, stored_size
 
 # A resumed run may find the same data elsewhere: the digest decides, not the path. Another engine changes rounding
 # only; config.json keeps the one that the run began with.
 MAY_DIFFER = {"data", "labels", "engine"}
 # Options that runs from before there were others do not name.
-LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False, "init": None}
+LATER_OPTIONS = {"engine": "eager", "network": None, "range": None, "alpha": False, "init": None, "depth": None}
 LATER_OPTIONS |= dict.fromkeys(OF_NETWORKS)
 
 
@@ -51,6 +52,8 @@ def resumed_options(folder: Path, asked: Mapping[str, object]) -> TrainOptions:
         raise BadInput(f"{config}: training options do not fit this version: {', '.join(sorted(odd))}")
     if former and stored["labels"] and stored["classes"] is None:
         stored["classes"] = ",".join(content["classes"])
+    if "image_size" in asked:
+        asked = {**asked, "image_size": stored_size(asked["image_size"])}
     for name, value in asked.items():
         if name not in MAY_DIFFER and stored[name] != value:
             started = f"{folder} was started with {stored[name]}: resume without it, or start another run"
@@ -153,7 +156,7 @@ def check_options(folder: Path, options: TrainOptions) -> None:
         pairs = [(schedule, options.make_schedule())]
         if options.init is None:
             shape, condition = sample_shape(network), condition_shape(network)
-            if options.image_size not in (None, shape[-1]):
+            if options.image_size is not None and asked_sides(options.image_size) != shape[1:]:
                 raise ValueError(f"image_size {options.image_size}, its network is for samples {list(shape)}")
             with torch.device("meta"):
                 classes = math.prod(condition or (0,))

@@ -11,11 +11,12 @@ from torch import nn
 from typer import Option
 from typer.models import OptionInfo
 
-from ddpm.data import Dataset, load_data, parse_range
+from ddpm.data import IMAGE_SIZE, Dataset, load_data, parse_range
 from ddpm.errors import BadInput, first_line
 from ddpm.networks.protocol import NETWORKS, condition_shape, name_of, network_for, own_options, sample_shape
 from ddpm.runs import load_run
 from ddpm.schedule import NoiseSchedule
+from ddpm.sizes import asked_sides, short
 from ddpm.solvers import given
 from ddpm.table import FLOAT32_MAX, PREDICTIONS
 from kernels import philox
@@ -37,6 +38,11 @@ def _own(name: str, about: str, *flags: str) -> OptionInfo:
     return Option(*flags, help=about, rich_help_panel=f"Options of {takers}")
 
 
+def stored_size(size: object) -> int | str | None:
+    """An `image_size` as config.json has it: 16, "24x16" or None. Raises BadInput."""
+    return None if size is None else short(asked_sides(size))
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """All that a training run was asked for; stored in config.json, compared by --resume, the options of `ddpm train`.
@@ -47,10 +53,11 @@ class TrainOptions:
 
     data: Annotated[str, Option(help="digits, swiss-roll, images.npy, a folder of images, an idx file")] = "digits"
     labels: Annotated[str | None, Option(help="labels.npy (integers, one-hot, any numbers) or an idx file")] = None
-    image_size: Annotated[int | None, Option(help="crop to the central square, resize to this side")] = None
+    image_size: Annotated[str | None, Option(help=IMAGE_SIZE)] = None
     classes: Annotated[str | None, Option(help="names of the classes, comma-separated")] = None
     range: Annotated[str | None, Option(help="LO,HI: black and white in other than 8 or 16 bits")] = None
     alpha: Annotated[bool, Option("--alpha", help="keep transparency as a fourth channel")] = False
+    depth: Annotated[int | None, Option(help="bits of a channel, of data and --png-dir: 8 or 16 [all, and 8]")] = None
     network: Annotated[str | None, Option(help=f"{' or '.join(NETWORKS)} [by the data]")] = None
     n_feat: Annotated[int, Option(help="width of the network")] = 64
     multipliers: Annotated[str | None, _own("multipliers", "width of each level by --n-feat, as 1,2,4")] = None
@@ -78,7 +85,8 @@ class TrainOptions:
     engine: Annotated[str, Option(help="eager, compile (warms up first) or graph (CUDA)")] = "eager"
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(TrainOptions).items():
+        object.__setattr__(self, "image_size", stored_size(self.image_size))
+        for name, kind in (get_type_hints(TrainOptions) | {"image_size": int | str | None}).items():
             value, kinds = getattr(self, name), get_args(kind) or (kind,)
             kinds += (int,) if float in kinds else ()
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
@@ -103,7 +111,8 @@ class TrainOptions:
     def load_data(self) -> Dataset:
         names = None if self.classes is None else self.classes.split(",")
         bounds = None if self.range is None else parse_range(self.range)
-        return load_data(self.data, self.labels, self.image_size, names, value_range=bounds, alpha=self.alpha)
+        more = {"value_range": bounds, "alpha": self.alpha, "depth": self.depth}
+        return load_data(self.data, self.labels, self.image_size, names, **more)
 
     def make_schedule(self) -> NoiseSchedule:
         return NoiseSchedule.make(self.schedule, self.timesteps, self.beta_start, self.beta_end)

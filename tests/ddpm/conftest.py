@@ -87,6 +87,16 @@ def roll_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def oblong_run(tmp_path_factory) -> Path:
+    """A run on 24 pictures of three classes, 24 high and 16 wide; beside it x.npy, of 30x20, and y.npy."""
+    folder, images = tmp_path_factory.mktemp("oblong"), np.random.default_rng(0).integers(0, 256, (24, 30, 20, 3))
+    np.save(folder / "x.npy", images.astype(np.uint8))
+    np.save(folder / "y.npy", np.arange(24) % 3)
+    how = ("--image-size", "24x16", "--batch-size", "12", "--flip")
+    return trained(folder / "run", "--data", str(folder / "x.npy"), "--labels", str(folder / "y.npy"), *how)
+
+
+@pytest.fixture(scope="session")
 def unet() -> Callable[..., ContextUnet]:
     """unet(seed=0, n_feat=16, ...): a ContextUnet in eval mode whose BatchNorms have gains and statistics of their own.
 

@@ -385,7 +385,6 @@ BAD_IMAGES = {
     "nan": (npy(np.full((2, 16, 16, 1), np.nan)), "NaN"),
     "channels": (npy(np.zeros((2, 16, 16, 4), np.uint8)), "C = 1 or 3"),
     "no-images": (npy(np.zeros((0, 16, 16, 1), np.uint8)), "at least one image"),
-    "non-square": (npy(np.zeros((2, 16, 20, 1), np.uint8)), "20x16, needs squares"),
     "strings": (npy(np.array(["a", "b"])), "needs uint8"),
 }
 BAD_LABELS = {

@@ -207,7 +207,7 @@ def test_edit_writes_what_python_gives(ddpm, digits_run, picture, tmp_path):
         ("--strength 2", "strength: got 2"),
         ("--mask {picture}.gone", "no such regular file"),
         ("--mask {black}", "keep: every pixel is known"),
-        ("--mask {large}", "is 20x10, needs 16x16, what the run samples"),
+        ("--mask {large}", "is 10x20, needs 16x16, what the run samples (height x width)"),
         ("--n 0", "--n: got 0"),
         ("--solver euler", "solver: got 'euler'"),
     ],
@@ -230,7 +230,7 @@ def test_pictures_of_another_size_or_kind(ddpm, digits_run, roll_run, picture, t
         colour
     )
     for run, path, words in (
-        (digits_run, large, f"{large}: is 20x10, needs 16x16"),
+        (digits_run, large, f"{large}: is 10x20, needs 16x16"),
         (digits_run, colour, f"{colour}: has 3 channels, needs 1"),
         (roll_run, picture, "needs images"),
     ):

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, features
 from ddpm import image_files
 from ddpm.data import load_data, to_unit
 from ddpm.errors import BadInput
-from ddpm.image_files import squared, suffixes
+from ddpm.image_files import fitted, suffixes
 
 RNG = np.random.default_rng(3)
 GREY = RNG.integers(0, 256, (16, 16), dtype=np.uint8)
@@ -319,8 +319,8 @@ def test_deep_pictures_that_pillow_would_truncate_are_refused(folder, values, pl
 def test_deep_pictures_are_cropped_and_resized_as_bytes_are(channels):
     picture = RNG.integers(0, 256, (40, 56, channels), dtype=np.uint8)
     picture = np.asarray(Image.fromarray(picture.squeeze()).resize((28, 20))).reshape(20, 28, channels)  # smooth
-    exact = squared((picture.astype(np.float32) / 127.5 - 1), 10)
-    coarse = squared(picture, 10).astype(np.float32) / 127.5 - 1
+    exact = fitted((picture.astype(np.float32) / 127.5 - 1), (10, 10))
+    coarse = fitted(picture, (10, 10)).astype(np.float32) / 127.5 - 1
     assert exact.shape == coarse.shape == (10, 10, channels)
     opacity = (exact[..., 3:] + 1) / 2 if channels == 4 else 1  # a colour is as exact as it is opaque
     assert np.abs((exact - coarse) * opacity).max() < 4 / 127.5

@@ -153,6 +153,14 @@ def test_depth_widths_and_sides_are_read_off_the_weights(imported, tmp_path, opt
     assert model == expected | {"multipliers": list(expected["multipliers"])}
 
 
+def test_the_height_that_is_asked_for_must_be_that_of_the_weights(imported, tmp_path):
+    state = published(height=(8, 20))
+    for asked in ("20x8", "8"):
+        err = imported(state, "--height", asked)[0].err
+        assert err.endswith(f"--height: got {asked}, but {tmp_path / 'w.pth'} has 8x20\n")
+    assert imported(state, "--height", "8x20")[0].code == 0
+
+
 @torch.no_grad()
 def test_embeddings_of_a_context_of_no_numbers_scale_as_in_the_original(imported):
     """There they are Linear(0, C), whose bias alone is left: with it they have the value that the network computes."""

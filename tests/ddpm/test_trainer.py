@@ -261,6 +261,20 @@ def test_pictures_get_the_channels_of_the_diffusion(made, folder, channels):
     np.testing.assert_array_equal(np.sort(trainer.ds.values, 0), np.sort(np.stack(expected), 0))
 
 
+def test_pictures_are_cropped_to_the_shape_of_the_diffusion(made, folder, tmp_path):
+    trainer = made(model={"image_size": (8, 4)}, train_num_steps=3)
+    shown = [np.asarray(Image.open(path)).transpose(2, 0, 1) for path in sorted(folder.rglob("*.png"))]
+    expected = {image[:, :, 2:6].tobytes() for image in shown}
+    assert {value.numpy().tobytes() for value in trainer.ds.values} == expected
+    trainer.train()
+    run = load_run(tmp_path / "run")
+    assert run.config["training"]["image_size"] == "8x4"
+    assert run.model.sample_shape == (3, 8, 4)
+    made(model={"image_size": (8, 4)}, train_num_steps=4).train()
+    with Image.open(tmp_path / "run" / "sample-1.png") as picture:
+        assert picture.size == (2 * 32 + 4 + 20, 64 + 20)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -280,7 +294,6 @@ def test_pictures_get_the_channels_of_the_diffusion(made, folder, channels):
         ({"num_fid_samples": 100}, "num_fid_samples: got 100, which is not built, needs 50000"),
         ({"convert_image_to": "L"}, "convert_image_to: got 'L' and 3 channels, needs None, L and 1"),
         ({"network": {"channels": 2}}, "convert_image_to: got None and 2 channels"),
-        ({"model": {"image_size": (8, 4)}}, r"image_size: got \(8, 4\), which pictures are not cropped to"),
     ],
 )
 def test_arguments_that_do_not_fit(made, options, message):

@@ -106,9 +106,9 @@ def opened(run_folder) -> runs.Run:
 
 @pytest.fixture(scope="session")
 def unconditional(tmp_path_factory) -> runs.Run:
-    """1x32x32 without classes, depth 2."""
+    """1x32x16 without classes, depth 2."""
     torch.manual_seed(1)
-    folder = random_run(tmp_path_factory.mktemp("runs") / "plain", ContextUnet(1, 8, 0, 32))
+    folder = random_run(tmp_path_factory.mktemp("runs") / "plain", ContextUnet(1, 8, 0, (32, 16)))
     return runs.load_run(folder)
 
 
