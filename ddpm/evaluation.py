@@ -48,12 +48,18 @@ class Evaluation:
 
 
 def features(values: Tensor) -> np.ndarray:
-    """float64 [n, d]: images (uint8 or [-1, 1]) clamped and averaged to 8x8 per channel; points unchanged."""
+    """float64 [n, d]: images (uint8 or [-1, 1]) clamped and averaged to 8x8 per channel; points unchanged.
+
+    Colours weigh by the fourth channel, opacity: what is not seen counts for nothing.
+    """
 
     def of(part: Tensor) -> Tensor:
         part = pixels_to_unit(part)
         if part.ndim == 4:
-            part = F.adaptive_avg_pool2d(part.clamp(-1, 1), min(FEATURE_SIDE, part.shape[-1]))
+            part = part.clamp(-1, 1)
+            if part.shape[1] == 4:
+                part = torch.cat(((part[:, :3] + 1) * (part[:, 3:] + 1) / 2 - 1, part[:, 3:]), dim=1)
+            part = F.adaptive_avg_pool2d(part, [min(FEATURE_SIDE, side) for side in part.shape[2:]])
         return part.flatten(1).double().cpu()
 
     return torch.cat([of(part) for part in values.split(CHUNK)]).numpy()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ddpm.files import replacing, replacing_all
 
-# Small images are enlarged by a whole factor to at most this side; moving noise costs bytes, so GIFs are smaller.
+# Small images are enlarged by a whole factor, their longer side to at most this; moving noise costs bytes, so GIFs are
+# smaller.
 CELL_PIXELS, GIF_CELL_PIXELS = 64, 48
 GAP, MARGIN = 4, 10
 INK, PAPER, FRAME = "#202020", "#ffffff", "#d0d0d0"
@@ -35,9 +36,9 @@ def to_values(images: Tensor, depth: int = 8) -> np.ndarray:
     return values.round().permute(0, 2, 3, 1).cpu().numpy().astype(f"u{depth // 8}")
 
 
-def to_pixels(images: Tensor) -> np.ndarray:
-    """[n, C, H, W] in [-1, 1], clamped -> uint8 [n, H, W, 3], what is transparent on white."""
-    if images.shape[1] == 4:
+def to_pixels(images: Tensor, alpha: bool = False) -> np.ndarray:
+    """[n, C, H, W] in [-1, 1], clamped -> uint8 [n, H, W, 3], what is transparent on white; 4 kept with `alpha`."""
+    if images.shape[1] == 4 and not alpha:
         colour, opacity = images.clamp(-1, 1).split((3, 1), dim=1)
         images = (colour - 1) * (opacity + 1) / 2 + 1
     pixels = to_values(images)
@@ -49,16 +50,17 @@ def render(
 ) -> Image.Image:
     """A picture of samples: a grid of images [n, C, H, W] or a scatter plot of points [n, 2].
 
-    columns defaults to a square grid; headers name the columns; caption stands below; cell is the side of an image.
+    columns defaults to a square grid; headers name the columns; caption stands below; cell is the longer side of an
+    image. Of four channels the picture is RGBA: the images are transparent where the samples are.
     Where no installed font has a text, the characters that are missing are shown as code points.
     """
     if samples.ndim == 2:
         return _scatter(samples, caption)
-    pixels = to_pixels(samples)
+    pixels = to_pixels(samples, alpha=True)
     n, height, width = pixels.shape[:3]
     columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
-    scale = max(1, cell // height)
+    scale = max(1, cell // max(height, width))
     size = 14 if cell >= CELL_PIXELS else 10
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
     titles = [_legible(header, size) for header in headers[:columns]]
@@ -72,7 +74,8 @@ def render(
     if caption:
         caption = caption.replace("\n,", ",").replace("\n", " ")
         wide = max(wide, math.ceil(font.getlength(caption)))
-    canvas = Image.new("RGB", (wide + 2 * MARGIN, rows * cell_h - GAP + top + bottom), PAPER)
+    mode, high = "RGBA" if samples.shape[1] == 4 else "RGB", rows * cell_h - GAP + top + bottom
+    canvas = Image.new(mode, (wide + 2 * MARGIN, high), PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, (_, own) in enumerate(titles):
         for row, line in enumerate(lines[column], most - len(lines[column])):
@@ -195,12 +198,25 @@ def trajectory(estimates: Sequence[Tensor], alpha_bars: Sequence[float], initial
     return [initial, *noisy, estimates[-1]]
 
 
+def _with_palette(frame: Image.Image) -> Image.Image:
+    """A frame of a GIF, whose pixels are there or not: transparent where less than half of one is, else on white."""
+    if frame.mode != "RGBA":
+        return frame.quantize(GIF_COLOURS, dither=Image.Dither.NONE)
+    on_white = Image.alpha_composite(Image.new("RGBA", frame.size, PAPER), frame).convert("RGB")
+    made = on_white.quantize(GIF_COLOURS, dither=Image.Dither.NONE)
+    made.paste(GIF_COLOURS, mask=frame.getchannel("A").point(lambda opacity: 255 * (opacity < 128)))
+    made.info["transparency"] = GIF_COLOURS
+    return made
+
+
 def save_gif(path: Path, frames: Iterable[Image.Image]) -> None:
     """A looping GIF that rests on its last frame."""
-    first, *rest = [frame.quantize(GIF_COLOURS, dither=Image.Dither.NONE) for frame in frames]
-    durations = [GIF_FRAME_MS] * len(rest) + [GIF_LAST_MS]
+    first, *rest = map(_with_palette, frames)
+    how = {"duration": [GIF_FRAME_MS] * len(rest) + [GIF_LAST_MS], "loop": 0}
+    if "transparency" in first.info:
+        how["disposal"] = 2  # a frame takes the place of the one before it
     with replacing(path) as partial:
-        first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+        first.save(partial, format="GIF", save_all=True, append_images=rest, **how)
 
 
 def save_png(path: Path, picture: Image.Image) -> None:

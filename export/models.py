@@ -16,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from ddpm.data import DEPTHS
 from ddpm.networks.protocol import condition_shape, in_type, network_times, recalls, sample_shape
 from ddpm.runs import MODEL, Run, taken_options
 from ddpm.solvers import make_table
@@ -353,6 +354,8 @@ def describe(run: Run, kind: str, precision: str, **more: Any) -> dict[str, Any]
         more["null_condition"] = null.tolist()
     if recalls(run.model):
         more["self_condition"] = True
+    if run.depth != DEPTHS[0]:
+        more["depth"] = run.depth
     return {
         "format_version": FORMAT_VERSION,
         "kind": kind,

@@ -15,11 +15,13 @@ import os
 import re
 import secrets
 import signal
+import struct
 import sys
 import threading
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -53,6 +55,7 @@ PROVIDER_OPTIONS = {"cuda": {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": 
 # Rows per call of the model. Untuned; results do not depend on it, memory and the progress bar do.
 BATCH_SIZE = 16
 CELL_PIXELS, GAP = 64, 4
+DEPTHS = (8, 16)  # bits a channel
 MOST_STEPS = 1_000_000
 SAMPLE_LIMIT = 1 << 56  # of the noise contract
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -275,6 +278,7 @@ def _claims(metadata: dict[str, Any], session: ort.InferenceSession) -> Iterator
     if "null_condition" in metadata:
         shape = np.asarray(metadata["null_condition"], np.float32).shape
         yield shape == condition, "null_condition has another shape than conditions"
+    yield metadata.get("depth", DEPTHS[0]) in DEPTHS, f"depth is {metadata.get('depth')!r}"
     image = [metadata["channels"], metadata["height"], metadata["width"]]
     outputs = {value.name: value.shape for value in session.get_outputs()}
     yield outputs.get(KINDS[kind], [])[1:] == image, f"images are {image}, the graph's outputs {outputs}"
@@ -745,23 +749,33 @@ def _show_progress(start: int, done: int, total: int, began: float) -> None:
         print(f"\r{line}   " if live else line, end="" if live else "\n", file=sys.stderr, flush=True)
 
 
-def to_pixels(images: np.ndarray) -> np.ndarray:
-    """uint8 [n, H, W, C] of images [n, C, H, W] in [-1, 1], clamped."""
-    return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+def to_pixels(images: np.ndarray, depth: int = 8) -> np.ndarray:
+    """uint8 or, of 16 bits, uint16 [n, H, W, C] of images [n, C, H, W] in [-1, 1], clamped."""
+    values = np.rint((images.clip(-1, 1) + 1) * ((2**depth - 1) / 2))
+    return values.astype(f"u{depth // 8}").transpose(0, 2, 3, 1)
+
+
+def png_bytes(values: np.ndarray) -> bytes:
+    """A PNG file of uint8 or uint16 [h, w, C], C = 1, 3 or 4. Pillow writes no colour of 16 bits."""
+    height, width, channels = values.shape
+    header = struct.pack(">2I5B", width, height, 8 * values.itemsize, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = values.astype(values.dtype.newbyteorder(">")).reshape(height, -1).view(np.uint8)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())  # a zero before each row: not filtered
+    chunks = (b"IHDR" + header, b"IDAT" + data, b"IEND")
+    packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> Image.Image:
-    """A picture of images, square unless columns says otherwise; what is transparent (a fourth channel) is white."""
-    if images.shape[1] == 4:
-        colour, opacity = images[:, :3].clip(-1, 1), images[:, 3:].clip(-1, 1)
-        images = (colour - 1) * (opacity + 1) / 2 + 1
+    """A picture of images, square unless columns says otherwise; of four channels RGBA, its images as they are."""
     pixels = to_pixels(images)
     pixels = np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
     n, height, width = pixels.shape[:3]
     columns = columns or math.ceil(math.sqrt(n))
-    scale = max(1, CELL_PIXELS // height)
+    scale = max(1, CELL_PIXELS // max(height, width))
     high, wide = height * scale + GAP, width * scale + GAP
-    canvas = Image.new("RGB", (min(columns, n) * wide + GAP, math.ceil(n / columns) * high + GAP), "white")
+    mode = "RGBA" if pixels.shape[-1] == 4 else "RGB"
+    canvas = Image.new(mode, (min(columns, n) * wide + GAP, math.ceil(n / columns) * high + GAP), "white")
     for k in range(n):
         tile = Image.fromarray(pixels[k]).resize((width * scale, height * scale), Image.Resampling.NEAREST)
         canvas.paste(tile, (GAP + k % columns * wide, GAP + k // columns * high))
@@ -857,6 +871,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--clip", type=float, help="bound of x0 with another table, 0 = none [the model's]")
     made.add_argument("--out", type=Path, help="picture of all samples, .png")
     made.add_argument("--png-dir", type=Path, help="folder for a .png of each sample, named by its global index")
+    made.add_argument("--depth", type=int, help="bits a channel in --png-dir, 8 or 16 [the run's]")
     made.add_argument("--npy", type=Path, help="samples as float32 [n, C, H, W], not clamped")
     made.add_argument("--columns", type=int, help="of the picture [square, or one per class]")
     made.add_argument("--provider", default="cpu", help=f"{', '.join(PROVIDERS)} [cpu]")
@@ -872,6 +887,8 @@ def _check(given: argparse.Namespace) -> None:
         raise UsageError("--out, --npy, --png-dir: got none, needs at least one to write")
     if given.columns is not None and given.out is None:
         raise UsageError(f"--columns: got {given.columns} without --out, the picture that has them")
+    if given.depth is not None and (given.png_dir is None or given.depth not in DEPTHS):
+        raise UsageError(f"--depth: got {given.depth}, needs 8 or 16, and --png-dir, whose pictures it is of")
     for option, path, suffix in (("--out", given.out, ".png"), ("--npy", given.npy, ".npy")):
         try:
             usable = path is None or (path.suffix.lower() == suffix and path.parent.is_dir() and not path.is_dir())
@@ -1010,9 +1027,9 @@ def sample(given: argparse.Namespace) -> None:
         _write(given.out, lambda file: picture.save(file, format="PNG"))
         print(f"wrote {given.out}")
     if given.png_dir is not None:
-        for number, pixels in zip(samples, to_pixels(images), strict=True):
-            own = Image.fromarray(pixels[..., 0] if shape[0] == 1 else pixels)
-            _write(given.png_dir / f"{number:06d}.png", lambda file, own=own: own.save(file, format="PNG"))
+        depth = given.depth or metadata.get("depth", DEPTHS[0])
+        for number, pixels in zip(samples, to_pixels(images, depth), strict=True):
+            _write(given.png_dir / f"{number:06d}.png", lambda file, own=pixels: file.write(png_bytes(own)))
         others = sum(1 for _ in given.png_dir.iterdir()) - given.n
         more = f", which holds {others} other files" if others else ""
         print(f"wrote {given.n} pictures into {given.png_dir}{more}")

@@ -109,6 +109,52 @@ def test_deep_data_with_alpha_become_pictures_of_their_own(train, ddpm):
     expected = pictures.to_values(torch.from_numpy(np.load("z.npy")), 16)[1]
     assert np.array_equal(high, expected >> 8)
     assert ddpm("evaluate", "run", "--n", 4, "--steps", 2).code == 0
+    values = pictures.to_values(torch.from_numpy(np.load("z.npy")))[0]
+    with Image.open("z.png") as grid:
+        own = grid.crop((10, 10, 74, 74)).resize((16, 16), Image.Resampling.NEAREST)
+        assert np.array_equal(own, values)
+    with Image.open("z.gif") as gif:
+        gif.seek(gif.n_frames - 1)
+        own = gif.convert("RGBA").crop((10, 10, 58, 58)).resize((16, 16), Image.Resampling.NEAREST)
+    assert np.array_equal(np.asarray(own)[..., 3], np.where(values[..., 3] < 128, 0, 255))
+    assert 20 < (values[..., 3] < 128).sum() < 236
+
+
+@pytest.mark.parametrize("source", ["npy", "png", "tiff"])
+def test_sixteen_bits_are_kept_in_training_and_written(train, ddpm, source):
+    """A run of --depth 16 has the values to the last bit, and remembers to write as many."""
+    values = RNG.integers(0, 65536, (12, 16, 8), dtype=np.uint16)
+    if source == "npy":
+        np.save("x.npy", values)
+    else:
+        Path("x.npy").mkdir()
+        for k, value in enumerate(values):
+            Image.fromarray(value).save(f"x.npy/{k:02d}.{source}")
+    config = train("--data", "x.npy", "--depth", 16)
+    assert config["training"]["depth"] == 16
+    data = training_data(load_run("run")).values
+    assert np.array_equal(np.rint((data[:, 0].double() + 1) * 32767.5), values)
+    how = ("sample", "run", "--n", 2, "--steps", 2, "--npy", "z.npy", "--png-dir")
+    for folder, more, depth in (("a", (), 16), ("b", ("--depth", 8), 8)):
+        assert ddpm(*how, folder, *more).code == 0
+        with Image.open(f"{folder}/000001.png") as picture:
+            found = np.asarray(picture).astype(float)
+        expected = (np.load("z.npy")[1, 0].clip(-1, 1).astype(float) + 1) / 2 * (2**depth - 1)
+        assert np.abs(found - expected).max() < 0.51
+    answer = ddpm("train", "--out", "run", "--resume", "--depth", 8)
+    assert (answer.code, "--depth: got 8, but run was started with 16" in answer.err) == (2, True)
+
+
+def test_depth_8_rounds_to_bytes(train, ddpm):
+    values = RNG.integers(0, 65536, (12, 16, 16), dtype=np.uint16)
+    np.save("x.npy", values)
+    train("--data", "x.npy", "--depth", 8)
+    data = training_data(load_run("run")).values
+    assert data.dtype == torch.uint8
+    assert np.abs(data[:, 0].double() - values / 257).max() < 0.501
+    assert ddpm("sample", "run", "--n", 1, "--steps", 1, "--png-dir", "a").code == 0
+    with Image.open("a/000000.png") as picture:
+        assert picture.mode == "L"
 
 
 def test_each_sample_is_the_array_s_and_others_in_the_folder_are_said(digits_run, ddpm):

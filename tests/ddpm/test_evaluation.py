@@ -54,6 +54,25 @@ def test_features_are_pixels_averaged_to_eight_by_eight():
     np.testing.assert_allclose(features(images), expected, rtol=1e-12)
 
 
+def test_features_of_other_shapes_are_averages_of_as_many_pixels():
+    images = torch.from_numpy(RNG.uniform(-1, 1, (3, 2, 24, 16)))
+    expected = images.numpy().reshape(3, 2, 8, 3, 8, 2).mean(axis=(3, 5)).reshape(3, -1)
+    np.testing.assert_allclose(features(images), expected, rtol=1e-12)
+    assert features(images[:, :, :, :4]).shape == (3, 2 * 8 * 4)
+
+
+def test_colours_that_are_not_seen_count_for_nothing():
+    images = torch.from_numpy(RNG.uniform(-1, 1, (3, 4, 8, 8)))
+    images[:, 3, :4] = -1
+    other = images.clone()
+    other[:, :3, :4] = 0.7
+    np.testing.assert_array_equal(features(images), features(other))
+    black, white = (images[:, :3].numpy() * a + b * (1 - a) for a in [(images[:, 3:].numpy() + 1) / 2] for b in (-1, 1))
+    np.testing.assert_allclose(features(images)[:, : 3 * 64], black.reshape(3, -1), rtol=1e-12)
+    shown = features(images).reshape(3, 4, 64)
+    np.testing.assert_allclose(shown[:, :3] + 1 - shown[:, 3:], white.reshape(3, 3, 64), rtol=1e-12)
+
+
 def test_features_of_bytes_are_those_of_their_unit_range():
     values = torch.from_numpy(RNG.integers(0, 256, (3, 1, 8, 8), dtype=np.uint8))
     np.testing.assert_allclose(features(values), features(values / 127.5 - 1), rtol=1e-6, atol=1e-7)

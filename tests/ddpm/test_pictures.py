@@ -86,6 +86,34 @@ def test_what_is_transparent_is_drawn_on_white():
     assert colours == [[255, 255, 255], [191, 64, 128], [223, 159, 191], [191, 64, 128]]
 
 
+def test_what_is_transparent_stays_so_in_a_picture(tmp_path):
+    """Of all samples as it is; in a GIF's two kinds of pixels what less than half of one is."""
+    image = torch.rand(2, 4, 16, 16, generator=torch.manual_seed(0)) * 2 - 1
+    picture = pictures.render(image, 2, ("a", "b"), "a caption")
+    assert picture.mode == "RGBA"
+    y = picture.height - 10 - 10 - 2 * 4 - 4 - 64
+    tile = np.asarray(picture)[y : y + 64 : 4, 10:74:4]
+    assert np.array_equal(tile, pictures.to_values(image)[0])
+    on_paper = np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"))
+    assert np.abs(on_paper[y : y + 64 : 4, 10:74:4].astype(int) - pictures.to_pixels(image)[0]).max() <= 1
+    frames = [pictures.render(image * scale) for scale in (-1, 1)]
+    pictures.save_gif(tmp_path / "a.gif", frames)
+    with Image.open(tmp_path / "a.gif") as gif:
+        shown = [frame.convert("RGBA") for frame in ImageSequence.Iterator(gif)]
+    for frame, drawn in zip(shown, frames, strict=True):
+        own, expected = np.asarray(frame), np.asarray(drawn)
+        assert np.array_equal(own[..., 3], np.where(expected[..., 3] < 128, 0, 255))
+    assert (own[0] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("height", "width", "scale"), [(32, 8, 2), (8, 32, 2), (4, 100, 1)])
+def test_the_longer_side_of_an_image_fits_its_cell(channels, height, width, scale):
+    image = torch.zeros(2, channels, height, width)
+    picture = pictures.render(image, 2)
+    assert picture.size == (2 * width * scale + 4 + 20, height * scale + 20)
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("depth", [8, 16])
 def test_each_sample_is_a_png_of_its_own(tmp_path, channels, depth):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -17,7 +18,7 @@ from ddpm.commands import main as ddpm
 from ddpm.networks import PointMLP
 from ddpm.runs import load_run
 from export import run, verification
-from export.models import sha256
+from export.models import describe, sha256
 
 
 def line(answer, code):
@@ -226,6 +227,8 @@ def test_bad_models_exit_with_3(copied, run_folder, export, how, says):
         (("--table", "nothing.npy"), "nothing.npy"),
         (("--clip", "1"), "--clip"),
         (("--frobnicate",), "--frobnicate: no such option"),
+        (("--depth", "16"), "--depth: got 16, needs 8 or 16, and --png-dir"),
+        (("--png-dir", "new", "--depth", "12"), "--depth: got 12, needs 8 or 16"),
     ],
 )
 def test_bad_arguments_of_run_exit_with_2(exported, export, tmp_path, arguments, says):
@@ -234,9 +237,10 @@ def test_bad_arguments_of_run_exit_with_2(exported, export, tmp_path, arguments,
     assert not list(tmp_path.iterdir())
 
 
-def test_run_writes_each_sample_as_a_picture_of_its_own(exported, run_folder, export, tmp_path):
+@pytest.mark.parametrize("depth", [8, 16])
+def test_run_writes_each_sample_as_a_picture_of_its_own(exported, run_folder, export, tmp_path, depth):
     """Those of `ddpm sample --png-dir`, but for a last bit here and there."""
-    how = ("--n", 3, "--context", "all", "--seed", 5, "--first-sample", 7)
+    how = ("--n", 3, "--context", "all", "--seed", 5, "--first-sample", 7, "--depth", depth)
     answer = export("run", exported / "sampler.onnx", *how, "--png-dir", tmp_path / "own")
     assert answer.code == 0, answer.err
     assert ddpm([str(word) for word in ("sample", run_folder, *how, "--png-dir", tmp_path / "theirs")]) == 0
@@ -244,7 +248,17 @@ def test_run_writes_each_sample_as_a_picture_of_its_own(exported, run_folder, ex
     assert names == [path.name for path in sorted((tmp_path / "theirs").iterdir())] == [f"00000{k}.png" for k in "789"]
     for name in names:
         own, theirs = (np.asarray(Image.open(tmp_path / who / name)).astype(int) for who in ("own", "theirs"))
-        assert np.abs(own - theirs).max() <= 1
+        assert np.abs(own - theirs).max() <= 1  # of colours of 16 bits Pillow reads the high byte
+        assert (tmp_path / "own" / name).read_bytes()[24] == depth
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_run_writes_the_png_that_ddpm_writes(channels, depth):
+    images = torch.rand(1, channels, 5, 7, generator=torch.manual_seed(0)) * 2.4 - 1.2
+    values = pictures.to_values(images, depth)
+    assert np.array_equal(run.to_pixels(images.numpy(), depth), values)
+    assert run.png_bytes(values[0]) == pictures.png_bytes(values[0])
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -252,8 +266,23 @@ def test_grids_are_those_of_ddpm_sample(channels):
     images = torch.rand(3, channels, 8, 8, generator=torch.manual_seed(0)) * 2.2 - 1.1
     own = np.asarray(run.grid(images.numpy()))
     for k, (y, x) in enumerate(((4, 4), (4, 72), (72, 4))):
-        assert np.abs(own[y : y + 64 : 8, x : x + 64 : 8].astype(int) - pictures.to_pixels(images)[k]).max() <= 1
+        theirs = pictures.to_pixels(images, alpha=True)[k]
+        assert np.abs(own[y : y + 64 : 8, x : x + 64 : 8].astype(int) - theirs).max() <= 1
     assert [value.shape for value in run.to_pixels(images.numpy())] == [(8, 8, channels)] * 3
+    assert run.grid(images[:2, :, :, :4].numpy(), 2).size == (2 * 32 + 3 * 4, 64 + 2 * 4)
+
+
+def test_a_file_remembers_the_depth_of_its_run(opened, copied, export, tmp_path):
+    deep = replace(opened, config=opened.config | {"training": {"depth": 16}})
+    assert "depth" not in describe(opened, "sampler", "fp32")
+    model = onnx.load(copied / "sampler.onnx")
+    note = next(entry for entry in model.metadata_props if entry.key == run.KEY)
+    note.value = json.dumps(json.loads(note.value) | {"depth": describe(deep, "sampler", "fp32")["depth"]})
+    onnx.save(model, copied / "sampler.onnx")
+    for folder, more, depth in (("a", (), 16), ("b", ("--depth", 8), 8)):
+        answer = export("run", copied / "sampler.onnx", "--n", 1, "--png-dir", tmp_path / folder, *more)
+        assert answer.code == 0, answer.err
+        assert (tmp_path / folder / "000000.png").read_bytes()[24] == depth
 
 
 def test_run_needs_something_to_write(exported, export, tmp_path):
