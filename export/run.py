@@ -709,7 +709,8 @@ def read_image(path: Path, height: int, width: int, alpha: bool = False) -> np.n
     if deep:
         raise UsageError(f"{path}: has more than 8 bits a channel, needs 8, or a .npy file of floats")
     if size != (width, height):
-        raise UsageError(f"{path}: is {size[0]}x{size[1]}, needs {width}x{height}, what the model draws")
+        needs = f"needs {height}x{width}, what the model draws (height x width)"
+        raise UsageError(f"{path}: is {size[1]}x{size[0]}, {needs}")
     pixels = np.atleast_3d(np.asarray(seen)).transpose(2, 0, 1)
     if mode in ("P", "PA") and not alpha:
         grey = (pixels == pixels[:1]).all()

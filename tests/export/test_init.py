@@ -107,7 +107,7 @@ def test_pictures_are_read_as_ddpm_edit_reads_them(tmp_path, mode, channels):
 
 
 BAD = [
-    ("--init {p}/large.png", "{p}/large.png: is 20x10, needs 16x16, what the model draws"),
+    ("--init {p}/large.png", "{p}/large.png: is 10x20, needs 16x16, what the model draws (height x width)"),
     ("--init {p}/gone.png", "{p}/gone.png: no such regular file"),
     ("--init {p}/text.png", "{p}/text.png: not a readable image"),
     ("--init {p}/deep.png", "{p}/deep.png: has more than 8 bits a channel"),
@@ -119,7 +119,7 @@ BAD = [
     ("--init {p}/image.png --strength nan", "--strength: got nan, needs"),
     ("--init {p}/image.png --mask {p}/black.png", "{p}/black.png: every pixel is kept"),
     ("--init {p}/image.png --mask {p}/white.png", "{p}/white.png: no pixel is kept"),
-    ("--init {p}/image.png --mask {p}/large.png", "{p}/large.png: is 20x10, needs 16x16"),
+    ("--init {p}/image.png --mask {p}/large.png", "{p}/large.png: is 10x20, needs 16x16"),
     ("--strength 0.5", "--strength, --mask: got them without --init"),
     ("--mask {p}/mask.png", "--strength, --mask: got them without --init"),
     (
