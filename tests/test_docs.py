@@ -42,7 +42,7 @@ SMALLER = {
     r"(torchrun .*)?ddpm train": "--epochs 1 --n-feat 8 --timesteps 50 --schedule cosine --prediction v",
     r"(torchrun .*)?ddpm train (?!.*--resume)": "--overwrite",
     r"ddpm sample runs/digits": "--n 10",
-    r"ddpm sample runs/sprites": "--steps 10",
+    r"ddpm sample runs/(sprites|numbers)": "--steps 10",
     r"ddpm sample runs/roll": "--n 20 --steps 5",
     r"ddpm (score|forward)": "--n 50",
     r"ddpm evaluate": "--n 20",
@@ -67,7 +67,7 @@ LONG = (
     r"ddpm-export (torch|verify)",
     # Their like is run in docs/engines.md and docs/export.md.
     r"ddpm evaluate runs/(digits|sprites)",
-    r"ddpm-export .*(digits|results|pipeline)-onnx",
+    r"ddpm-export .*(digits|results|pipeline|numbers)-onnx",
 )
 NOT_RUN = {
     r"make ": "each installs, tests, trains or measures for minutes; `make -n` has the target",
