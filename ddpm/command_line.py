@@ -62,6 +62,14 @@ def _terminate(*_: object) -> None:
     raise Terminated
 
 
+def _send(number: int) -> None:
+    """The signal to the main thread, which wakes from what it waits for where the system can do that."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        _thread.interrupt_main(number)
+
+
 @contextmanager
 def _interrupts_heeded() -> Iterator[None]:
     """Python ignores what is raised in a destructor or a weak reference's callback: an interrupt is sent again."""
@@ -72,7 +80,7 @@ def _interrupts_heeded() -> Iterator[None]:
         if number is None:
             before(ignored)
         else:
-            threading.Timer(SENT_AGAIN_S, _thread.interrupt_main, (number,)).start()
+            threading.Timer(SENT_AGAIN_S, _send, (number,)).start()
 
     sys.unraisablehook = hook
     try:

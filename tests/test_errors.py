@@ -224,6 +224,8 @@ ROWS = [
       for command in ("sample run --npy x.npy --context all", "evaluate run")),
     *(Row(f"{SAMPLE} --first-sample {k} --context all", (f"--first-sample: got {k}, needs 0..2^56 - n",))
       for k in (-1, 2**56, 10**30)),
+    Row(NEW + "--multipliers 1,x", ("--multipliers: got '1,x', needs 1..16 integers >= 1, comma-separated",)),
+    Row(NEW + "--multipliers 1,2 --init run", ("--multipliers: got 1,2, but --init takes over a network, needs none",)),
     Row(NEW + f"--image-size {10**5}", (f"--image-size: got {10**5}, needs a side of 1..9459",)),
     Row(SAMPLE + " --columns 2", ("--columns: got 2 without a picture", "needs --out or --gif")),
     Row(NEW.replace("images.npy", "swiss-roll") + "--flip", ("--flip: mirrors images, swiss-roll has points",)),

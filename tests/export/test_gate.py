@@ -72,8 +72,8 @@ def test_one_call_of_the_network(opened, error, own, good):
 def test_whole_trajectories(exported, opened, monkeypatch, own, good):
     eager = verification._eager_trajectory
 
-    def trajectory(run, table, dtype=torch.float32):
-        images = eager(run, table)
+    def trajectory(run, table, dtype=torch.float32, **how):
+        images = eager(run, table, **how)
         return images.double() + own * max(1, float(images.abs().max())) if dtype == torch.float64 else images
 
     loop = verification.StepLoop
