@@ -255,10 +255,13 @@ def reader(prepared, tmp_path, monkeypatch):
 FOLLOWED = [page for page in PAGES if page != CONTRIBUTING]
 
 
-# A page whose commands take 17 s is long.
+# Pages whose commands take 9 s and more, and which have a like of them among the others.
+SLOW = ("export", "editing", "guidance")
+
+
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.long if page.stem == "export" else (), id=named(page)) for page in FOLLOWED],
+    [pytest.param(page, marks=pytest.mark.long if page.stem in SLOW else (), id=named(page)) for page in FOLLOWED],
 )
 def test_a_page_works_as_written(page, reader):
     if page.stem == "diffusers":
