@@ -97,6 +97,9 @@ class CompileEngine(FusedEngine):
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
         batch_may_vary(x, *recalled)
         batch_may_vary(*(rows or ()), dim=1)
+        # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
+        for tensor in (x, *recalled):
+            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
         return self.form.compiled(x, table_row, rows, *recalled)
 
     def run(self, chunk: Chunk) -> Tensor:
