@@ -94,7 +94,7 @@ def read_as(path: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise BadInput(f"{path}: is {height}x{width}, {needs}")
     if channels > shape[0]:
         raise BadInput(f"{path}: has {channels} channels, needs {shape[0]}, what the run samples")
-    unit = pixels_to_unit(torch.from_numpy(np.ascontiguousarray(values))).to(torch.float32)
+    unit = pixels_to_unit(torch.from_numpy(values.copy())).to(torch.float32)
     return unit.permute(2, 0, 1).expand(shape).contiguous().numpy()
 
 

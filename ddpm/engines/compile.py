@@ -82,6 +82,7 @@ class CompileEngine(FusedEngine):
     """A network's first call compiles it (tens of seconds) and logs how long that took."""
 
     name = "compile"
+    first = True
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
         super().prepare(model, form)
@@ -97,13 +98,16 @@ class CompileEngine(FusedEngine):
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
         batch_may_vary(x, *recalled)
         batch_may_vary(*(rows or ()), dim=1)
-        # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
-        for tensor in (x, *recalled):
-            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
+        if self.first:  # in a chunk, where it may have to be compiled: marking takes 80 us
+            # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
+            for tensor in (x, *recalled):
+                torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
+            self.first = False
         return self.form.compiled(x, table_row, rows, *recalled)
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
+        self.first = True
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             x = super().run(chunk)
         compiling = _seconds_compiling() - before
