@@ -554,6 +554,21 @@ def make_rows(metadata: dict[str, Any], solver: str | None, steps: int | None) -
     return np.column_stack([rows, times])
 
 
+def _run(session: ort.InferenceSession, outputs: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """These outputs of the model. Raises Failure."""
+    try:
+        return session.run(outputs, feeds)
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        raise Failure(f"the model failed ({_reason(error)})") from error
+
+
+def _finite(images: np.ndarray) -> np.ndarray:
+    """The samples. Raises Failure for what is none."""
+    if not np.isfinite(images).all():
+        raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
+    return images
+
+
 def draw(
     session: ort.InferenceSession,
     metadata: dict[str, Any],
@@ -607,13 +622,7 @@ def draw(
             got = f"got {list(given.shape)}" if given.ndim else f"got {given:g}"
             needs = OPEN.get(name, "one that no program simplified")
             raise UsageError(f"{name}: {got}, but it is a constant of this model, needs {needs}")
-    try:
-        (images,) = session.run(["images"], feeds)
-    except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        raise Failure(f"the model failed ({_reason(error)})") from error
-    if not np.isfinite(images).all():
-        raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
-    return images
+    return _finite(_run(session, ["images"], feeds)[0])
 
 
 def edit(
@@ -665,10 +674,7 @@ def edit(
         c, z = table[i].astype(np.float64), step_noise(table[i : i + 1], seed, samples, shape)
         at = np.array([i], np.int64)
         feeds |= {"x": x, "x0_previous": x0_previous, "index": at, "noise": z, "noise_start": at}
-        try:
-            x_next, x0 = session.run(["x_next", "x0"], feeds)
-        except Exception as error:  # onnxruntime's exceptions have no base class of their own
-            raise Failure(f"the model failed ({_reason(error)})") from error
+        x_next, x0 = _run(session, ["x_next", "x0"], feeds)
         if i == first:  # where there is no x0 before it, its own takes that place
             x_next = x_next + np.float32(c[5]) * x0
             c[3], c[5] = c[3] + c[5], 0.0
@@ -678,9 +684,7 @@ def edit(
             known = c[2] * x + c[3] * x0 + c[4] * m + c[5] * x0_previous + c[6] * z[0]
             x_next = np.where(keep, known, x_next).astype(np.float32)
         x, x0_previous = x_next, x0
-    if not np.isfinite(x).all():
-        raise Failure("the samples have NaN or infinite values: try less guidance or another solver")
-    return x if keep is None else np.where(keep, init, x)
+    return _finite(x) if keep is None else np.where(keep, init, _finite(x))
 
 
 def read_image(path: Path, height: int, width: int, alpha: bool = False) -> np.ndarray:

@@ -21,23 +21,31 @@ def opened(request, make_run, tmp_path):
     return runs.load_run(make_run(tmp_path / "run", network, solver="ddpm", steps=5, clip=1.0))
 
 
-def test_denoiser_sampler_and_step_compute_what_the_run_does(opened, tmp_path):
-    manifest = bundle.write(opened, tmp_path / "out", {})
+def check_files(opened, folder):
+    """Denoiser, sampler and step of a run of two channels, with three classes or none, compute what it does."""
+    manifest = bundle.write(opened, folder / "out", {})
     assert all(result["good"] for result in manifest["parity"])
-    session = run.open_session(tmp_path / "out" / "sampler.onnx", threads=1)
+    session = run.open_session(folder / "out" / "sampler.onnx", threads=1)
     classes, guided = None, {}
     if opened.model.condition_shape:
         classes, guided = torch.eye(3)[:2], {"guidance": 2.0}
     context = None if classes is None else classes.numpy()
-    images = run.draw(session, run.metadata_of(session, tmp_path), np.arange(3, 5), context, seed=2, **guided)
+    images = run.draw(session, run.metadata_of(session, folder), np.arange(3, 5), context, seed=2, **guided)
     options = opened.options() | {"context": classes, "seed": 2, "first_sample": 3, "engine": "eager"} | guided
     assert distance(images, sample(opened.model, opened.schedule, 2, **options)) <= SAMPLER_TOLERANCE
-    session = run.open_session(tmp_path / "out" / "denoiser.onnx", threads=1)
-    x, t = np.random.default_rng(0).standard_normal((70, 2, 9, 14)).astype(np.float32), np.arange(70) % 12
+    session = run.open_session(folder / "out" / "denoiser.onnx", threads=1)
+    x, t = (
+        np.random.default_rng(0).standard_normal((70, *opened.model.sample_shape)).astype(np.float32),
+        np.arange(70) % 12,
+    )
     feeds = {"x": x, "t": t} | ({} if classes is None else {"context": np.eye(3, dtype=np.float32)[np.arange(70) % 3]})
     with torch.no_grad():
         m = opened.model(*map(torch.from_numpy, feeds.values()))
     assert distance(session.run(None, feeds)[0], m) <= DENOISER_TOLERANCE
+
+
+def test_denoiser_sampler_and_step_compute_what_the_run_does(opened, tmp_path):
+    check_files(opened, tmp_path)
 
 
 def test_the_denoiser_as_a_program_and_in_eight_bits(opened, tmp_path):

@@ -1,14 +1,12 @@
 """diffusers' UNet2DModel leaves PyTorch as other networks do: denoiser, step and sampler, for any batch."""
 
-import numpy as np
 import pytest
 import torch
 
-from ddpm import runs, sample
-from ddpm.metrics import distance
+from ddpm import runs
 from ddpm.networks import NETWORKS
-from export import bundle, packages, run
-from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE
+from export import packages
+from tests.export.test_simple_unet import check_files
 
 pytestmark = pytest.mark.long  # tracing takes its time
 pytest.importorskip("diffusers", reason="diffusers is optional and not installed here")
@@ -23,22 +21,7 @@ def opened(request, make_run, tmp_path):
 
 
 def test_denoiser_sampler_and_step_compute_what_the_run_does(opened, tmp_path):
-    manifest = bundle.write(opened, tmp_path / "out", {})
-    assert all(result["good"] for result in manifest["parity"])
-    session = run.open_session(tmp_path / "out" / "sampler.onnx", threads=1)
-    classes, guided = None, {}
-    if opened.model.condition_shape:
-        classes, guided = torch.eye(3)[:2], {"guidance": 2.0}
-    context = None if classes is None else classes.numpy()
-    images = run.draw(session, run.metadata_of(session, tmp_path), np.arange(3, 5), context, seed=2, **guided)
-    options = opened.options() | {"context": classes, "seed": 2, "first_sample": 3, "engine": "eager"} | guided
-    assert distance(images, sample(opened.model, opened.schedule, 2, **options)) <= SAMPLER_TOLERANCE
-    session = run.open_session(tmp_path / "out" / "denoiser.onnx", threads=1)
-    x, t = np.random.default_rng(0).standard_normal((70, 2, 16, 8)).astype(np.float32), np.arange(70) % 12
-    feeds = {"x": x, "t": t} | ({} if classes is None else {"context": np.eye(3, dtype=np.float32)[np.arange(70) % 3]})
-    with torch.no_grad():
-        m = opened.model(*map(torch.from_numpy, feeds.values()))
-    assert distance(session.run(None, feeds)[0], m) <= DENOISER_TOLERANCE
+    check_files(opened, tmp_path)
 
 
 def test_the_denoiser_as_a_program(opened, tmp_path):
