@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +18,7 @@ from typer.core import TyperCommand
 
 from ddpm.errors import WorkFailed
 from ddpm.extras import lacks
+from ddpm.interrupts import handling
 
 BAD_INPUT, FAILED, STOPPED, TERMINATED = 2, 1, 130, 143
 SENT_AGAIN_S = 0.01
@@ -43,19 +43,6 @@ class Command(TyperCommand):
 
 class Terminated(BaseException):
     """SIGTERM, as an exception so that what is half written is removed."""
-
-
-@contextmanager
-def handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
-    """The handler gets these signals, where one may be set: in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, held in before.items():
-            signal.signal(number, signal.SIG_DFL if held is None else held)  # None: not set from Python
 
 
 def _terminate(*_: object) -> None:

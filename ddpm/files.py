@@ -127,10 +127,16 @@ def check_writable(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes of this host that ask for it here. Raises BadInput if one has it."""
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder against other processes of this host that ask for it here. Raises BadInput if one has it.
+
+    Yields False if the folder was removed meanwhile, by one that had made it and left nothing in it.
+    """
     try:
         handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
     except OSError as error:
         raise BadInput(f"{folder}: cannot be opened ({error.strerror or error}), needs a folder") from error
     try:
@@ -140,7 +146,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise BadInput(f"{folder}: another process is writing to it, needs another --out or its end") from error
         except OSError as error:
             raise BadInput(f"{folder}: cannot be locked ({error.strerror or error})") from error
-        yield
+        try:
+            there = os.path.samestat(os.fstat(handle), folder.stat())
+        except FileNotFoundError:
+            there = False
+        yield there
     finally:
         os.close(handle)
 

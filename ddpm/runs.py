@@ -13,7 +13,7 @@ import math
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,18 @@ def held(folder: Path) -> Iterator[None]:
     The folder is made if it is missing, and removed if nothing comes of it. Raises BadInput if it cannot be written to
     or if another process has it.
     """
-    made = make_folder(folder)
-    try:
-        with locked(folder):
+    with ExitStack() as locks:
+        made = make_folder(folder)
+        while not locks.enter_context(locked(folder)):
+            made = make_folder(folder)
+        try:
             yield
-    except BaseException:
-        for path in made:
-            with suppress(OSError):  # something is in it
-                path.rmdir()
-        raise
+        except BaseException:
+            # Before the lock goes: nobody else can have begun to write there.
+            for path in made:
+                with suppress(OSError):  # something is in it
+                    path.rmdir()
+            raise
 
 
 def held_beside(path: Path) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from ddpm.engines.compile import compiler_missing
 from ddpm.errors import WorkFailed
 from ddpm.files import replacing
+from ddpm.interrupts import interrupts_wait
 from ddpm.networks.protocol import condition_shape, recalls, sample_shape
 from ddpm.runs import Run
 from export.models import describe
@@ -32,7 +33,7 @@ def program_of(run: Run) -> ExportedProgram:
     arguments = (x, example_times(run.model, 3), context, *recalled)
     batch = {0: Dim("batch")}
     dynamic = tuple(None if argument is None else batch for argument in arguments)
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), interrupts_wait():
         program = torch.export.export(module, arguments, dynamic_shapes=dynamic)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds local paths
@@ -135,7 +136,7 @@ def write_aoti(run: Run, path: Path, verify: bool = True) -> Parity | None:
     if hasattr(inductor.config.aot_inductor, "check_lowerbound"):  # else its checks take no batch of one
         options["aot_inductor.check_lowerbound"] = False
     content = io.BytesIO()
-    with torch.no_grad(), quiet(), _checked_inputs():
+    with torch.no_grad(), quiet(), interrupts_wait(), _checked_inputs():
         inductor.aoti_compile_and_package(program, package_path=content, inductor_configs=options)
 
     def load(name: str) -> Callable:

@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from ddpm.errors import WorkFailed
 from ddpm.inference import EXPORTED, Form, make_form
+from ddpm.interrupts import interrupts_wait
 from ddpm.networks.protocol import condition_shape, in_type, network_times, recalls, sample_shape
 from export.graph import OPSET
 
@@ -82,7 +83,7 @@ def example_times(model: nn.Module, count: int = 1) -> Tensor:
 
 
 def _graph(part: _Part, arguments: Sequence[Tensor], names: Sequence[str], outputs: Sequence[str], *shapes: Any) -> Any:
-    with torch.no_grad(), quiet():
+    with torch.no_grad(), quiet(), interrupts_wait():
         program = torch.onnx.export(
             part.eval(),
             tuple(arguments),

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ddpm.engines.engine import Chunk, FormOf, engine, guided, shaped
 from ddpm.engines.fused import FusedEngine, Update
 from ddpm.inference.form import Rows
+from ddpm.interrupts import interrupts_wait
 from ddpm.noise import PhiloxNoise
 from kernels import philox
 from kernels.solver_step import reference
@@ -98,12 +100,15 @@ class CompileEngine(FusedEngine):
     def network(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows, *recalled: Tensor) -> Tensor:
         batch_may_vary(x, *recalled)
         batch_may_vary(*(rows or ()), dim=1)
-        if self.first:  # in a chunk, where it may have to be compiled: marking takes 80 us
-            # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
-            for tensor in (x, *recalled):
-                torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
-            self.first = False
-        return self.form.compiled(x, table_row, rows, *recalled)
+        if not self.first:
+            return self.form.compiled(x, table_row, rows, *recalled)
+        # The first in a chunk, which may have to be compiled: marking takes 80 us.
+        # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
+        for tensor in (x, *recalled):
+            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
+        self.first = False
+        with interrupts_wait():
+            return self.form.compiled(x, table_row, rows, *recalled)
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
@@ -124,11 +129,15 @@ class CompileEngine(FusedEngine):
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = [weight if weight.ndim == 0 else shaped(weight, x) for weight in self.weights(chunk).unbind()]
         rescale = None if chunk.rescale is None else torch.full((), chunk.rescale, dtype=x.dtype, device=x.device)
+        compiled = set()
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             batch_may_vary(x, m, uncond, previous, samples, weights[i] if weights[i].ndim else None)
-            clip, noisy = self.table.clip, self.noisy[i]
-            return _compiled_update()(x, m, uncond, weights[i], rescale, rows[i], previous, clip, seed, samples, noisy)
+            more = weights[i], rescale, rows[i], previous, self.table.clip, seed, samples, self.noisy[i]
+            variant = uncond is None, previous is None, self.noisy[i], weights[i].ndim
+            with nullcontext() if variant in compiled else interrupts_wait():
+                compiled.add(variant)
+                return _compiled_update()(x, m, uncond, *more)
 
         return update
 

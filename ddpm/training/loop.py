@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ddpm import runs
-from ddpm.command_line import handling
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.errors import BadInput, WorkFailed, first_line
 from ddpm.files import digest_of, json_text, read_noted, warn_if_unchecked, write_tensors, write_text
+from ddpm.interrupts import handling
 from ddpm.networks.protocol import build_network, condition_shape, network_for, sample_shape
 from ddpm.progress import Bar
 from ddpm.sizes import asked_sides

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import ContextUnet, NoiseSchedule, load_run, runs, training
+from ddpm import ContextUnet, NoiseSchedule, files, load_run, runs, training
 from ddpm.distributed import World
 from ddpm.errors import BadInput
 from ddpm.files import digest_of, locked, read_noted
@@ -55,6 +55,43 @@ def is_held():
 
 
 # --- one writer -------------------------------------------------------------------------------------------------
+
+
+def test_who_is_refused_leaves_the_folder_to_the_one_that_has_it(tmp_path, monkeypatch):
+    """Both found no folder: the one that comes second must not remove what the first is about to write to."""
+    folder = tmp_path / "run"
+    first, make = runs.held(folder), runs.make_folder
+
+    def slow(path: Path) -> list[Path]:
+        made = make(path)
+        monkeypatch.setattr(runs, "make_folder", make)
+        first.__enter__()
+        return made
+
+    monkeypatch.setattr(runs, "make_folder", slow)
+    with pytest.raises(BadInput, match="another process is writing to it"), runs.held(folder):
+        pass
+    assert folder.is_dir()
+    first.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_folder_that_is_removed_before_it_is_held_is_made_again(tmp_path, monkeypatch, is_held, when):
+    folder = tmp_path / "run"
+    module, name = (runs, "make_folder") if when == "before it is opened" else (files, "_lock")
+    real = getattr(module, name)
+
+    def removed(*arguments: object, **more: object) -> object:
+        result = real(*arguments, **more)
+        monkeypatch.setattr(module, name, real)
+        folder.rmdir()
+        return result
+
+    monkeypatch.setattr(module, name, removed)
+    with runs.held(folder):
+        assert folder.is_dir()
+        assert is_held(folder)
+    assert folder.is_dir()
 
 
 def test_training_holds_the_folder_from_before_it_looks_until_its_last_file(tmp_path, data, ddpm, is_held, monkeypatch):
