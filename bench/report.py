@@ -27,10 +27,13 @@ MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
 RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers", "step", "export"))
 # {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
 MANIFESTS = MACHINE / "export_manifests.json"
+# Another machine's: suites `networks` and `sampling`.
+OTHER_MACHINE = RESULTS / "epyc-2-cores"
+NETWORK_SPEED, SAMPLING = (OTHER_MACHINE / f"{name}.jsonl" for name in ("networks", "sampling"))
 # Written by tests/bench/planted.py, a comparison a line.
-PLANTED = RESULTS / "epyc-2-cores" / "planted.jsonl"
+PLANTED = OTHER_MACHINE / "planted.jsonl"
 # Written by tests/reliability.py, a case and command a line.
-RELIABILITY = RESULTS / "epyc-2-cores" / "reliability.jsonl"
+RELIABILITY = OTHER_MACHINE / "reliability.jsonl"
 # Written by tests/clients.py, a client and a file a line.
 CLIENTS = RESULTS / "clients.jsonl"
 # Written by tests/networks.py, a network a line.
@@ -309,6 +312,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "export-parity": export_parity_table,
     "clients": clients_block,
     "networks": networks_block,
+    "network-speed": lambda: run_block(NETWORK_SPEED),
+    "sampling-speed": lambda: run_block(SAMPLING),
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)
