@@ -30,6 +30,7 @@ from kernels import philox
 from kernels.solver_step import guide
 
 PACKAGES = ("diffusers", "openvino", "onnxruntime")
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 RUNTIMES = {"onnxruntime": "denoiser_call", "openvino": "openvino_call"}  # functions of suite `export`
 
 
@@ -141,13 +142,14 @@ def _build_unet(steps: int, batch: int, device: torch.device) -> Bench:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """Solver x batch, ddpm with guidance at one batch size, and a Unet where its library is installed."""
+    """Solver x batch, ddpm with guidance and once with all its steps, and a Unet where its library is installed."""
     steps, batches = (2, (1,)) if quick else (10, (1, 8, 32, 64))
-    settings = [(solver, "", batch, 1.0) for batch in batches for solver in ("ddim", "ddpm")]
-    settings += [] if quick else [("ddpm", "/guided", 32, 2.0)]
+    settings = [("ddim", steps, "", batch, 1.0) for batch in (batches if quick else BATCHES)]
+    settings += [("ddpm", steps, "", batch, 1.0) for batch in batches]
+    settings += [] if quick else [("ddpm", steps, "/guided", 32, 2.0), ("ddpm", TIMESTEPS, "/whole", 1, 1.0)]
     found = [
         Workload(f"peers/{solver}{steps}{mark}/batch{batch}", "peers", partial(_build, solver, steps, batch, w))
-        for solver, mark, batch, w in settings
+        for solver, steps, mark, batch, w in settings
     ]
     for batch in batches if library.missing() is None else ():
         found.append(Workload(f"peers/unet/ddim{steps}/batch{batch}", "peers", partial(_build_unet, steps, batch)))
