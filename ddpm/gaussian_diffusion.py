@@ -124,7 +124,7 @@ class GaussianDiffusion(Formulas):
         self.objective, self.loss_type, self.ddim_sampling_eta = objective, loss_type, ddim_sampling_eta
         self.auto_normalize, self.offset_noise_strength = auto_normalize, offset_noise_strength
         # A tensor: compiled training would be compiled again for each number.
-        self.seed, self._drawn = seed, torch.zeros((), dtype=torch.int64, device="cpu")
+        self.seed, self._present, self._drawn = seed, None, torch.zeros((), dtype=torch.int64, device="cpu")
 
         buffers = buffers_of(self._schedule)
         if p2_loss_weight_gamma is None and p2_loss_weight_k is None:
@@ -262,6 +262,8 @@ class GaussianDiffusion(Formulas):
 
     def _next(self, n: int, taken: bool) -> Tensor:
         """Indices of the next n images of training, int64 [n], that are counted if they are taken; ranks take turns."""
+        if self._present is not None and len(self._present) == n:
+            return self._present  # whose loss is being computed
         if getattr(self, "_is_replica", False):  # whose count is thrown away: every step would draw the same
             needs = "samples=, or DistributedDataParallel (torchrun)"
             raise RuntimeError(f"DataParallel: its replicas cannot count the images drawn for, needs {needs}")
@@ -299,8 +301,7 @@ class GaussianDiffusion(Formulas):
         noise = self._noise(x_start, samples) if noise is None else noise
         strength = self.offset_noise_strength if offset_noise_strength is None else offset_noise_strength
         if strength:
-            offset = self._noise(x_start[:, :, :1, :1], samples, Stream.OFFSET)
-            noise = noise + strength * offset
+            noise = noise + strength * self._noise(x_start[:, :, :1, :1], samples, Stream.OFFSET)
         x_t, previous = self.q_sample(x_start, t, noise), None
         if self.self_condition:
             with torch.no_grad():
@@ -316,9 +317,7 @@ class GaussianDiffusion(Formulas):
 
     def random_times(self, batch_size: int) -> Tensor:
         """Timesteps from 0 of the next images of training, int64 [batch_size]. A subclass may draw others."""
-        return self._times(self._next(batch_size, taken=False))
-
-    def _times(self, samples: Tensor) -> Tensor:
+        samples = self._next(batch_size, taken=False)
         return philox.training_timesteps(self.seed, samples, self.num_timesteps) - 1
 
     def forward(
@@ -338,12 +337,15 @@ class GaussianDiffusion(Formulas):
             raise TypeError(f"img: got {img.dtype}, needs floating point (0..1)")
         if list(img.shape[1:]) != needs:
             raise ValueError(f"img: got shape {list(img.shape)}, needs [n, {', '.join(map(str, needs))}]")
-        times = self.random_times(len(img)) if times is None and self.has_own("random_times") else times
         samples = self._next(len(img), taken=True) if samples is None else samples
-        times = self._times(samples) if times is None else times
-        if not self.has_own("p_losses") or diffusion_loops.accepts(self.p_losses, "samples"):
-            options["samples"] = samples
-        return self.p_losses(self.normalize(img), times, *arguments, **options)
+        self._present = samples  # for a subclass by the library's signatures, which have no place for them
+        try:
+            times = self.random_times(len(img)) if times is None else times
+            if not self.has_own("p_losses") or diffusion_loops.accepts(self.p_losses, "samples"):
+                options["samples"] = samples
+            return self.p_losses(self.normalize(img), times, *arguments, **options)
+        finally:
+            self._present = None
 
     def has_own(self, name: str) -> bool:
         """Whether a method of this name is a subclass's, or was replaced on the object."""

@@ -244,6 +244,16 @@ def test_random_times_are_those_of_the_next_images_and_a_subclass_may_draw_other
     assert times.tolist() == [plain_words(4, k, 0, 3, 1)[0] * 30 >> 32 for k in (2, 3, 4)]
     assert diffusion.next_sample == 2
     assert torch.equal(diffusion(images, noise), made()(images, noise, times=times))
+
+    class Late(GaussianDiffusion):
+        def random_times(self, batch_size):
+            return super().random_times(batch_size) // 2 + 15
+
+    late = Late(Plain(), image_size=4, timesteps=30, beta_schedule="cosine", seed=4)
+    for first in (2, 5):
+        samples = torch.arange(first, first + 3)
+        times = torch.tensor([plain_words(4, k, 0, 3, 1)[0] * 30 >> 32 for k in samples.tolist()]) // 2 + 15
+        assert torch.equal(late(images, noise, samples=samples), made()(images, noise, times=times))
     early = Early(Plain(), image_size=4, timesteps=30, beta_schedule="cosine")
     assert torch.equal(early(images, noise), made()(images, noise, times=torch.zeros(3, dtype=torch.int64)))
 
@@ -256,7 +266,13 @@ def test_a_subclass_s_p_losses_by_the_library_s_signature_is_the_loss():
     images, noise = torch.rand(3, *SHAPE), torch.randn(3, *SHAPE)
     doubled = Doubled(Plain(), **HOW)
     assert torch.equal(doubled(images, noise), 2 * made()(images, noise))
-    assert doubled.next_sample >= 3
+    assert doubled.next_sample == 3
+    plain = made()
+    plain.next_sample = 3
+    assert torch.equal(doubled(images), 2 * plain(images))  # the noise of the next images, too
+    given = torch.tensor([7, 2, 40])
+    assert torch.equal(doubled(images, samples=given), 2 * plain(images, samples=given))
+    assert doubled.next_sample == plain.next_sample == 6
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

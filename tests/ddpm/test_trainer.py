@@ -34,14 +34,14 @@ def folder(tmp_path):
 def made(folder, tmp_path):
     """made(results="run", model={...}, **options): a trainer of a small diffusion of always the same weights."""
 
-    def make(results="run", model=None, network=None, **options):
+    def make(results="run", model=None, network=None, kind=GaussianDiffusion, **options):
         torch.manual_seed(0)
         net = Unet(**{"dim": 4, "dim_mults": (1, 2), "attn_dim_head": 4, "attn_heads": 1} | (network or {}))
         described = {"image_size": 8, "timesteps": 20, "sampling_timesteps": 2} | (model or {})
         given = {"train_batch_size": BATCH, "train_num_steps": STEPS, "calculate_fid": False, "num_samples": 2}
         given |= {"train_lr": 1e-2, "ema_update_every": 2, "save_and_sample_every": 3} | options
         given = {name: value for name, value in given.items() if value is not None}
-        return Trainer(GaussianDiffusion(net, **described), folder, results_folder=tmp_path / results, **given)
+        return Trainer(kind(net, **described), folder, results_folder=tmp_path / results, **given)
 
     return make
 
@@ -129,6 +129,32 @@ def test_a_stopped_program_goes_on_where_it_was(made, tmp_path, straight, monkey
     assert content(tmp_path / "run") == straight
     made().train()  # finished
     assert content(tmp_path / "run") == straight
+
+
+class Halved(GaussianDiffusion):
+    """Times of one's own, made of the diffusion's."""
+
+    def random_times(self, batch_size):
+        return super().random_times(batch_size) // 2
+
+
+class Former(Halved):
+    """And a loss by the library's signature, which knows no samples."""
+
+    def p_losses(self, x_start, t, noise=None, offset_noise_strength=None, loss_reduction="mean"):
+        return super().p_losses(x_start, t, noise, offset_noise_strength, loss_reduction)
+
+
+def test_a_subclass_s_times_and_losses_are_those_of_the_pictures_and_go_on(made, tmp_path, monkeypatch, plain_words):
+    seen, p_losses = [], Former.p_losses
+    made("halved", kind=Halved).train()
+    monkeypatch.setattr(Former, "p_losses", lambda self, x, t: seen.extend(t.tolist()) or p_losses(self, x, t))
+    made("straight", kind=Former).train()
+    assert seen == [(plain_words(0, k, 0, 3, 1)[0] * 20 >> 32) // 2 for k in range(STEPS * BATCH)]
+    assert (tmp_path / "straight" / "loss.csv").read_text() == (tmp_path / "halved" / "loss.csv").read_text()
+    made("run", kind=Former, train_num_steps=4).train()
+    made("run", kind=Former).train()
+    assert load_run(tmp_path / "run").digest() == load_run(tmp_path / "straight").digest()
 
 
 @pytest.mark.long
