@@ -81,6 +81,7 @@ def load_data(
     value_range: Range | None = None,
     alpha: bool = False,
     depth: int | None = None,
+    conditions: bool = True,
 ) -> Dataset:
     """The data set that `source` names. What was read, and what was not, is logged.
 
@@ -92,7 +93,8 @@ def load_data(
     number from 0.
     value_range: the values of black and white, for numbers that are neither 8 nor 16 bits, or use less of them.
     alpha: keep transparency as a fourth channel. depth: 16 for data that have more than 8 bits a channel, 8 to round
-    them to bytes; None takes them as they are.
+    them to bytes; None takes them as they are. conditions: False for a network without, to which subfolders are no
+    classes and digits have none.
 
     Raises BadInput naming the file, what was found and what is needed.
     """
@@ -104,6 +106,9 @@ def load_data(
     path = Path(source)
     if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
+    for option, given in (("--labels", labels), ("--classes", classes)):
+        if given is not None and not conditions:
+            raise BadInput(f"{option}: got {given}, but the network takes no conditions, needs none")
     if value_range is not None and source in GENERATED:
         raise BadInput(f"--range: {source} has its own values, needs none")
     labelled, names, note = None, (), ""
@@ -113,12 +118,13 @@ def load_data(
                 raise BadInput(f"{option}: swiss-roll has points, not images")
         values = _swiss_roll()
     elif source == "digits":
-        images, labelled, names = _digits()
+        images, *labelling = _digits()
+        labelled, names = labelling if conditions else (None, ())
         values = stacked(((source, image) for image in images), len(images), sides or DIGITS_SIDES)
     elif path.is_dir():
         from ddpm import image_files  # needs Pillow
 
-        values, labelled, names, note = image_files.image_folder(path, sides, value_range, alpha)
+        values, labelled, names, note = image_files.image_folder(path, sides, value_range, alpha, conditions)
     elif not path.exists():
         raise BadInput(f"{source}: no such file or folder, and not one of digits, swiss-roll")
     else:
@@ -138,11 +144,11 @@ def load_data(
         count = 0 if labelled is None else labelled.shape[1]
         if len(classes) != count:
             raise BadInput(f"--classes: got {len(classes)} names, needs {count} for {source}")
-        names = tuple(unicodedata.normalize("NFC", name) for name in classes)
-        check_class_names(names, "--classes")
+        names = class_names(classes, "--classes")
     if os.environ.get("RANK", "0") == "0":  # under torchrun every rank reads
         what = "points" if values.ndim == 2 else "pictures"
         about = f"{len(names)} classes" if labelled is None or names else f"{labelled.shape[1]} conditions"
+        about = about if conditions else "without classes, as the network is"
         # What was left out is seen without any logging set up.
         logger.log(logging.WARNING if note else logging.INFO, f"{source}: {len(values)} {what}, {about}{note}")
     name = source if source in GENERATED else path.stem
@@ -204,11 +210,16 @@ def stacked(pictures: Iterable[tuple[object, np.ndarray]], count: int, sides: tu
     return stack
 
 
-def check_class_names(names: Sequence[str], named_by: str) -> None:
-    """Raise BadInput, naming `named_by`, for names that `--context` could not tell from each other or from `all`."""
+def class_names(names: Iterable[str], named_by: str) -> tuple[str, ...]:
+    """The names as keyboards type them: macOS and its archives store accents as characters of their own.
+
+    Raises BadInput, naming `named_by`, for names that `--context` could not tell from each other or from `all`.
+    """
+    names = tuple(unicodedata.normalize("NFC", name) for name in names)
     wrong = next((name for k, name in enumerate(names) if name in ("", ALL) or name in names[:k]), None)
     if wrong is not None:
         raise BadInput(f"{named_by}: got a class {wrong!r}, needs names that differ, none of them empty or {ALL!r}")
+    return names
 
 
 def read_npy(path: Path) -> np.ndarray:

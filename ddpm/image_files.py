@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from ddpm.data import Range, check_class_names, stacked, to_unit
+from ddpm.data import Range, class_names, stacked, to_unit
 from ddpm.errors import BadInput, first_line
 
 Sides = tuple[int, int]  # height, width
@@ -105,9 +105,7 @@ def find_pictures(
         return loose, None, (), skipped
     if loose:
         raise BadInput(f"{loose[0]}: lies beside subfolders of classes, needs to be in one of them")
-    # As keyboards type them: macOS and its archives store accents as characters of their own.
-    names = tuple(unicodedata.normalize("NFC", path.name) for path in by_class)
-    check_class_names(names, str(folder))
+    names = class_names((path.name for path in by_class), str(folder))
     empty = next((path for path, found in by_class.items() if not found), None)
     if empty is not None:
         raise BadInput(f"{empty}: a class folder without images")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ddpm import runs
 from ddpm.commands.importing_unet import FAMILY, image_sides, import_unet, other_library
 from ddpm.commands.weight_files import places_of, read_versioned, say_left_out, shape_of, take_network
-from ddpm.data import check_class_names
+from ddpm.data import class_names
 from ddpm.errors import BadInput, check_choice
 from ddpm.networks import ContextUnet, SimpleUNet, load_context_unet_weights
 from ddpm.schedule import NoiseSchedule
@@ -127,10 +127,9 @@ def write_run(
 ) -> None:
     """Make the run of the network that has this state dict. Raises BadInput."""
     found = make.keywords
-    names = () if classes is None else tuple(classes.split(","))
+    names = () if classes is None else class_names(classes.split(","), "--classes")
     if names and len(names) != found["n_cfeat"]:
         raise BadInput(f"--classes: got {len(names)} names, needs {found['n_cfeat']}")
-    check_class_names(names, "--classes")
     with runs.held(out):
         runs.free_folder(out, overwrite)
         try:

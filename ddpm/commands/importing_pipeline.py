@@ -15,7 +15,7 @@ import torch
 
 from ddpm import runs
 from ddpm.commands.weight_files import read_entries, take_network
-from ddpm.data import check_class_names
+from ddpm.data import class_names
 from ddpm.errors import BadInput, check_integer, first_line
 from ddpm.extras import need
 from ddpm.files import read_json
@@ -47,7 +47,7 @@ def import_pipeline(
     overwrite: bool = False,
 ) -> None:
     """Make the run. asked: other options of the command line, of which pipelines take `classes` alone."""
-    classes = asked["classes"].split(",") if "classes" in asked else ()
+    classes = class_names(asked["classes"].split(","), "--classes") if "classes" in asked else ()
     odd = next((name for name in asked if name != "classes"), None)
     if odd is not None:
         raise BadInput(f"--{odd.replace('_', '-')}: {folder} is a pipeline, which tells that itself, needs none")
@@ -62,7 +62,6 @@ def import_pipeline(
     count = (condition_shape(network) or (0,))[0]
     if classes and len(classes) != count:
         raise BadInput(f"--classes: got {len(classes)} names, needs {count}")
-    check_class_names(classes, "--classes")
     with runs.held(out):
         runs.free_folder(out, overwrite)
         more = {"classes": classes, "weights": "imported", "sampling": sampling}

@@ -112,6 +112,8 @@ class TrainOptions:
         names = None if self.classes is None else self.classes.split(",")
         bounds = None if self.range is None else parse_range(self.range)
         more = {"value_range": bounds, "alpha": self.alpha, "depth": self.depth}
+        # Of a network that has none, whatever it is made for, its class says so.
+        more["conditions"] = getattr(NETWORKS.get(self.network), "condition_shape", ()) is not None
         return load_data(self.data, self.labels, self.image_size, names, **more)
 
     def make_schedule(self) -> NoiseSchedule:

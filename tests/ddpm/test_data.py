@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddpm.data import check_class_names, load_data, parse_range
+from ddpm.data import class_names, load_data, parse_range
 from ddpm.errors import BadInput
 
 RNG = np.random.default_rng(0)
@@ -456,6 +456,7 @@ BAD_NAMES = {
     "repeated": (["cat", "dog", "cat"], "'cat'"),
     "empty": (["cat", ""], "''"),
     "all": (["all", "dog"], "'all'"),
+    "repeated as macOS stores it": (["caf\u00e9", "cafe\u0301"], "'caf\u00e9'"),
 }
 
 
@@ -463,7 +464,7 @@ BAD_NAMES = {
 def test_class_names_that_a_context_could_not_say_are_refused(names, named):
     message = f"--classes: got a class {named}, needs names that differ, none of them empty or 'all'$"
     with pytest.raises(BadInput, match=f"^{message}"):
-        check_class_names(names, "--classes")
+        class_names(names, "--classes")
     np.save("x.npy", IMAGES)
     np.save("y.npy", np.arange(6) % len(names))
     with pytest.raises(BadInput, match=f"^{message}"):
@@ -472,7 +473,11 @@ def test_class_names_that_a_context_could_not_say_are_refused(names, named):
 
 @pytest.mark.parametrize("names", [[], ["cat"], ["1", "2"], ["All", "a,b", " "]])
 def test_other_class_names_are_taken(names):
-    check_class_names(names, "--classes")
+    assert class_names(names, "--classes") == tuple(names)
+
+
+def test_class_names_are_kept_as_keyboards_type_them():
+    assert class_names(["cafe\u0301"], "--classes") == ("caf\u00e9",)
 
 
 def test_a_class_folder_named_all_is_refused(folder):

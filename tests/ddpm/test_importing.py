@@ -121,6 +121,16 @@ def test_what_is_left_out_is_said(imported):
     assert "left out" not in imported(STATE, "--overwrite")[0].err
 
 
+def test_names_of_classes_are_kept_as_keyboards_type_them(imported, tmp_path):
+    answer, _ = imported(STATE, "--classes", "a,b,c,d,cafe\u0301")
+    assert answer.code == 0, answer.err
+    run = load_run(tmp_path / "run")
+    assert run.classes == ("a", "b", "c", "d", "caf\u00e9")
+    assert run.context("cafe\u0301").tolist() == [0, 0, 0, 0, 1]
+    answer, _ = imported(STATE, "--classes", "a,b,c,caf\u00e9,cafe\u0301", "--overwrite")
+    assert (answer.code, "--classes: got a class 'caf\u00e9', needs names that differ" in answer.err) == (2, True)
+
+
 def test_half_precision_with_its_counters_and_no_counters(imported):
     half = {name: value.half() for name, value in STATE.items()}
     answer, weights = imported(half)

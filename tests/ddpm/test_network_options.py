@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddpm import load_run
 from ddpm.networks import NETWORKS
@@ -92,6 +93,31 @@ def test_options_of_another_network_or_out_of_range_are_one_line(train, tmp_path
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_conditions_trains_on_pictures_alone(train, ddpm, tmp_path):
+    """Classes that data bring are left out, which is said; those that are asked for are refused."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for k in range(4):
+            values = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(values).save(tmp_path / "pictures" / name / f"{k}.png")
+    small = ("--network", "unet", "--attn-dim-head", 4, "--attn-heads", 1)
+    for data, size in (("pictures", (1, 8, 8)), ("digits", (1, 16, 16))):
+        more = ("--batch-size", 900) if data == "digits" else ()
+        answer = train("--out", f"of_{data}", "--data", data, *small, *more)
+        assert answer.code == 0, answer.err
+        run = load_run(f"of_{data}")
+        assert (run.model.sample_shape, run.classes) == (size, ())
+    assert train("--out", "of_pictures", "--data", "pictures", *small, "--resume").code == 0  # it knows its data
+    np.save("labels.npy", np.arange(16) % 2)
+    for option, value in (("--labels", "labels.npy"), ("--classes", "a,b")):
+        answer = train("--out", "no", *small, option, value)
+        assert answer.code == 2
+        assert f"error: {option}: got " in answer.err
+        assert answer.err.endswith("but the network takes no conditions, needs none\n")
+    assert not (tmp_path / "no").exists()
 
 
 def takers_of(option):

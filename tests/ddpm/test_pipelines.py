@@ -219,12 +219,13 @@ def test_published_pipelines_may_have_all_files_beside_the_index(imported, ddpm,
 @torch.no_grad()
 def test_a_class_is_its_one_hot_condition(imported):
     unet = tiny(num_class_embeds=4)
-    run, _ = imported(pipeline_of(unet=unet), "--classes", "a,b,c,d")
+    run, _ = imported(pipeline_of(unet=unet), "--classes", "a,b,c,e\u0301")
     x, t, labels = torch.randn(3, 2, 8, 8), torch.tensor([3, 50, 99]), torch.tensor([2, 0, 3])
     assert run.model.condition_shape == (4,)
     expected = unet(x, t, class_labels=labels).sample
     assert torch.equal(run.model(x, t, torch.eye(4)[labels]), expected)
     assert torch.equal(run.context("c"), torch.eye(4)[2])
+    assert run.classes == ("a", "b", "c", "\u00e9")
     # Zeros, which are no condition, add no embedding.
     unet.class_embedding.weight.data.zero_()
     torch.testing.assert_close(run.model(x, t), unet(x, t, class_labels=labels).sample)
