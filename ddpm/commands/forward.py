@@ -9,7 +9,7 @@ from typer import Option
 
 from ddpm import forward as process
 from ddpm.commands.sampling_options import check_output
-from ddpm.data import IMAGE_SIZE, load_data
+from ddpm.data import IMAGE_SIZE, load_data, parse_range
 from ddpm.errors import BadInput, check_integer
 from ddpm.extras import need
 from ddpm.schedule import KINDS, NoiseSchedule
@@ -27,6 +27,8 @@ def forward(
     beta_end: Annotated[float | None, Option(help="last beta [0.02]")] = None,
     n: Annotated[int | None, Option(help="points, or images in a panel [2000, or 4]")] = None,
     image_size: Annotated[str | None, Option(help=IMAGE_SIZE)] = None,
+    value_range: Annotated[str | None, Option("--range", help="LO,HI: black and white, as in training")] = None,
+    alpha: Annotated[bool, Option("--alpha", help="keep transparency as a fourth channel")] = False,
     seed: Annotated[int, Option(help="0 <= seed < 2^63")] = 0,
 ) -> None:
     """The Markov chain beside its closed form in ten panels each, and the schedules compared."""
@@ -34,7 +36,8 @@ def forward(
     need("PIL", "matplotlib")
     from ddpm import figures, pictures
 
-    dataset = load_data(data, image_size=image_size)
+    bounds = None if value_range is None else parse_range(value_range)
+    dataset = load_data(data, image_size=image_size, value_range=bounds, alpha=alpha)
     x0 = dataset.values
     if dataset.is_images and x0.shape[1] not in pictures.CHANNELS:
         raise BadInput(f"--data: {data} has {x0.shape[1]} channels, needs 1, 3 or 4")

@@ -110,6 +110,20 @@ def test_the_picture(ddpm, tmp_path, asked):
     assert len(picture.convert("P").getcolors()) > 20
 
 
+def test_data_are_read_as_training_reads_them(ddpm, tmp_path):
+    rng = np.random.default_rng(0)
+    numbers, clear = rng.random((8, 6, 10, 3)), rng.integers(0, 256, (8, 6, 10, 4), dtype=np.uint8)
+    np.save(tmp_path / "numbers.npy", numbers)
+    np.save(tmp_path / "clear.npy", clear)
+    for data, option in (("numbers", "--range 0,1"), ("clear", "--alpha")):
+        line = ["forward", "--out", tmp_path / f"{data}.png", "--data", tmp_path / f"{data}.npy", "--steps", 5]
+        answer = ddpm(*line)
+        assert (answer.code, option.partition(" ")[0] in answer.err) == (2, True)
+        assert ddpm(*line, *option.split()).code == 0
+    pictures = [np.asarray(Image.open(tmp_path / f"{data}.png")) for data in ("numbers", "clear")]
+    assert (pictures[0] != pictures[1]).any()
+
+
 def test_the_field_of_a_run(ddpm, roll_run, tmp_path):
     more = ("--n", 50, "--solver", "ddim", "--steps", 2)
     assert ddpm("score", roll_run, "--out", tmp_path / "s.png", "--t", "1,20", *more).code == 0
