@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Callback
 from ddpm.errors import check_integer, check_number
-from ddpm.networks.inpaint import Inpaint
+from ddpm.networks.inpaint import Inpaint, check_keep
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.sampling import SOLVER, chosen_table
@@ -74,6 +74,8 @@ def edit(
     check_integer("n", n)
     if not one and tuple(images.shape) != (n, *shape):
         raise ValueError(f"images: got shape {list(images.shape)}, needs {list(shape)} or {[n, *shape]}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images: got NaN or infinite values, needs finite ones")
     device = next(model.parameters(), images).device
     images = images.to(device)
     part = rest_of(table, schedule, strength)
@@ -97,6 +99,7 @@ def edit(
     if mask is None:
         return run(model, 0, n)
     keep = torch.as_tensor(mask, device=device) == 0
+    check_keep("mask", keep, shape)
 
     def filled(image: Tensor, first: int, count: int) -> Tensor:
         network = Inpaint(model, schedule, image, keep, part.prediction)

@@ -1,5 +1,6 @@
 """`ddpm sample`: run folder in, pictures out."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ def from_one_to_another(seeds: tuple[int, int], n: int, shape: tuple[int, ...], 
     """n initial noises [n, *shape] on the great circle between those of a sample of two seeds (Shoemake 1985)."""
     numbers = torch.tensor([sample], device="cpu")
     one, other = (PhiloxNoise(seed)(numbers, 0, philox.Stream.INITIAL, shape).double() for seed in seeds)
-    angle = torch.acos((one * other).sum() / (one.norm() * other.norm()))
+    angle = torch.acos(((one * other).sum() / (one.norm() * other.norm())).clamp(-1, 1))  # of one seed twice 1 + 2e-16
     share = torch.linspace(0, 1, n, dtype=torch.float64, device="cpu").reshape(-1, *(1,) * len(shape))
     if angle == 0:
         return one.float().expand(n, *shape)
@@ -81,6 +82,9 @@ def sample(
     target = pick_device(device)
     opened.model.to(target)
     options, table = given.table_of(opened, asked)
+    if between is not None and any(table.noisy) and asked["solver"] is None:
+        warnings.warn(f"--between: {options['solver']} adds noise at each step, ddim takes its place", stacklevel=1)
+        options, table = given.table_of(opened, asked | {"solver": "ddim"})
     more = {"first_sample": first_sample, "batch_size": batch_size, "seed": seed}
     more |= {"engine": engine, "precision": precision}
     if between is not None:

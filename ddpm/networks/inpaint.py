@@ -32,6 +32,16 @@ class Known(nn.Module):
         return torch.where(self.keep, there, m.to(there.dtype))
 
 
+def check_keep(name: str, keep: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, which begins with the name, unless it says of some pixels, but not of all, that they stay."""
+    sizes = zip(reversed(keep.shape), reversed(shape), strict=False)
+    if keep.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise ValueError(f"{name}: got shape {list(keep.shape)}, needs {list(shape)}, or what broadcasts to it")
+    if not bool(keep.any()) or bool(keep.all()):
+        all_or_none = "every" if bool(keep.any()) else "no"
+        raise ValueError(f"{name}: {all_or_none} pixel is known, needs some that are and some that are not")
+
+
 class Inpaint(nn.Module):
     """A network whose x0 is `known` where `keep` is true; elsewhere it is the network's own.
 
@@ -51,12 +61,9 @@ class Inpaint(nn.Module):
         shape = sample_shape(network)
         if tuple(known.shape) != shape or not known.is_floating_point() or not bool(known.isfinite().all()):
             raise ValueError(f"known: got {known.dtype} {list(known.shape)}, needs finite numbers {list(shape)}")
-        sizes = zip(reversed(keep.shape), reversed(shape), strict=False)
-        if keep.dtype != torch.bool or keep.ndim > len(shape) or any(size not in (1, whole) for size, whole in sizes):
-            raise ValueError(f"keep: got {keep.dtype} {list(keep.shape)}, needs bool {list(shape)}")
-        if not bool(keep.any()) or bool(keep.all()):
-            all_or_none = "every" if bool(keep.any()) else "no"
-            raise ValueError(f"keep: {all_or_none} pixel is known, needs some that are and some that are not")
+        if keep.dtype != torch.bool:
+            raise ValueError(f"keep: got {keep.dtype}, needs bool")
+        check_keep("keep", keep, shape)
         self.network, self.sample_shape = network, shape
         # What the network does not state, this does not either.
         if hasattr(network, "condition_shape"):

@@ -150,11 +150,12 @@ BAD = [
     ({"strength": 0.01}, "strength: got 0.01, needs 0.05..1 with this table"),
     ({"strength": 1.1}, "strength: got 1.1, needs 0 < strength <= 1"),
     ({"strength": math.nan}, "strength: got nan"),
-    ({"mask": torch.zeros(16, 16)}, "keep: every pixel is known"),
-    ({"mask": torch.ones(16, 16)}, "keep: no pixel is known"),
-    ({"mask": torch.ones(8, 16)}, "keep: got torch.bool [8, 16], needs bool [3, 16, 16]"),
+    ({"mask": torch.zeros(16, 16)}, "mask: every pixel is known"),
+    ({"mask": torch.ones(16, 16)}, "mask: no pixel is known"),
+    ({"mask": torch.ones(8, 16)}, "mask: got shape [8, 16], needs [3, 16, 16], or what broadcasts to it"),
     ({"images": torch.zeros(3, 8, 8)}, "images: got shape [3, 8, 8], needs [3, 16, 16]"),
     ({"images": IMAGE[None], "n": 2}, "images: got shape [1, 3, 16, 16], needs [3, 16, 16] or [2, 3, 16, 16]"),
+    ({"images": IMAGE * math.nan}, "images: got NaN or infinite values, needs finite ones"),
     ({"n": 0}, "n: got 0"),
     ({"table": make_table(COSINE, "ddim"), "steps": 5}, "steps: got 5 beside a table, which has its own"),
     ({"table": make_table(COSINE, "ddim"), "clip": 1.0}, "clip: got 1.0 beside a table"),
@@ -206,7 +207,7 @@ def test_edit_writes_what_python_gives(ddpm, digits_run, picture, tmp_path):
     [
         ("--strength 2", "strength: got 2"),
         ("--mask {picture}.gone", "no such regular file"),
-        ("--mask {black}", "keep: every pixel is known"),
+        ("--mask {black}", "mask: every pixel is known"),
         ("--mask {large}", "is 10x20, needs 16x16, what the run samples (height x width)"),
         ("--n 0", "--n: got 0"),
         ("--solver euler", "solver: got 'euler'"),
@@ -248,12 +249,23 @@ def test_between_two_seeds(ddpm, digits_run, tmp_path):
         assert ddpm("sample", digits_run, "--seed", seed, "--n", 1, "--npy", path, *more).code == 0
         ends.append(np.load(path)[0])
     np.testing.assert_allclose(found[[0, -1]], ends, atol=1e-5)
+    answer = ddpm("sample", digits_run, "--between", 3, 9, "--n", 5, "--npy", path, "--steps", 5, "--engine", "eager")
+    assert "note: --between: ddpm adds noise at each step, ddim takes its place" in answer.err  # of the run's own
+    np.testing.assert_array_equal(np.load(path), found)
     noise = [philox.normal(seed, torch.tensor([0]), 0, philox.Stream.INITIAL, (1, 16, 16)).double() for seed in (3, 9)]
     from ddpm.commands.sample import from_one_to_another
 
     middle = from_one_to_another((3, 9), 3, (1, 16, 16))[1].double()
     cosine = (noise[0] * noise[1]).sum() / noise[0].norm() / noise[1].norm()
     torch.testing.assert_close(middle[None], sum(noise) / (2 + 2 * cosine).sqrt(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_from_a_seed_to_itself_nothing_changes(seed):
+    from ddpm.commands.sample import from_one_to_another
+
+    noise = philox.normal(seed, torch.tensor([2]), 0, philox.Stream.INITIAL, (3, 16, 16))
+    torch.testing.assert_close(from_one_to_another((seed, seed), 3, (3, 16, 16), 2), noise.expand(3, 3, 16, 16))
 
 
 @pytest.mark.parametrize(

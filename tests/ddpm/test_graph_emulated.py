@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddpm import NoiseSchedule, Trajectory, Unet, inference, make_table, sample
+from ddpm import NoiseSchedule, Trajectory, Unet, edit, inference, make_table, sample
 from ddpm.engines import GraphEngine, choose, graph
 from ddpm.inference import Layout, kept_form
 from ddpm.metrics import distance
@@ -141,6 +141,18 @@ def test_weights_of_samples_negatives_intervals_and_rescale_are_in_its_buffers(u
     for way in ({"guidance": [2.0, 5.0]}, {"guidance": 2.0}, {"guidance": 2.0, "guidance_rescale": 0.5}):
         assert distance(draw(model, **both | way), draw(model, "eager", **both | way)) < 1e-5
     assert len(captures) == 8
+
+
+def test_edited_pictures_are_captured_too(unet, captures):
+    """From the middle, and with known pixels in every row."""
+    model, image, mask = unet(), torch.linspace(-1, 1, 3 * 16 * 16).reshape(3, 16, 16).sin(), torch.zeros(16, 16)
+    mask[:, 9:] = 1
+    for way in ({"strength": 0.5, "solver": "pc"}, {"strength": 1.0, "mask": mask, "solver": "ddpm", "resample": 2}):
+        how = {"steps": 7, "prediction": "v", "clip": 1.0, "seed": 3, "context": CONTEXT, "guidance": 2.0} | way
+        found = edit(model, SCHEDULE, image, 2, engine="graph", **how)
+        assert distance(found, edit(model, SCHEDULE, image, 2, engine="eager", **how)) < 1e-5
+    assert torch.equal(found[:, :, :, :9], image[:, :, :9].expand(2, 3, 16, 9))
+    assert captures
 
 
 @pytest.mark.long
