@@ -35,6 +35,7 @@ WEIGHT_TOLERANCE = 1e-2
 # Whose weights have such an entry: said when they are brought to us.
 OTHERS = {
     "to_time_emb.0.weights": f"KarrasUnet of {LIBRARY}",
+    "vit.layers.0.0.q_scale": f"UViT (SimpleDiffusion) of {LIBRARY}",
     "mid_block1.block1.block.0.weight": f"the network of {LIBRARY} before 0.16",
     "mid_block1.ds_conv.weight": f"a network of {LIBRARY} 0.7 to 0.12 (ConvNeXt)",
     "time_embedding.linear_1.weight": "a network of diffusers",

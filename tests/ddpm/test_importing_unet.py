@@ -209,6 +209,7 @@ VARIANTS = {
     "1d": (changed(MIDDLE, lambda w: w[..., 0]), "looks like a one-dimensional variant (Unet1D)"),
     "elucidated": (renamed("model.", "net."), "looks like ElucidatedDiffusion"),
     "karras": (lambda _: {"to_time_emb.0.weights": torch.ones(2)}, "looks like KarrasUnet"),
+    "simple diffusion": (lambda _: {"model.vit.layers.0.0.q_scale": torch.ones(2)}, "looks like UViT (Simple"),
     "learned variance": (changed(LAST, lambda w: torch.cat((w, w))), "looks like LearnedGaussianDiffusion"),
     "weighted": (changed(LAST, lambda w: torch.cat((w, w, w, w))), "looks like WeightedObjectiveGaussianDiffusion"),
     "classes": (lambda s: s | {"model.null_classes_emb": torch.ones(2)}, "looks like the variant with classes"),
