@@ -53,8 +53,8 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 NEEDS = {"unet2d": "diffusers"}
 
 
-def network(device: torch.device, side: int = SIDE) -> ContextUnet:
-    """A ContextUnet for [n, 3, side, side] in eval mode; the same weights every time."""
+def network(device: torch.device, side: int | tuple[int, int] = SIDE) -> ContextUnet:
+    """A ContextUnet for images of this side, or (height, width), in eval mode; the same weights every time."""
     return _seeded(lambda: ContextUnet(CHANNELS, N_FEAT, CLASSES, side), device)
 
 

@@ -2,7 +2,7 @@
 
 `short` is one image in four steps, where what a call prepares weighs most. `guided` has all that guidance can have: a
 weight a sample, negative conditions, an interval, rescale. `img2img` begins a picture at half of T; `inpaint` knows the
-upper half of one.
+upper half of one. `corrected` has a Langevin step after each but the last; `oblong` is of pictures 24 high and 16 wide.
 """
 
 from functools import partial
@@ -19,11 +19,16 @@ from ddpm.networks import sample_shape
 GUIDED = {"guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7}
 LOWER_HALF = (torch.arange(SIDE) >= SIDE // 2)[:, None].expand(SIDE, SIDE)
 EDITED = {"img2img": {"strength": 0.5}, "inpaint": {"strength": 1.0, "mask": LOWER_HALF}}
+WAYS = ("guided", *EDITED, "corrected", "oblong")
+
+
+def _solver(way: str) -> str:
+    return "pc" if way == "corrected" else "ddim"
 
 
 def _build(way: str, steps: int, n: int, device: torch.device) -> Bench:
-    model, context = network(device), contexts(n, device)
-    options: dict[str, Any] = {"solver": "ddim", "steps": steps, "context": context, "seed": SEED}
+    model, context = network(device, (24, 16) if way == "oblong" else SIDE), contexts(n, device)
+    options: dict[str, Any] = {"solver": _solver(way), "steps": steps, "context": context, "seed": SEED}
     if way == "guided":
         options |= GUIDED | {"guidance": torch.linspace(0, 4, n), "negative": context.roll(1, 1)}
 
@@ -34,7 +39,7 @@ def _build(way: str, steps: int, n: int, device: torch.device) -> Bench:
         return sample(model, SCHEDULE, n, engine=engine, **options)
 
     eager, makes = partial(draw, "eager"), {name: partial(partial, draw, name) for name in competitors(device)}
-    rows = round(steps * EDITED.get(way, {}).get("strength", 1.0))
+    rows = 2 * steps - 1 if way == "corrected" else round(steps * EDITED.get(way, {}).get("strength", 1.0))
     cost = sampling_cost(model, n, rows, 2.0 if way == "guided" else 1.0)
     return Bench([()], eager, judged(eager, makes), cost, images=n)
 
@@ -42,8 +47,9 @@ def _build(way: str, steps: int, n: int, device: torch.device) -> Bench:
 def workloads(quick: bool) -> list[Workload]:
     """By way, steps and images."""
     usual = (5, 8) if quick else (20, 64)
-    rows = [("", *usual), ("short", 4, 1), *((way, *usual) for way in ("guided", *EDITED))]
-    return [
-        Workload(f"sampling/{way}{'/' * bool(way)}ddim{steps}/n{n}", "sampling", partial(_build, way, steps, n))
-        for way, steps, n in rows
-    ]
+    rows = [("", *usual), ("short", 4, 1), *((way, *usual) for way in WAYS)]
+    found = []
+    for way, steps, n in rows:
+        name = f"sampling/{way}{'/' * bool(way)}{_solver(way)}{steps}/n{n}"
+        found.append(Workload(name, "sampling", partial(_build, way, steps, n)))
+    return found
