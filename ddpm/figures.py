@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm.pictures import POINTS_LIMIT, image_of, new_figure, to_pixels
 from ddpm.schedule import NoiseSchedule
 
-BLUE, ORANGE, GREY = "#2060a0", "#c06020", "#b0b0b0"
+BLUE, ORANGE, GREY = "#2060a0", "#c06020", "#404040"
 OTHERS = (ORANGE, "#5a9e4b", "#9a6fb0", "#808080")  # than the chosen schedule
 NOISE_LIMIT = 3.0
 SIDE = 1.25  # inches of a panel
@@ -89,7 +89,7 @@ def score_fields(data: Tensor, samples: Tensor, fields: Sequence[tuple[int, Tens
         vectors = field.cpu().numpy()
         length = np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
         shown = 2 * POINTS_LIMIT / ARROWS * vectors / length * np.sqrt(length / length.max())
-        how = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005, "headwidth": 4}
+        how = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0035, "headwidth": 3.5, "headlength": 4}
         axes.quiver(*places.T, *shown.T, color=ORANGE, **how)
         axes.set_title(f"score at t = {t}", fontsize=9)
     return image_of(figure)
