@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -92,6 +91,9 @@ class CompileEngine(FusedEngine):
         if not hasattr(self.form, "compiled"):
             options = None if self.form.live else {"guard_filter_fn": _guards_of_arguments}
             self.form.compiled = torch.compile(self.form.forward, fullgraph=True, options=options)
+            # Shapes that the network and the update were called with: others may have to be compiled. Marking sizes and
+            # holding signals take 100 us, a fifth of a step of a small network.
+            self.form.met = set()
 
     @classmethod
     def lacks(cls, device: torch.device, dtype: torch.dtype = torch.float32, custom_noise: bool = False) -> str | None:
@@ -102,13 +104,16 @@ class CompileEngine(FusedEngine):
         batch_may_vary(*(rows or ()), dim=1)
         if not self.first:
             return self.form.compiled(x, table_row, rows, *recalled)
-        # The first in a chunk, which may have to be compiled: marking takes 80 us.
+        self.first, key = False, ("network", x.shape, *(row.shape for row in rows or ()))
+        if key in self.form.met:
+            return self.form.compiled(x, table_row, rows, *recalled)
         # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
         for tensor in (x, *recalled):
             torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
-        self.first = False
         with interrupts_wait():
-            return self.form.compiled(x, table_row, rows, *recalled)
+            m = self.form.compiled(x, table_row, rows, *recalled)
+        self.form.met.add(key)
+        return m
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
@@ -129,15 +134,18 @@ class CompileEngine(FusedEngine):
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = [weight if weight.ndim == 0 else shaped(weight, x) for weight in self.weights(chunk).unbind()]
         rescale = None if chunk.rescale is None else torch.full((), chunk.rescale, dtype=x.dtype, device=x.device)
-        compiled = set()
+        met, kind = self.form.met, (x.shape, self.table.clip, rescale is None)
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             batch_may_vary(x, m, uncond, previous, samples, weights[i] if weights[i].ndim else None)
             more = weights[i], rescale, rows[i], previous, self.table.clip, seed, samples, self.noisy[i]
-            variant = uncond is None, previous is None, self.noisy[i], weights[i].ndim
-            with nullcontext() if variant in compiled else interrupts_wait():
-                compiled.add(variant)
+            key = *kind, uncond is None, previous is None, self.noisy[i], weights[i].ndim
+            if key in met:
                 return _compiled_update()(x, m, uncond, *more)
+            with interrupts_wait():
+                result = _compiled_update()(x, m, uncond, *more)
+            met.add(key)
+            return result
 
         return update
 
