@@ -106,7 +106,7 @@ def load_data(
     path = Path(source)
     if labels is not None and (source in GENERATED or path.is_dir()):
         raise BadInput(f"--labels: {source} brings its own classes (or has none), needs no label file")
-    for option, given in (("--labels", labels), ("--classes", classes)):
+    for option, given in (("--labels", labels), ("--classes", ",".join(classes or ()) or None)):
         if given is not None and not conditions:
             raise BadInput(f"{option}: got {given}, but the network takes no conditions, needs none")
     if value_range is not None and source in GENERATED:

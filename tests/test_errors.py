@@ -328,7 +328,7 @@ ROWS = [
     Row(NEW + f"--epochs {10**12}", (f"--epochs: got {10**12}, which are", "steps, needs at most 100000000")),
     Row(NEW + f"--timesteps {10**12}", (f"timesteps: got {10**12}, needs at most 1000000",)),
     Row(NEW + f"--n-feat {8 * 10**12}", (f"--n-feat: got {8 * 10**12}, needs a network that can be made",)),
-    Row(NEW + "--n-feat 7", ("n_feat: got 7, needs a multiple of 8",)),
+    Row(NEW + "--n-feat 7", ("--n-feat: got 7, needs a multiple of 8",)),
     Row(NEW.replace("images.npy", "''"), ("--data: got",)),
     Row(NEW + "--engine graph", ("--engine: 'graph' needs",)),
     Row(LINEAR + "--beta-start .9999999 --beta-end .9999999", ("schedule: alpha_bars[20]", "beyond float32")),

@@ -28,6 +28,9 @@ RANGES = {"epochs": (1, math.inf), "batch_size": (1, BATCH_MAX), "min_snr": (0, 
 RANGES |= {"clip_grad": (0, FLOAT32_MAX)}
 RANGES |= {"ema_decay": (0, 1), "context_dropout": (0, 1), "seed": (0, philox.SEED_LIMIT - 1)}
 OF_NETWORKS = ("multipliers", "time_dim", "self_condition", "attn_heads", "attn_dim_head")
+# Arguments of networks by the option that they come from.
+ASKED = {name: name for name in ("network", "n_feat", *OF_NETWORKS)}
+ASKED |= {"dim": "n_feat", "height": "image_size", "image_size": "image_size"}
 MULTIPLIERS = re.compile(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5}){0,15}")
 KINDS = {str: "a text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
 
@@ -138,8 +141,8 @@ class TrainOptions:
                 return network_for(self.network, shape, classes, self.n_feat, **self.of_network())
             except ValueError as error:
                 name, _, what = str(error).partition(":")
-                own = name in ("network", *OF_NETWORKS)
-                raise BadInput(f"--{name.replace('_', '-')}:{what}" if own else str(error)) from error
+                option = ASKED.get(name)
+                raise BadInput(f"--{option.replace('_', '-')}:{what}" if option else str(error)) from error
             except (RuntimeError, MemoryError) as error:
                 raise BadInput(
                     f"--n-feat: got {self.n_feat}, needs a network that can be made ({first_line(error)})"

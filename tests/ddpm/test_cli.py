@@ -191,7 +191,7 @@ BAD_DATA = [
     ("--data broken", "a.png", "not a readable image"),
 ]
 BAD_TRAINING = [
-    ("--n-feat 7", "n_feat", "7", "multiple of 8"),
+    ("--n-feat 7", "--n-feat", "7", "multiple of 8"),
     ("--epochs 0", "--epochs", "0", ">= 1"),
     ("--batch-size 0", "--batch-size", "0", ">= 1"),
     ("--batch-size 1", "--batch-size", "1", "at least 2"),

@@ -84,6 +84,10 @@ def test_a_network_trains_resumes_begins_and_samples_by_its_own_options(train, d
         ("--network simple_unet --multipliers 1,1,1,1,1,1,1,1,1", "--multipliers: got (1, 1, 1, 1"),
         ("--network context_unet --multipliers 1", "--multipliers: got (1,), needs at least two integers >= 1"),
         ("--network unet --attn-heads 0", "--attn-heads: got 0, needs an integer >= 1"),
+        ("--network unet --n-feat 7", "--n-feat: got 7, needs an even number"),
+        ("--network simple_unet --n-feat 12", "--n-feat: got 12, needs a multiple of 8"),
+        ("--network unet --multipliers 1,1,1,1,1", "--image-size: got [8, 8], needs a multiple of 16 for 5 levels"),
+        ("--image-size 18", "--image-size: got [18, 18], needs a multiple of 4 for 2 halvings (--image-size 16 or 20)"),
     ],
 )
 def test_options_of_another_network_or_out_of_range_are_one_line(train, tmp_path, options, message):
