@@ -98,6 +98,12 @@ def make_folder(folder: Path) -> list[Path]:
     return made
 
 
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for path in folders:
+        with suppress(OSError):  # something is in it
+            path.rmdir()
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Be the only process that writes to the folder, from before it is looked at until everything is written.
@@ -107,15 +113,18 @@ def held(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as locks:
         made = make_folder(folder)
-        while not locks.enter_context(locked(folder)):
-            made = make_folder(folder)
+        try:
+            while not locks.enter_context(locked(folder)):
+                made = make_folder(folder)
+        except BadInput as error:
+            if not isinstance(error.__cause__, BlockingIOError):  # no file system for locks: nobody else has it
+                _remove_empty(made)
+            raise
         try:
             yield
         except BaseException:
             # Before the lock goes: nobody else can have begun to write there.
-            for path in made:
-                with suppress(OSError):  # something is in it
-                    path.rmdir()
+            _remove_empty(made)
             raise
 
 
