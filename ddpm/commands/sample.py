@@ -19,6 +19,7 @@ from ddpm.networks import sample_shape
 from ddpm.noise import PhiloxNoise
 from kernels import philox
 
+IN_A_ROW = 10  # of the way between two seeds
 CONTEXT = "class by name or number, v1,v2,.., or all (sample k: class k % K)"
 
 
@@ -50,7 +51,7 @@ def sample(
     between: Annotated[tuple[int, int] | None, Option(help="two seeds: from one's first sample to the other's")] = None,
     first_sample: Annotated[int, Option(help="global index of the first sample")] = 0,
     batch_size: Annotated[int | None, Option(help="samples at a time; changes nothing else")] = None,
-    columns: Annotated[int | None, Option(help="of the picture [square, or one per class]")] = None,
+    columns: Annotated[int | None, Option(help="of the picture [square, one per class, a row]")] = None,
     engine: given.EngineName = "auto",
     precision: given.Precision = "fp32",
     device: given.Device = "auto",
@@ -92,6 +93,7 @@ def sample(
             raise BadInput(f"--between: {options['solver']} adds noise at each step, needs ddim (eta 0) or dpmpp_2m")
         check_integer("--n", n, 2)
         more["x_T"] = from_one_to_another(between, n, shape, first_sample)
+        columns = columns or min(n, IN_A_ROW)
     with world(target) as ranks:
         if gif is not None and ranks.size > 1:
             raise BadInput(f"--gif: needs one process, got {ranks.size} ranks")

@@ -249,9 +249,13 @@ def test_between_two_seeds(ddpm, digits_run, tmp_path):
         assert ddpm("sample", digits_run, "--seed", seed, "--n", 1, "--npy", path, *more).code == 0
         ends.append(np.load(path)[0])
     np.testing.assert_allclose(found[[0, -1]], ends, atol=1e-5)
-    answer = ddpm("sample", digits_run, "--between", 3, 9, "--n", 5, "--npy", path, "--steps", 5, "--engine", "eager")
+    own = ("--npy", path, "--out", tmp_path / "row.png", "--steps", 5, "--engine", "eager")
+    answer = ddpm("sample", digits_run, "--between", 3, 9, "--n", 5, *own)
     assert "note: --between: ddpm adds noise at each step, ddim takes its place" in answer.err  # of the run's own
     np.testing.assert_array_equal(np.load(path), found)
+    with Image.open(tmp_path / "row.png") as row:
+        assert row.width > 5 * 64
+        assert row.height < 2 * 64
     noise = [philox.normal(seed, torch.tensor([0]), 0, philox.Stream.INITIAL, (1, 16, 16)).double() for seed in (3, 9)]
     from ddpm.commands.sample import from_one_to_another
 
