@@ -7,12 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
-#include <mutex>
 #include <omp.h>
-#include <thread>
 #include <vector>
 
 #include "vectors.h"
+#include "worker.h"
 
 namespace {
 
@@ -24,10 +23,7 @@ constexpr int64_t BLOCK = 32;  // tiles. 16 to 40 are within 5% at 64 channels; 
 // Channels that are summed in registers: short sums, then their sum, round less (4.6e-7 instead of 7.1e-7, root mean
 // square) and cost 4%.
 constexpr int64_t CHUNK = 16;
-constexpr int64_t LINE = 64 / sizeof(float);  // of a cache
 constexpr int64_t STAGGER = LINE;  // points that are a multiple of 4096 bytes apart would share cache sets
-
-int64_t split(int64_t whole, int64_t parts) { return (whole + parts - 1) / parts; }
 
 struct Shape {
     int64_t n, h, w;
@@ -164,50 +160,6 @@ void scatter(const float* m, int64_t row, int64_t stride, const Shape& s, const 
     }
 }
 
-// The memory of `threads` threads, kept: fresh memory would be cleared page by page. Made by their caller, since whatever
-// a thread of OpenMP throws ends the process. Aligned, so that no vector spans two lines.
-class Workspaces {
-  public:
-    Workspaces(int64_t floats, int threads) {
-        static thread_local std::vector<float> memory;
-        static thread_local int64_t most = 0;
-        stride = std::max(most, split(floats, LINE) * LINE);
-        const size_t size = stride * threads + LINE;
-        if (memory.size() < size) {
-            std::vector<float>().swap(memory);  // before there are both
-            most = 0;
-            memory.resize(size);
-        }
-        most = stride;
-        first = memory.data() + LINE - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % LINE;
-    }
-    float* own() const { return first + stride * omp_get_thread_num(); }
-
-  private:
-    float* first;
-    int64_t stride;
-};
-
-// As many of these threads as can be had: OpenMP's runtime ends the process where it cannot start one.
-int startable(int threads) {
-    static thread_local int known = 1;  // each thread of Python has a team of its own
-    if (threads > known) {
-        std::vector<std::thread> tried;
-        tried.reserve(threads);
-        std::mutex gate;
-        {
-            std::lock_guard<std::mutex> held(gate);
-            try {
-                while (int(tried.size()) + 1 < threads) tried.emplace_back([&] { std::lock_guard<std::mutex> pass(gate); });
-            } catch (const std::exception&) {  // there are no more
-            }
-        }
-        for (std::thread& each : tried) each.join();
-        known = 1 + int(tried.size());
-    }
-    return std::min(threads, known);
-}
-
 int64_t block_floats(const Layer& layer, int64_t block) {
     return layer.c + POINTS * (block * (layer.c + PANEL) + 2 * STAGGER);
 }
@@ -241,7 +193,7 @@ void run_layer(const Layer& layer, const float* x, float* y, const Shape& s, int
     const Workspaces workspaces(block_floats(layer, block), threads);
 #pragma omp parallel num_threads(threads)
     {
-        float* memory = workspaces.own();
+        float* memory = workspaces.of(omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
         for (int64_t work = 0; work < blocks * parts; ++work) {
             const int64_t first = work / parts * block, part = work % parts;
@@ -263,7 +215,7 @@ void run_images(const std::vector<Layer>& layers, const float* x, float* y, cons
     const Workspaces workspaces(floats + 2 * count * between, threads);
 #pragma omp parallel num_threads(threads)
     {
-        float* memory = workspaces.own();
+        float* memory = workspaces.of(omp_get_thread_num());
         float* halves[2] = {memory + floats, memory + floats + count * between};
 #pragma omp for schedule(dynamic, 1)
         for (int64_t start = 0; start < s.n; start += count) {
@@ -291,7 +243,7 @@ void run_images(const std::vector<Layer>& layers, const float* x, float* y, cons
 extern "C" int winograd(const float* x, const float* const* u, const float* const* bias, const float* plus, float* y,
                         float* scratch, int64_t n, int64_t h, int64_t w, const int64_t* widths, int64_t count,
                         int64_t plus_images, int gelu, int threads) try {
-    threads = startable(threads);
+    threads = int(startable(threads));
     const Shape s{n, h, w};
     std::vector<Layer> layers;
     int64_t widest = 0;
