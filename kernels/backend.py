@@ -3,15 +3,20 @@
 Triton is optional: without it the operators run their references on CPU tensors and refuse CUDA tensors.
 """
 
+import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels import native
 
 try:
     import triton
@@ -229,3 +234,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, **con
             kernel[grid](*args, **constants, num_warps=num_warps)
     else:
         kernel[grid](*args, **constants)
+
+
+_recording_native = threading.local()
+RecordedCall = Callable[[Path, Sequence[int]], None]
+
+
+@contextmanager
+def recording_native(append: RecordedCall) -> Iterator[None]:
+    """This thread's calls of operators in C++ go to append(source, call) instead of being run: outputs stay as made."""
+    _recording_native.append = append
+    try:
+        yield
+    finally:
+        del _recording_native.append
+
+
+def launch_native(source: Path, call: Sequence[int]) -> None:
+    """Run an operator in C++ (see `kernels.native`) on PyTorch's threads.
+
+    call: the fields of its struct: addresses (0 for none), sizes, flags; doubles by their bits.
+    Raises: MemoryError where the threads find no room.
+    """
+    if append := getattr(_recording_native, "append", None):
+        append(source, call)
+        return
+    threads = torch.get_num_threads()
+    if getattr(native.load(source), source.stem)((ctypes.c_int64 * len(call))(*call), ctypes.c_int64(threads)):
+        raise MemoryError(f"{source.stem}: no memory for its {threads} threads")

@@ -118,3 +118,16 @@ int run_team(const Call& call, int64_t (*floats)(const Call&, int64_t), void (*o
 }
 
 }  // namespace
+
+// What Python finds in the library of an operator OP: the call at once on OpenMP's threads (0, or 1 without memory), and
+// what a program (program.cpp) takes of it, one thread's share and the floats of scratch.
+#define NATIVE_OPERATOR(OP, CALL)                                                                              \
+    extern "C" int OP(const int64_t* call, int64_t threads) {                                                  \
+        return run_team<CALL>(*reinterpret_cast<const CALL*>(call), OP##_floats, OP, threads);                 \
+    }                                                                                                          \
+    extern "C" void OP##_share(const int64_t* call, Worker* worker) {                                          \
+        OP(*reinterpret_cast<const CALL*>(call), *worker);                                                     \
+    }                                                                                                          \
+    extern "C" int64_t OP##_scratch(const int64_t* call, int64_t threads) {                                    \
+        return OP##_floats(*reinterpret_cast<const CALL*>(call), threads);                                     \
+    }
