@@ -5,6 +5,7 @@ Triton is optional: without it the operators run their references on CPU tensors
 
 import ctypes
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -248,6 +249,34 @@ def recording_native(append: RecordedCall) -> Iterator[None]:
         yield
     finally:
         del _recording_native.append
+
+
+def fields(*values: Tensor | float | None) -> list[int]:
+    """The fields of a struct that an operator in C++ takes: a tensor's address (None: 0), an integer, a double's bits.
+
+    An address keeps no memory alive: the tensors must outlive the call.
+    """
+    return [_field(value) for value in values]
+
+
+def _field(value: Tensor | float | None) -> int:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if isinstance(value, float):
+        return struct.unpack("q", struct.pack("d", value))[0]
+    return 0 if value is None else int(value)
+
+
+def runs_native(source: Path, *tensors: Tensor | None) -> bool:
+    """Whether an operator on these tensors runs in C++: float32 on the CPU, some elements, no gradient, and a compiler.
+
+    Not where it is traced: who compiles or exports sees plain operators.
+    """
+    here = [tensor for tensor in tensors if tensor is not None]
+    fits = all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in here)
+    if not fits or torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in here)):
+        return False
+    return native.missing(source) is None
 
 
 def launch_native(source: Path, call: Sequence[int]) -> None:

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, native
 from kernels.backend import Cost, jit, power_of_two, tl
 from kernels.convolution import film_of
-from kernels.group_norm_relu import check_images, check_vectors
+from kernels.group_norm_relu import check_images, check_vectors, in_cpp
 from kernels.group_norm_relu import launch as group_norm_launch
 from kernels.group_norm_relu import reference as group_norm_reference
 
+SOURCE = native.source_of("bottleneck")
 ROWS = 16  # images per program: the least that tl.dot takes
 # Bytes of one weight row of a group: beyond them the accumulators of 16 images leave the registers and the staged
 # weights the 99 KiB of shared memory that sm_86 and sm_89 have. 2048 hold 16x16 and (in 16 bit) 28x28 networks.
@@ -170,8 +171,24 @@ def launch(*arguments: Any) -> Tensor:
     return out
 
 
+def native_call(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, out, groups, eps) -> list[int]:
+    """The fields of native/bottleneck.h's struct; images and weights are channels_last."""
+    n, channels, height, width = x.shape
+    copies, rows = out.shape[0] // n, 1 if film_scale is None else film_scale.shape[-2]
+    return backend.fields(
+        *(x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, out),
+        *(n, height * width, channels, groups, copies, rows, film_shift.shape[0], float(eps)),
+    )
+
+
 def _on_cpu(x: Tensor, *others: Any) -> Tensor:
     *tensors, groups, eps = others
+    if in_cpp(SOURCE, x, *tensors):
+        up_weight, *vectors = tensors
+        out, up_weight = _fake(x, *others), up_weight.contiguous(memory_format=torch.channels_last)
+        vectors = [None if vector is None else vector.contiguous() for vector in vectors]
+        backend.launch_native(SOURCE, native_call(x, up_weight, *vectors, out, groups, eps))
+        return out
     compute = backend.computed_in(x.dtype)
     y = reference(*(None if tensor is None else tensor.to(compute) for tensor in (x, *tensors)), groups, eps)
     return y.to(x.dtype).contiguous(memory_format=backend.memory_format(x))
@@ -246,7 +263,8 @@ def bottleneck(
     arguments = (x, up_weight, up_bias, norm_weight, norm_bias, film_scale, film_shift, groups, eps)
     if not torch.compiler.is_compiling():
         _check_rows(*arguments)
-    return (operator if backend.is_opaque(x) else _on_cpu)(*arguments)
+    registered = backend.is_opaque(x) or in_cpp(SOURCE, *arguments[:-2])
+    return (operator if registered else _on_cpu)(*arguments)
 
 
 def cost(x: torch.dtype, channels: int, batch: int) -> Cost:

@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, native
 from kernels.backend import FLOATS, Cost, jit, power_of_two, tl
+from kernels.packed import Packed, kind_of, pack
+
+SOURCE = native.source_of("convolution")
 
 LAST = torch.channels_last
 KEEP, POOL, SPREAD = "keep", "pool", "spread"
@@ -222,8 +225,46 @@ def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=LAST)
 
 
-def _on_cpu(*arguments: Any) -> Tensor:
-    return reference(*arguments).contiguous(memory_format=LAST)
+def native_call(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, out, gelu, then) -> list[int]:
+    """The fields of native/convolution.h's struct, of laid out images and vectors and `Packed` weights."""
+    (n, channels, height, width), (columns, _, size, _) = x.shape, weight.shape
+    rows = (1 if tensor is None else tensor.shape[0] for tensor in (skip, onto, film_scale, film_shift))
+    return backend.fields(
+        *(
+            x,
+            weight.tensor,
+            bias,
+            skip,
+            None if skip is None else skip_weight.tensor,
+            film_scale,
+            film_shift,
+            onto,
+            out,
+        ),
+        *(n, height, width, channels, 0 if skip is None else skip.shape[1], columns, size**2, weight.kind),
+        *(*rows, gelu, (KEEP, POOL, SPREAD).index(then)),
+    )
+
+
+def launch_on_cpu(*arguments: Any) -> Tensor:
+    """native/convolution.cpp, of the reference's arguments; weights may be `Packed`."""
+    x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, gelu, then = arguments
+    images = (x, skip, onto)
+    x, skip, onto = (None if tensor is None else tensor.contiguous(memory_format=LAST) for tensor in images)
+    bias, film_scale, film_shift = map(backend.vector, (bias, film_scale, film_shift))
+    if isinstance(weight, Tensor):
+        kind = kind_of(weight, *([] if skip is None else [skip_weight]), spread=then == SPREAD)
+        weight, skip_weight = (None if each is None else pack(each, kind) for each in (weight, skip_weight))
+    out = _fake(x, weight, then)
+    call = native_call(x, weight, bias, skip, skip_weight, film_scale, film_shift, onto, out, gelu, then)
+    backend.launch_native(SOURCE, call)
+    return out
+
+
+def _on_cpu(x: Tensor, *others: Any) -> Tensor:
+    if backend.runs_native(SOURCE, x, others[0]):
+        return launch_on_cpu(x, *others)
+    return reference(x, *others).contiguous(memory_format=LAST)
 
 
 def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, sides: tuple[int, ...]) -> None:
@@ -233,6 +274,18 @@ def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, side
     if weight.dtype != dtype or weight.shape[1:] != (channels, size, size) or size not in (1, 3):
         needs = f"{dtype} [C', {channels}, k, k] with k 1 or 3"
         raise ValueError(f"{name}'s weight: got {weight.dtype} {list(weight.shape)}, needs {needs}")
+
+
+def _check_packed(x: Tensor, weight: Packed, skip_weight: object) -> Tensor | None:
+    """The skip's packed weights. Raises TypeError or ValueError unless x and they go with `weight`, which is packed."""
+    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise TypeError(f"x: got {found}, packed weights need float32 on the CPU, and not to be traced")
+    if skip_weight is None:
+        return None
+    if not isinstance(skip_weight, Packed) or skip_weight.kind != weight.kind:
+        raise ValueError("skip_weight: needs weights packed as x's weight is, of the same kind")
+    return skip_weight.tensor
 
 
 def _check_sizes(x: Tensor, weight: Tensor, *others: Any) -> None:
@@ -261,11 +314,11 @@ operator = backend.register("convolution", launch, _on_cpu, _fake, _check_sizes,
 
 def convolution(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None = None,
     *,
     skip: Tensor | None = None,
-    skip_weight: Tensor | None = None,
+    skip_weight: Tensor | Packed | None = None,
     film_scale: Tensor | None = None,
     film_shift: Tensor | None = None,
     onto: Tensor | None = None,
@@ -282,9 +335,11 @@ def convolution(
         film_scale, film_shift: [n, C'] or [1, C'].
         onto: [n, C', h, w], added at last.
         then: "keep"; "pool", the maximum of 2x2 pixels (h and w even); "spread", channels (dy, dx, c) to 2x2 pixels.
-        kernel: by one Triton kernel, where Triton runs (on a CPU it does not, nor under torch.export), on CUDA for
-            float16 and bfloat16 alone; else by the library.
+        kernel: by one kernel: of Triton, on CUDA for float16 and bfloat16 alone; on the CPU in C++ for float32, where
+            there is a compiler (`backend.runs_native`). Elsewhere and under torch.compile and torch.export by the
+            library, as without it.
 
+    Weights may be `packed.pack`ed for the kernel on the CPU, both of the same kind: else every call does it.
     Sums are float32, rounded once (by the library: to x's type after every operator).
 
     Returns: [n, C', h, w], [n, C', h/2, w/2] or [n, C'/4, 2h, 2w] of x's type; channels_last if x is, and by the kernel
@@ -292,7 +347,10 @@ def convolution(
     """
     others = {"skip": skip, "skip_weight": skip_weight, "film_scale": film_scale, "film_shift": film_shift}
     others |= {"bias": bias, "onto": onto}
-    backend.check_tensors(others, x=x, weight=weight)
+    is_packed = isinstance(weight, Packed)
+    if is_packed:
+        others |= {"skip_weight": _check_packed(x, weight, skip_weight)}
+    backend.check_tensors(others, x=x, weight=weight.tensor if is_packed else weight)
     if x.ndim != 4 or x.dtype not in FLOATS:
         raise ValueError(f"x: got {x.dtype} {list(x.shape)}, needs a floating tensor [n, C, h, w]")
     if kernel and x.is_cuda and x.dtype not in (torch.float16, torch.bfloat16):
@@ -312,8 +370,10 @@ def convolution(
         raise ValueError(f"x: got {list(x.shape)}, needs even sides to pool")
     if then == SPREAD and weight.shape[0] % 4:
         raise ValueError(f"weight: got {weight.shape[0]} outputs, needs a multiple of 4 to spread")
+    if is_packed:
+        return launch_on_cpu(*arguments) if x.numel() else _fake(x, weight, then)
     backend.same_device(x, weight=weight, **others)
-    if kernel and backend.is_opaque(x):
+    if kernel and (backend.is_opaque(x) or backend.runs_native(SOURCE, x, weight)):
         return operator(*arguments)
     y = reference(*arguments)
     if torch.compiler.is_compiling():  # who traces lays tensors out

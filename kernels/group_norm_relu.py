@@ -11,12 +11,16 @@ elements is read twice, by one program: at batch 1 large images would want more 
 docs/kernels.md.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, native
 from kernels.backend import Cost, jit, power_of_two, tl
+
+SOURCE = native.source_of("group_norm_relu")
 
 IMAGE_LIMIT = 1 << 31  # offsets within an image are 32 bit, those of images 64 bit
 # Elements that a program holds in registers, at 16 a thread up to 8 warps: a group below this is read once. Untuned.
@@ -147,7 +151,22 @@ def launch(x, weight, bias, groups, eps, scale=None, shift=None) -> Tensor:
     return out
 
 
+def native_call(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, groups: int, eps: float) -> list[int]:
+    """The fields of native/group_norm_relu.h's struct."""
+    n, channels, height, width = x.shape
+    return backend.fields(x, weight, bias, out, n, height * width, channels, groups, float(eps))
+
+
+def in_cpp(source: Path, x: Tensor, *vectors: Tensor | None) -> bool:
+    """Whether a normalisation runs in C++ (see `backend.runs_native`): of images that lie pixel by pixel."""
+    return x.is_contiguous(memory_format=torch.channels_last) and backend.runs_native(source, x, *vectors)
+
+
 def _on_cpu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    if in_cpp(SOURCE, x, weight, bias):
+        out, weight, bias = torch.empty_like(x), weight.contiguous(), bias.contiguous()
+        backend.launch_native(SOURCE, native_call(x, weight, bias, out, groups, eps))
+        return out
     compute = backend.computed_in(x.dtype)
     y = reference(x.to(compute), weight.to(compute), bias.to(compute), groups, eps, None, None)
     return backend.like(y.to(x.dtype), x)
@@ -192,7 +211,8 @@ def group_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, groups: int = 8, ep
     check_images(x, groups, eps)
     check_vectors(x.shape[1], weight=weight, bias=bias)
     backend.same_device(x, weight=weight, bias=bias)
-    return (operator if backend.is_opaque(x) else _on_cpu)(x, weight, bias, groups, eps)
+    registered = backend.is_opaque(x) or in_cpp(SOURCE, x, weight, bias)
+    return (operator if registered else _on_cpu)(x, weight, bias, groups, eps)
 
 
 def cost(x: torch.dtype) -> Cost:

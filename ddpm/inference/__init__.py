@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.inference.context_unet import ContextUnetForm
-from ddpm.inference.form import EXPORTED, FORMS, KERNELS, Form, Layout, PlainForm, at, device_of, halves
+from ddpm.inference.form import EXPORTED, FORMS, KERNELS, NATIVE, Form, Layout, PlainForm, at, device_of, halves
 from ddpm.inference.inpaint import InpaintForm
 from ddpm.inference.simple_unet import SimpleUNetForm
 from ddpm.inference.unet import UnetForm

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ddpm.inference.convolutions import Chain, Convolution, Merging, Upsampling, store
-from ddpm.inference.form import FORMS, Form, Layout, Rows
+from ddpm.inference.form import FORMS, Form, Layout, Rows, laid_out
 from ddpm.networks.blocks import ResidualConvBlock
 from ddpm.networks.context_unet import GROUPS, ContextUnet
 from kernels import bottleneck, group_norm_relu
@@ -149,7 +149,7 @@ class ContextUnetForm(Form):
 
     def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """As in `Form`. x may be wider than the network's type."""
-        x = x.to(self.dtype, memory_format=self.layout.memory_format)
+        x = laid_out(x, self.dtype, self.layout)
         if not self.layout.shared and rows is not None:
             x, rows = torch.cat((x,) * rows[0].shape[0]), tuple(row.flatten(0, 1)[None] for row in rows)
         skips = [self.initial(x, onto=x) if self.shortcut is None else self.shortcut(x, onto=self.initial(x))]

@@ -1,9 +1,10 @@
 """The convolutions of a form: each keeps its weights as whoever runs it reads them fastest, see `Layout`.
 
-With `kernels` a convolution and what follows it is one call of the operator `convolution`. Else 3x3 convolutions of
-float32 on CPUs are run by the operator `winograd`, others by the library, and what follows by plain operators. A
-transposed convolution with kernel = stride = 2 is a product with W [C_in, 2, 2, C_out] at every pixel. A convolution
-of either kind over cat(x, skip) is a sum of two, and guidance shares the skip's between its halves.
+With `kernels` a convolution and what follows it is one call of the operator `convolution`, on weights that are packed
+for its C++ if asked for. Else 3x3 convolutions of float32 on CPUs are run by the operator `winograd`, others by the
+library, and what follows by plain operators. A transposed convolution with kernel = stride = 2 is a product with
+W [C_in, 2, 2, C_out] at every pixel. A convolution of either kind over cat(x, skip) is a sum of two, and guidance
+shares the skip's between its halves.
 """
 
 from functools import cache
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.inference.form import Layout
-from kernels import convolution, winograd
-from kernels.convolution import KEEP, POOL, SPREAD
+from kernels import convolution, native, winograd
+from kernels.convolution import KEEP, POOL, SOURCE, SPREAD
+from kernels.packed import Packed, kind_of, pack
 from kernels.winograd import fits, missing, transform
 
 Gate = tuple[Tensor | None, Tensor]  # scale and shift of scale * y + shift, each [1 or k * n, C]
@@ -52,6 +54,29 @@ def store(module: nn.Module, **tensors: Tensor) -> None:
             held.copy_(tensor)
 
 
+class Fused(nn.Module):
+    """Keeps weights for the operator `convolution` as a kernel: buffers, and the shapes of those that are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def keep(self, dtype: torch.dtype, layout: Layout, **weights: Tensor) -> None:
+        """Store weights [C', C, k, k], packed where C++ runs them and `layout` asks for it."""
+        for name, weight in weights.items():
+            if layout.pack and weight.is_cpu and dtype == torch.float32 and native.missing(SOURCE) is None:
+                packed = pack(weight, kind_of(weight))
+                self.shapes[name] = packed.shape
+                store(self, **{name: packed.tensor})
+            else:
+                store(self, **{name: weight.to(dtype).contiguous(memory_format=layout.memory_format)})
+
+    def kept(self, name: str) -> Tensor | Packed:
+        """These weights as the operator takes them."""
+        tensor = getattr(self, name)
+        return Packed(tensor, self.shapes[name]) if name in self.shapes else tensor
+
+
 def added(y: Tensor, shared: Tensor) -> Tensor:
     """y [k * n, ...] plus what its k halves share [n, ...]."""
     if shared.shape[0] == y.shape[0] and not torch.compiler.is_exporting():
@@ -68,7 +93,7 @@ def followed(y: Tensor, gate: Gate | None = None, onto: Tensor | None = None, th
     return F.max_pool2d(y, 2) if then == POOL else y
 
 
-class Convolution(nn.Module):
+class Convolution(Fused):
     """A convolution with stride 1 that keeps the size, its bias and, if asked, GELU: [n, C, h, w] -> [n, C', h, w]."""
 
     def __init__(self, gelu: bool = False) -> None:
@@ -88,6 +113,9 @@ class Convolution(nn.Module):
         self.transformed = on_cpu and layout.winograd and dtype == torch.float32 and fits(weight) and missing() is None
         if self.transformed:
             store(self, weight=transform(weight))
+            return
+        if self.fused:
+            self.keep(dtype, layout, weight=weight)
             return
         weight = weight.to(dtype)
         # With one channel both layouts have the same strides, and torch.compile expects the other one of the two.
@@ -110,7 +138,7 @@ class Convolution(nn.Module):
         if self.fused:
             scale, shift = gate or (None, None)
             more = {"film_scale": scale, "film_shift": shift, "onto": onto, "gelu": self.gelu, "then": then}
-            return convolution(x, self.weight, self.bias, **more, kernel=True)
+            return convolution(x, self.kept("weight"), self.bias, **more, kernel=True)
         if gate is None and onto is not None and not self.gelu:
             return followed(self._onto(x, onto), then=then)
         return followed(self._own(x), gate, onto, then)
@@ -187,8 +215,8 @@ class Merging(nn.Module):
 
     def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         if self.of_x.fused:
-            more = {"skip": shared, "skip_weight": self.of_skip.weight}
-            return convolution(x, self.of_x.weight, self.of_skip.bias, **more, kernel=True)
+            more = {"skip": shared, "skip_weight": self.of_skip.kept("weight")}
+            return convolution(x, self.of_x.kept("weight"), self.of_skip.bias, **more, kernel=True)
         return self.of_x(x, onto=shared) if self.of_x.sums else added(self.of_x(x), shared)
 
 
@@ -197,20 +225,23 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-class Upsampling(nn.Module):
+class Upsampling(Fused):
     """ConvTranspose with kernel = stride = 2 over cat(x [k * n, C, h, w], skip [n, C, h, w]), as two products."""
 
     def load(self, conv: nn.ConvTranspose2d, dtype: torch.dtype, layout: Layout) -> None:
         self.fused = layout.kernels
-        of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).to(dtype).chunk(2)
+        store(self, bias=conv.bias.to(dtype).repeat(4))
+        of_x, of_skip = conv.weight.permute(0, 2, 3, 1).flatten(1).chunk(2)
         if self.fused:
             of_x, of_skip = (of.t().contiguous()[:, :, None, None] for of in (of_x, of_skip))
-        store(self, of_x=of_x.contiguous(), of_skip=of_skip.contiguous(), bias=conv.bias.to(dtype).repeat(4))
+            self.keep(dtype, layout, of_x=of_x, of_skip=of_skip)
+        else:
+            store(self, of_x=of_x.to(dtype).contiguous(), of_skip=of_skip.to(dtype).contiguous())
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if self.fused:
-            more = {"skip": skip, "skip_weight": self.of_skip}
-            return convolution(x, self.of_x, self.bias, **more, then=SPREAD, kernel=True)
+            more = {"skip": skip, "skip_weight": self.kept("of_skip")}
+            return convolution(x, self.kept("of_x"), self.bias, **more, then=SPREAD, kernel=True)
         if torch.compiler.is_compiling() and not x.is_cuda:
             # The compiler fuses the sums with the shuffle; a product onto something would copy that first.
             of_skip = self._spread(skip.permute(0, 2, 3, 1) @ self.of_skip + self.bias, skip)

@@ -28,8 +28,8 @@ class Layout:
     """How a form keeps its weights and features.
 
     channels_last: the memory layout of features. shared: whether guidance shares what its halves have in common. pack:
-    weights in oneDNN's layout on CPUs. winograd: 3x3 convolutions by that operator on CPUs. kernels: every convolution
-    with what follows it by one Triton kernel of ours.
+    weights on CPUs as who convolves reads them fastest: oneDNN, or the kernels. winograd: 3x3 convolutions by that
+    operator on CPUs. kernels: every convolution with what follows it by one kernel of ours.
     """
 
     channels_last: bool = True
@@ -48,6 +48,8 @@ EXPORTED = Layout(channels_last=False, pack=False, winograd=False)
 # One launch a convolution. Whether that is faster than the library's, and for which batch, is not measured yet: no
 # engine takes it by itself, `ddpm-bench gpu` measures it.
 KERNELS = Layout(pack=False, winograd=False, kernels=True)
+# The same in C++ on CPUs: of float32, where there is a compiler.
+NATIVE = Layout(winograd=False, kernels=True)
 
 
 class Form(nn.Module):
@@ -115,6 +117,13 @@ FORMS: dict[type[nn.Module], type[Form]] = {}  # by the network's class
 def at(tables: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
     """The tables' rows [1, ...] at an index int64 [1], which may live on a device."""
     return tuple(table.index_select(0, index) for table in tables)
+
+
+def laid_out(x: Tensor, dtype: torch.dtype, layout: Layout) -> Tensor:
+    """x as a form computes it. Kernels read images of one channel as they lie, which `to` copies to other strides."""
+    if layout.kernels and x.dtype == dtype and x.is_contiguous(memory_format=layout.memory_format):
+        return x
+    return x.to(dtype, memory_format=layout.memory_format)
 
 
 def halves(rows: Rows) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm.inference.context_unet import Normalisation, fold_batch_norm
 from ddpm.inference.convolutions import Convolution, Merging, Upsampling
-from ddpm.inference.form import FORMS, Form, Layout, Rows, halves
+from ddpm.inference.form import FORMS, Form, Layout, Rows, halves, laid_out
 from ddpm.networks.simple_unet import ShiftedBlock, SimpleUNet
 from kernels.convolution import KEEP, POOL
 
@@ -82,7 +82,7 @@ class SimpleUNetForm(Form):
 
     def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """As in `Form`. x may be wider than the network's type."""
-        x = x.to(self.dtype, memory_format=self.layout.memory_format)
+        x = laid_out(x, self.dtype, self.layout)
         if not self.layout.shared and rows is not None:
             x, rows = torch.cat((x,) * halves(rows)), tuple(row.flatten(0, 1)[None] for row in rows)
         down, shifts = table_row[: self.depth], table_row[self.depth :]

@@ -128,6 +128,16 @@ def _loaded(source: Path, library: Path) -> ctypes.CDLL:
 
 
 @cache
+def missing(source: Path) -> str | None:
+    """What this machine lacks to run the kernel of a source, or None; builds it. Without it there is the reference."""
+    try:
+        load(source)
+    except Unavailable as lack:
+        return str(lack)
+    return None
+
+
+@cache
 def load(source: Path) -> ctypes.CDLL:
     """The library of a C++ source, whose function has the file's name.
 

@@ -22,6 +22,33 @@ typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 
+// The first `count` lanes alone, others zero; no other memory is touched.
+#if defined(__AVX512F__)
+inline __mmask16 lanes(int64_t count) { return __mmask16(count < LANES ? (1u << count) - 1 : 0xffffu); }
+inline Vec load(const float* from, int64_t count) { return _mm512_maskz_loadu_ps(lanes(count), from); }
+inline void store(float* to, Vec value, int64_t count) { _mm512_mask_storeu_ps(to, lanes(count), value); }
+#else
+inline __m256i lanes(int64_t count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load(const float* from, int64_t count) { return _mm256_maskload_ps(from, lanes(count)); }
+inline void store(float* to, Vec value, int64_t count) { _mm256_maskstore_ps(to, lanes(count), value); }
+#endif
+
+// The sum of all lanes.
+inline float total(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v);
+#else
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
+}
+
+// The larger one, or NaN if either is.
+inline Vec largest(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+
 // Phi(a) - 1/2 for 0 <= a <= LIMIT, where it is 1/2 to 4e-8. In float32 the error is at most 2.2e-7 (AVX2: 1.3e-7).
 constexpr float LIMIT = 5.4f;
 

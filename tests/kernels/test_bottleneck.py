@@ -1,6 +1,7 @@
 """bottleneck: the reference, the kernel against float64 mathematics, registration, bad input."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from bench.kernels import TOLERANCE
 from ddpm.networks import ContextUnet
-from kernels import bottleneck
+from kernels import bottleneck, native
 from kernels.backend import recording
+from kernels.bottleneck import SOURCE
+from kernels.group_norm_relu import in_cpp
 
 # The normalisation multiplies the rounding before it: up to sqrt(1 / eps) in a group of two values that are nearly
 # equal.
@@ -94,6 +97,24 @@ def test_the_kernel(triton_device, shape, dtype, layouts, films):
         assert y.is_contiguous(memory_format=LAYOUTS[layouts[0]])
 
 
+@pytest.mark.skipif(native.missing(SOURCE) is not None, reason=str(native.missing(SOURCE)))
+@pytest.mark.parametrize("films", [(None, "one"), ("rows", "rows"), ("one", "one"), ((2, "rows"), "one")])
+@pytest.mark.parametrize("shape", [(1, 128, 4), (3, 8, 5), (5, 40, 1), (2, 24, 3), (17, 16, 2), (9, 96, 2)])
+def test_in_cpp(poisoned, monkeypatch, shape, films):
+    """Channels last; the same bits on any number of threads, and for an image of a batch as alone."""
+    given = arguments(shape, films=films)
+    assert in_cpp(SOURCE, *given)
+    y = bottleneck(*given)
+    close(y, mathematics(*given), torch.float32)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for threads in (1, 2, 3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(bottleneck(*given), y)
+    x, *others, scale, shift = given
+    if films in ((None, "one"), ("one", "one")):
+        assert torch.equal(bottleneck(x[:1], *others, scale, shift), y[:1])
+
+
 @pytest.mark.parametrize("films", [("rows", "one"), (None, "rows")])
 @pytest.mark.parametrize("layouts", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize(("channels", "dtype"), [(64, torch.float32), (256, torch.float32), (256, torch.float16)])
@@ -148,7 +169,8 @@ def test_offsets_beyond_2_to_the_31(triton_device):
 @pytest.mark.parametrize("films", [("rows", "one"), (None, "rows"), ((2, "rows"), "one")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_reference_on_the_cpu(dtype, channels_last, films):
+def test_the_reference_on_the_cpu(monkeypatch, dtype, channels_last, films):
+    monkeypatch.setattr(sys.modules["kernels.bottleneck"], "in_cpp", lambda *_: False)
     given = arguments((3, 24, 3), dtype, (channels_last, channels_last), films)
     y = bottleneck(*given)
     close(y, mathematics(*given), dtype)
@@ -156,7 +178,8 @@ def test_the_reference_on_the_cpu(dtype, channels_last, films):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_reference_of_narrow_types_computes_in_float32_and_rounds_once(dtype):
+def test_the_reference_of_narrow_types_computes_in_float32_and_rounds_once(monkeypatch, dtype):
+    monkeypatch.setattr(sys.modules["kernels.bottleneck"], "in_cpp", lambda *_: False)
     given = arguments((3, 24, 3), dtype)
     assert torch.equal(bottleneck(*given), bottleneck(*(tensor.float() for tensor in given)).to(dtype))
 

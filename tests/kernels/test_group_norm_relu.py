@@ -1,5 +1,7 @@
 """group_norm_relu: the reference, the kernel against float64 mathematics, registration, bad input."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from bench.kernels import TOLERANCE
 from ddpm.engines import unavailable_reason
 from ddpm.networks import ContextUnet
-from kernels import backend, group_norm_relu
+from kernels import backend, group_norm_relu, native
+from kernels.group_norm_relu import SOURCE, in_cpp
 
 LAYOUTS = {False: torch.contiguous_format, True: torch.channels_last}
 
@@ -99,9 +102,41 @@ def test_offsets_beyond_2_to_the_31(triton_device):
     close(group_norm_relu(many_images, weight, bias)[-4:], mathematics(x, weight, bias), torch.bfloat16)
 
 
+needs_cpp = pytest.mark.skipif(native.missing(SOURCE) is not None, reason=str(native.missing(SOURCE)))
+
+
+@needs_cpp
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 16, 16), (3, 24, 5, 7), (5, 8, 1, 3), (2, 40, 9, 9), (2, 96, 17, 1), (1, 200, 8, 8)]
+)
+def test_in_cpp(poisoned, monkeypatch, shape, groups):
+    """Channels last; the same bits on any number of threads and for every image alone."""
+    x, weight, bias = arguments(shape)
+    assert in_cpp(SOURCE, x, weight, bias)
+    y = group_norm_relu(x, weight, bias, groups)
+    close(y, mathematics(x, weight, bias, groups), torch.float32)
+    assert y.stride() == x.stride()
+    for threads in (1, 2, 3, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(torch.cat([group_norm_relu(one, weight, bias, groups) for one in x.split(1)]), y)
+        assert torch.equal(group_norm_relu(x, weight, bias, groups), y)
+
+
+@needs_cpp
+def test_in_cpp_what_is_no_number_stays_none():
+    x, weight, bias = arguments((2, 16, 4, 4))
+    x[0, 3, 1, 1] = float("nan")
+    y = group_norm_relu(x, weight, bias)
+    assert y[0, 2:4].isnan().all()
+    assert y[0, 4:].isfinite().all()
+    assert y[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_the_reference_on_the_cpu(dtype, channels_last):
+def test_the_reference_on_the_cpu(monkeypatch, dtype, channels_last):
+    monkeypatch.setattr(sys.modules["kernels.group_norm_relu"], "in_cpp", lambda *_: False)
     x, weight, bias = arguments((2, 24, 5, 3), dtype, channels_last)
     y = group_norm_relu(x, weight, bias)
     close(y, mathematics(x, weight, bias), dtype)

@@ -8,7 +8,8 @@ from torch import nn
 from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import backend, bottleneck, convolution, group_norm_relu
+from kernels import backend, bottleneck, convolution, group_norm_relu, native
+from kernels.convolution import SOURCE
 
 OPERATORS = ("convolution", "bottleneck", "group_norm_relu")
 
@@ -93,8 +94,14 @@ def compiled_for(*given):
     return code
 
 
-def test_without_a_kernel_nothing_of_ours_is_dispatched():
+def test_without_a_kernel_nothing_of_ours_is_dispatched(monkeypatch):
+    monkeypatch.setattr("kernels.native.missing", lambda source: "a compiler")
     assert dispatched(*arguments(2, 3)) == set()
+
+
+@pytest.mark.skipif(native.missing(SOURCE) is not None, reason=str(native.missing(SOURCE)))
+def test_a_kernel_in_cpp_is_dispatched():
+    assert dispatched(*arguments(2, 3)) == set(OPERATORS)
 
 
 def test_a_kernel_is_dispatched(triton_device):

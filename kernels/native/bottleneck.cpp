@@ -1,0 +1,3 @@
+#include "bottleneck.h"
+
+NATIVE_OPERATOR(bottleneck, BottleneckCall)

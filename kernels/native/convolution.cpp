@@ -1,0 +1,3 @@
+#include "convolution.h"
+
+NATIVE_OPERATOR(convolution, ConvolutionCall)

@@ -1,0 +1,3 @@
+#include "group_norm_relu.h"
+
+NATIVE_OPERATOR(group_norm_relu, GroupNormReluCall)
