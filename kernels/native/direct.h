@@ -13,8 +13,10 @@
 namespace {
 
 constexpr int64_t WIDTH = 32;       // output channels that lie beside each other
-constexpr int DIRECT = LANES / 2;   // rows that are summed at once with two vectors each: half of the registers
-constexpr int NARROW = 4;           // rows that are summed at once with few outputs, and the most of these
+constexpr int FEW_ROWS = 4;         // rows that are summed at once: eight sums of two vectors hide an FMA's latency
+constexpr int64_t GROUP = 32;       // rows that weights are read for at once, from the first cache; untuned
+constexpr int64_t FEW_PIXELS = 64;  // for each thread, below which threads split outputs; untuned
+constexpr int FEW_OUTPUTS = 4;      // the most of them for vectors along input channels
 constexpr int64_t FILLED = 16;      // channels of few outputs are a multiple of it
 constexpr int64_t TAPS = 9;
 
@@ -32,11 +34,9 @@ struct Summing {
 
     int64_t pixels() const { return n * after.h * after.w; }
     int64_t panels() const { return split(after.k, WIDTH); }
+    int64_t widest() const { return split(std::max(x.c, skip.c), LINE) * LINE; }
     // Of scratch: a pixel of zeros, and addresses, each as long as two floats.
-    int64_t floats() const {
-        const int64_t addresses = (copies + 1) * TAPS * std::max(DIRECT, NARROW);
-        return split(std::max(x.c, skip.c), LINE) * LINE + addresses * 2;
-    }
+    int64_t floats() const { return widest() + (copies + 1) * TAPS * GROUP * 2; }
 };
 
 // R pixels of the n images. Pooled, four neighbours that become one follow each other.
@@ -44,28 +44,31 @@ template <int R>
 struct Rows {
     int64_t image[R], y[R], x[R], count;
 
-    Rows(const Summing& of, int64_t first) : count(std::min<int64_t>(R, of.pixels() - first)) {
-        const int64_t h = of.after.h, w = of.after.w;
+    void start(const Summing& of, int64_t first) {
+        count = std::min<int64_t>(R, of.pixels() - first);
+        const int64_t side = of.after.then == POOL ? 2 : 1, corners = side * side;
+        const int64_t down = of.after.h / side, across = of.after.w / side, cell = first / corners;
+        int64_t place = cell / (down * across), cy = cell / across % down, cx = cell % across;
         for (int64_t r = 0; r < R; ++r) {
-            const int64_t m = first + std::min(r, count - 1);  // those beyond the last are it again
-            image[r] = m / (h * w);
-            const int64_t place = m % (h * w), cell = place / 4, corner = place % 4;
-            const bool pooled = of.after.then == POOL;
-            y[r] = pooled ? cell / (w / 2) * 2 + corner / 2 : place / w;
-            x[r] = pooled ? cell % (w / 2) * 2 + corner % 2 : place % w;
+            image[r] = place, y[r] = cy * side + r % corners / side, x[r] = cx * side + r % corners % side;
+            // Those beyond the last are it, or its neighbours, again.
+            if ((r + 1) % corners || r + 1 >= count) continue;
+            if (++cx == across) cx = 0, ++cy;
+            if (cy == down) cy = 0, ++place;
         }
     }
 
     // Where each tap reads in the images of one copy: [taps, R].
     void addresses(const Summing& of, const Summand& from, int64_t copy, const float* outside, const float** at) const {
-        const int64_t h = of.after.h, w = of.after.w;
-        for (int64_t tap = 0; tap < of.taps; ++tap) {
-            const int64_t dy = of.taps == 1 ? 0 : tap / 3 - 1, dx = of.taps == 1 ? 0 : tap % 3 - 1;
-            for (int r = 0; r < R; ++r) {
-                const int64_t py = y[r] + dy, px = x[r] + dx;
-                const bool inside = py >= 0 && py < h && px >= 0 && px < w;
-                const int64_t pixel = ((copy * of.n + image[r]) * h + py) * w + px;
-                at[tap * R + r] = inside ? from.x + pixel * from.c : outside;
+        const int64_t h = of.after.h, w = of.after.w, reach = of.taps == 1 ? 0 : 1;
+        for (int r = 0; r < R; ++r) {
+            const float* middle = from.x + (((copy * of.n + image[r]) * h + y[r]) * w + x[r]) * from.c;
+            for (int64_t dy = -reach, tap = 0; dy <= reach; ++dy) {
+                const bool inside = uint64_t(y[r] + dy) < uint64_t(h);
+                for (int64_t dx = -reach; dx <= reach; ++dx, ++tap) {
+                    const bool there = inside && uint64_t(x[r] + dx) < uint64_t(w);
+                    at[tap * R + r] = there ? middle + (dy * w + dx) * from.c : outside;
+                }
             }
         }
     }
@@ -84,47 +87,55 @@ struct Rows {
                 v[r] = one[0];
             }
         }
+        if (after.then == SPREAD) {
+            const Spread spread(after, channel, lanes);
+            for (int64_t r = 0; r < count; ++r) spread.put(v[r], before + image[r], y[r], x[r]);
+            return;
+        }
         const int64_t step = after.then == POOL ? 4 : 1;
         for (int64_t r = 0; r < count; r += step) {
             const Vec value = step == 1 ? v[r] : largest(largest(v[r], v[r + 1]), largest(v[r + 2], v[r + 3]));
-            if (after.then == SPREAD) {
-                after.spread(value, before + image[r], y[r], x[r], channel, lanes);
-            } else {
-                store(after.at(before + image[r], y[r], x[r], channel), value, lanes);
-            }
+            float* to = after.at(before + image[r], y[r], x[r], channel);
+            lanes < LANES ? store(to, value, lanes) : store(to, value);
         }
     }
 };
 
-// sums [R][W vectors] += the products of all taps. at [taps, R]; weight [taps, c, 32] from the wanted vectors on.
+// to [R][W vectors] = from + the products of all taps. at [taps, R]; weight [taps, c, 32] from the wanted vectors on.
+// A function of its own, so that addresses have registers: inlined, GCC 12 moves them to vectors and back.
 template <int R, int W>
-inline void add_products(const float* const* at, const float* weight, int64_t taps, int64_t c, Vec (&sums)[R][W]) {
+__attribute__((noinline)) void add_products(const float* const* at, const float* weight, int64_t taps, int64_t c,
+                                            const Vec (&from)[R][W], Vec (&to)[R][W]) {
+    Vec sums[R][W];
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < W; ++j) sums[r][j] = from[r][j];
     for (int64_t tap = 0; tap < taps; ++tap) {
-        const float* from[R];
-        for (int r = 0; r < R; ++r) from[r] = at[tap * R + r];
+        const float* pixels[R];
+        for (int r = 0; r < R; ++r) pixels[r] = at[tap * R + r];
         for (int64_t i = 0; i < c; ++i, weight += WIDTH) {
             Vec right[W];
             for (int j = 0; j < W; ++j) right[j] = load(weight + j * LANES);
             for (int r = 0; r < R; ++r)
-                for (int j = 0; j < W; ++j) sums[r][j] += from[r][i] * right[j];
+                for (int j = 0; j < W; ++j) sums[r][j] += pixels[r][i] * right[j];
         }
     }
+    for (int r = 0; r < R; ++r)
+        for (int j = 0; j < W; ++j) to[r][j] = sums[r][j];
 }
 
 // W vectors of the channels from `channel`, of every copy. at: x's addresses of each copy, then those of the skip.
 template <int W>
-inline void sum_wide(const Summing& of, const Rows<DIRECT>& rows, const float* const* at, int64_t channel) {
-    const int64_t panel = channel / WIDTH, offset = channel % WIDTH, step = of.taps * DIRECT;
+inline void sum_wide(const Summing& of, const Rows<FEW_ROWS>& rows, const float* const* at, int64_t channel) {
+    const int64_t panel = channel / WIDTH, offset = channel % WIDTH, step = of.taps * FEW_ROWS;
     const auto weight = [&](const Summand& from) { return from.weight + panel * of.taps * from.c * WIDTH + offset; };
-    Vec shared[DIRECT][W] = {};
-    if (of.skip.x) add_products<DIRECT, W>(at + of.copies * step, weight(of.skip), of.taps, of.skip.c, shared);
+    Vec shared[FEW_ROWS][W] = {};
+    if (of.skip.x) add_products<FEW_ROWS, W>(at + of.copies * step, weight(of.skip), of.taps, of.skip.c, shared, shared);
     for (int64_t copy = 0; copy < of.copies; ++copy) {
-        Vec sums[DIRECT][W];
-        std::copy(&shared[0][0], &shared[0][0] + DIRECT * W, &sums[0][0]);
-        add_products<DIRECT, W>(at + copy * step, weight(of.x), of.taps, of.x.c, sums);
+        Vec sums[FEW_ROWS][W];
+        add_products<FEW_ROWS, W>(at + copy * step, weight(of.x), of.taps, of.x.c, shared, sums);
         for (int j = 0; j < W; ++j) {
-            Vec v[DIRECT];
-            for (int r = 0; r < DIRECT; ++r) v[r] = sums[r][j];
+            Vec v[FEW_ROWS];
+            for (int r = 0; r < FEW_ROWS; ++r) v[r] = sums[r][j];
             const int64_t from = channel + j * LANES;
             rows.put(of.after, v, copy * of.n, from, std::min<int64_t>(LANES, of.after.k - from));
         }
@@ -135,29 +146,32 @@ inline void sum_wide(const Summing& of, const Rows<DIRECT>& rows, const float* c
 template <int R, int K>
 inline void add_dots(const float* const* at, const float* weight, int64_t taps, int64_t c, Vec (&sums)[R][K]) {
     const int64_t filled = split(c, FILLED) * FILLED;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t i = 0; i < c; i += LANES) {
-            Vec left[R];
-            for (int r = 0; r < R; ++r) left[r] = load(at[tap * R + r] + i, c - i);
-            for (int k = 0; k < K; ++k) {
-                const Vec right = load(weight + (k * taps + tap) * filled + i);
-                for (int r = 0; r < R; ++r) sums[r][k] += left[r] * right;
-            }
+    const auto add = [&](int64_t tap, int64_t i, auto read) {
+        Vec left[R];
+        for (int r = 0; r < R; ++r) left[r] = read(at[tap * R + r] + i);
+        for (int k = 0; k < K; ++k) {
+            const Vec right = load(weight + (k * taps + tap) * filled + i);
+            for (int r = 0; r < R; ++r) sums[r][k] += left[r] * right;
         }
+    };
+    for (int64_t tap = 0; tap < taps; ++tap) {
+        int64_t i = 0;
+        for (; i + LANES <= c; i += LANES) add(tap, i, [](const float* from) { return load(from); });
+        if (i < c) add(tap, i, [&](const float* from) { return load(from, c - i); });
     }
 }
 
 // All K outputs of every copy.
 template <int K>
-inline void sum_narrow(const Summing& of, const Rows<NARROW>& rows, const float* const* at) {
-    const int64_t step = of.taps * NARROW;
-    Vec shared[NARROW][K] = {};
-    if (of.skip.x) add_dots<NARROW, K>(at + of.copies * step, of.skip.weight, of.taps, of.skip.c, shared);
+inline void sum_narrow(const Summing& of, const Rows<FEW_ROWS>& rows, const float* const* at) {
+    const int64_t step = of.taps * FEW_ROWS;
+    Vec shared[FEW_ROWS][K] = {};
+    if (of.skip.x) add_dots<FEW_ROWS, K>(at + of.copies * step, of.skip.weight, of.taps, of.skip.c, shared);
     for (int64_t copy = 0; copy < of.copies; ++copy) {
-        Vec sums[NARROW][K], v[NARROW];
-        std::copy(&shared[0][0], &shared[0][0] + NARROW * K, &sums[0][0]);
-        add_dots<NARROW, K>(at + copy * step, of.x.weight, of.taps, of.x.c, sums);
-        for (int r = 0; r < NARROW; ++r) {
+        Vec sums[FEW_ROWS][K], v[FEW_ROWS];
+        std::copy(&shared[0][0], &shared[0][0] + FEW_ROWS * K, &sums[0][0]);
+        add_dots<FEW_ROWS, K>(at + copy * step, of.x.weight, of.taps, of.x.c, sums);
+        for (int r = 0; r < FEW_ROWS; ++r) {
             float values[LANES] = {};
             for (int k = 0; k < K; ++k) values[k] = total(sums[r][k]);
             v[r] = load(values);
@@ -166,15 +180,15 @@ inline void sum_narrow(const Summing& of, const Rows<NARROW>& rows, const float*
     }
 }
 
-// R pixels from `first` on with the addresses of all that they read, in `memory`.
+// R pixels from `first` on with the addresses of all that they read, in the `slot`th part of `memory`.
 template <int R>
 struct Reading {
     Rows<R> rows;
     const float** at;
 
-    Reading(const Summing& of, int64_t first, float* memory)
-        : rows(of, first),
-          at(reinterpret_cast<const float**>(memory + split(std::max(of.x.c, of.skip.c), LINE) * LINE)) {
+    void start(const Summing& of, int64_t first, float* memory, int64_t slot) {
+        rows.start(of, first);
+        at = reinterpret_cast<const float**>(memory + of.widest()) + slot * (of.copies + 1) * of.taps * R;
         for (int64_t copy = 0; copy < of.copies; ++copy) {
             rows.addresses(of, of.x, copy, memory, at + copy * of.taps * R);
         }
@@ -182,21 +196,26 @@ struct Reading {
     }
 };
 
-// DIRECT pixels from `first` on, in the output channels [from, to).
-inline void wide_rows(const Summing& of, int64_t first, int64_t from, int64_t to, float* memory) {
-    const Reading<DIRECT> reading(of, first, memory);
+// Pixels [first, last), at most GROUP, in the output channels [from, to): weights are read once for all of them.
+inline void wide_rows(const Summing& of, int64_t first, int64_t last, int64_t from, int64_t to, float* memory) {
+    Reading<FEW_ROWS> readings[GROUP / FEW_ROWS];
+    const int64_t count = split(last - first, FEW_ROWS);
+    for (int64_t i = 0; i < count; ++i) readings[i].start(of, first + i * FEW_ROWS, memory, i);
     for (int64_t channel = from; channel < to; channel += 2 * LANES) {
-        if (to - channel > LANES) {
-            sum_wide<2>(of, reading.rows, reading.at, channel);
-        } else {
-            sum_wide<1>(of, reading.rows, reading.at, channel);
+        for (int64_t i = 0; i < count; ++i) {
+            if (to - channel > LANES) {
+                sum_wide<2>(of, readings[i].rows, readings[i].at, channel);
+            } else {
+                sum_wide<1>(of, readings[i].rows, readings[i].at, channel);
+            }
         }
     }
 }
 
-// NARROW pixels from `first` on, of up to NARROW outputs.
+// FEW_ROWS pixels from `first` on, of up to FEW_ROWS outputs.
 inline void narrow_rows(const Summing& of, int64_t first, float* memory) {
-    const Reading<NARROW> reading(of, first, memory);
+    Reading<FEW_ROWS> reading;
+    reading.start(of, first, memory, 0);
     if (of.after.k == 1) return sum_narrow<1>(of, reading.rows, reading.at);
     if (of.after.k == 2) return sum_narrow<2>(of, reading.rows, reading.at);
     if (of.after.k == 3) return sum_narrow<3>(of, reading.rows, reading.at);
@@ -205,19 +224,22 @@ inline void narrow_rows(const Summing& of, int64_t first, float* memory) {
 
 // This thread's share of a convolution.
 inline void sum_share(const Summing& of, bool narrow, const Worker& worker) {
-    std::fill_n(worker.memory, std::max(of.x.c, of.skip.c), 0.f);
+    std::fill_n(worker.memory, of.widest(), 0.f);
+    const int64_t pixels = of.pixels(), panels = of.panels();
     if (narrow) {
-        const auto own = worker.share(of.pixels(), NARROW);
-        for (int64_t first = own.first; first < own.last; first += NARROW) narrow_rows(of, first, worker.memory);
+        const auto own = worker.share(pixels, FEW_ROWS);
+        for (int64_t first = own.first; first < own.last; first += FEW_ROWS) narrow_rows(of, first, worker.memory);
         return;
     }
-    const int64_t blocks = split(of.pixels(), DIRECT), panels = of.panels();
     // Few rows: their output channels are split, so that no thread reads all weights for little work.
-    const int64_t parts = blocks < 4 * worker.threads ? panels : 1;
+    const int64_t parts = pixels < FEW_PIXELS * worker.threads ? std::min(panels, worker.threads) : 1;
+    const int64_t share = split(split(pixels, parts > 1 ? 1 : worker.threads), FEW_ROWS) * FEW_ROWS;
+    const int64_t block = std::min(share, GROUP), blocks = split(pixels, block);
     const auto own = worker.share(parts * blocks);
     for (int64_t work = own.first; work < own.last; ++work) {
-        const int64_t part = work / blocks, from = panels * part / parts * WIDTH, to = panels * (part + 1) / parts * WIDTH;
-        wide_rows(of, work % blocks * DIRECT, from, std::min(to, of.after.k), worker.memory);
+        const int64_t part = work / blocks, first = work % blocks * block;
+        const int64_t from = panels * part / parts * WIDTH, to = panels * (part + 1) / parts * WIDTH;
+        wide_rows(of, first, std::min(first + block, pixels), from, std::min(to, of.after.k), worker.memory);
     }
 }
 

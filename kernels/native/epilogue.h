@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <cstring>
-
 #include "vectors.h"
 #include "worker.h"
 
@@ -49,22 +47,33 @@ struct Epilogue {
 
     // Where a finished vector goes that is kept, or that is the maximum of the pixels around (y, x).
     float* at(int64_t image, int64_t y, int64_t x, int64_t channel) const {
-        const int64_t side = then == POOL ? 2 : 1;
-        return out + ((image * (h / side) + y / side) * (w / side) + x / side) * k + channel;
+        const int half = then == POOL ? 1 : 0;  // as shifts: divisions take longer than the store
+        return out + ((image * (h >> half) + (y >> half)) * (w >> half) + (x >> half)) * k + channel;
+    }
+};
+
+// Channels (dy, dx, c) of a pixel become c of 2x2 pixels: where `lanes` channels from `channel` on go.
+struct Spread {
+    const Epilogue& after;
+    int64_t own, line, channel, lanes;  // channels of a pixel and of a row of the result
+    int64_t whole;                      // where the vector goes, from the first of the 2x2 pixels; -1: in parts
+
+    Spread(const Epilogue& after, int64_t channel, int64_t lanes)
+        : after(after), own(after.k / 4), line(2 * after.w * own), channel(channel), lanes(lanes) {
+        whole = channel / own == (channel + lanes - 1) / own ? place(channel) : -1;
     }
 
-    // Channels (dy, dx, c) of a pixel become c of 2x2 pixels.
-    void spread(Vec v, int64_t image, int64_t y, int64_t x, int64_t channel, int64_t lanes) const {
-        const int64_t own = k / 4;
+    int64_t place(int64_t of) const {
+        const int64_t part = of / own;
+        return part / 2 * line + part % 2 * own + of % own;
+    }
+
+    void put(Vec v, int64_t image, int64_t y, int64_t x) const {
+        float* to = after.out + (image * after.h + y) * 2 * line + 2 * x * own;
+        if (whole >= 0) return lanes < LANES ? store(to + whole, v, lanes) : store(to + whole, v);
         float values[LANES];
         store(values, v);
-        for (int64_t done = 0; done < lanes;) {
-            const int64_t part = (channel + done) / own, c = (channel + done) % own;
-            const int64_t count = std::min(lanes - done, own - c);
-            float* to = out + ((image * 2 * h + 2 * y + part / 2) * 2 * w + 2 * x + part % 2) * own + c;
-            std::memcpy(to, values + done, count * sizeof(float));
-            done += count;
-        }
+        for (int64_t i = 0; i < lanes; ++i) to[place(channel + i)] = values[i];
     }
 };
 
