@@ -101,14 +101,14 @@ struct Rows {
     }
 };
 
-// to [R][W vectors] = from + the products of all taps. at [taps, R]; weight [taps, c, 32] from the wanted vectors on.
-// A function of its own, so that addresses have registers: inlined, GCC 12 moves them to vectors and back.
+// to [R][W vectors] = from (null: zeros) + the products of all taps. at [taps, R]; weight [taps, c, 32] from the wanted
+// vectors on. A function of its own, so that addresses have registers: inlined, GCC 12 moves them to vectors and back.
 template <int R, int W>
 __attribute__((noinline)) void add_products(const float* const* at, const float* weight, int64_t taps, int64_t c,
-                                            const Vec (&from)[R][W], Vec (&to)[R][W]) {
+                                            const Vec (*from)[W], Vec (*to)[W]) {
     Vec sums[R][W];
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < W; ++j) sums[r][j] = from[r][j];
+        for (int j = 0; j < W; ++j) sums[r][j] = from ? from[r][j] : Vec{};
     for (int64_t tap = 0; tap < taps; ++tap) {
         const float* pixels[R];
         for (int r = 0; r < R; ++r) pixels[r] = at[tap * R + r];
@@ -127,12 +127,14 @@ __attribute__((noinline)) void add_products(const float* const* at, const float*
 template <int W>
 inline void sum_wide(const Summing& of, const Rows<FEW_ROWS>& rows, const float* const* at, int64_t channel) {
     const int64_t panel = channel / WIDTH, offset = channel % WIDTH, step = of.taps * FEW_ROWS;
-    const auto weight = [&](const Summand& from) { return from.weight + panel * of.taps * from.c * WIDTH + offset; };
-    Vec shared[FEW_ROWS][W] = {};
-    if (of.skip.x) add_products<FEW_ROWS, W>(at + of.copies * step, weight(of.skip), of.taps, of.skip.c, shared, shared);
+    const auto add = [&](const Summand& to_add, const float* const* read, const Vec(*from)[W], Vec(*to)[W]) {
+        const float* weight = to_add.weight + panel * of.taps * to_add.c * WIDTH + offset;
+        add_products<FEW_ROWS, W>(read, weight, of.taps, to_add.c, from, to);
+    };
+    Vec shared[FEW_ROWS][W], sums[FEW_ROWS][W];
+    if (of.skip.x) add(of.skip, at + of.copies * step, nullptr, shared);
     for (int64_t copy = 0; copy < of.copies; ++copy) {
-        Vec sums[FEW_ROWS][W];
-        add_products<FEW_ROWS, W>(at + copy * step, weight(of.x), of.taps, of.x.c, shared, sums);
+        add(of.x, at + copy * step, of.skip.x ? shared : nullptr, sums);
         for (int j = 0; j < W; ++j) {
             Vec v[FEW_ROWS];
             for (int r = 0; r < FEW_ROWS; ++r) v[r] = sums[r][j];
@@ -142,35 +144,43 @@ inline void sum_wide(const Summing& of, const Rows<FEW_ROWS>& rows, const float*
     }
 }
 
-// sums [R][K] += the products of all taps, lane by lane. weight [K, taps, filled].
+// to [R][K] = from (null: zeros) + the products of all taps, lane by lane. weight [K, taps, filled].
 template <int R, int K>
-inline void add_dots(const float* const* at, const float* weight, int64_t taps, int64_t c, Vec (&sums)[R][K]) {
+__attribute__((noinline)) void add_dots(const float* const* at, const float* weight, int64_t taps, int64_t c,
+                                        const Vec (*from)[K], Vec (*to)[K]) {
     const int64_t filled = split(c, FILLED) * FILLED;
-    const auto add = [&](int64_t tap, int64_t i, auto read) {
-        Vec left[R];
-        for (int r = 0; r < R; ++r) left[r] = read(at[tap * R + r] + i);
-        for (int k = 0; k < K; ++k) {
-            const Vec right = load(weight + (k * taps + tap) * filled + i);
-            for (int r = 0; r < R; ++r) sums[r][k] += left[r] * right;
-        }
-    };
-    for (int64_t tap = 0; tap < taps; ++tap) {
+    Vec sums[R][K];
+    for (int r = 0; r < R; ++r)
+        for (int k = 0; k < K; ++k) sums[r][k] = from ? from[r][k] : Vec{};
+    for (int64_t tap = 0; tap < taps; ++tap, weight += filled) {
+        const float* pixels[R];
+        for (int r = 0; r < R; ++r) pixels[r] = at[tap * R + r];
         int64_t i = 0;
-        for (; i + LANES <= c; i += LANES) add(tap, i, [](const float* from) { return load(from); });
-        if (i < c) add(tap, i, [&](const float* from) { return load(from, c - i); });
+        const auto add = [&](auto read) {
+            Vec right[K];
+            for (int k = 0; k < K; ++k) right[k] = load(weight + k * taps * filled + i);
+            for (int r = 0; r < R; ++r) {
+                const Vec left = read(pixels[r] + i);
+                for (int k = 0; k < K; ++k) sums[r][k] += left * right[k];
+            }
+        };
+        for (; i + LANES <= c; i += LANES) add([](const float* at_once) { return load(at_once); });
+        if (i < c) add([&](const float* last) { return load(last, c - i); });
     }
+    for (int r = 0; r < R; ++r)
+        for (int k = 0; k < K; ++k) to[r][k] = sums[r][k];
 }
 
 // All K outputs of every copy.
 template <int K>
 inline void sum_narrow(const Summing& of, const Rows<FEW_ROWS>& rows, const float* const* at) {
     const int64_t step = of.taps * FEW_ROWS;
-    Vec shared[FEW_ROWS][K] = {};
-    if (of.skip.x) add_dots<FEW_ROWS, K>(at + of.copies * step, of.skip.weight, of.taps, of.skip.c, shared);
+    Vec shared[FEW_ROWS][K], sums[FEW_ROWS][K], v[FEW_ROWS];
+    if (of.skip.x) {
+        add_dots<FEW_ROWS, K>(at + of.copies * step, of.skip.weight, of.taps, of.skip.c, nullptr, shared);
+    }
     for (int64_t copy = 0; copy < of.copies; ++copy) {
-        Vec sums[FEW_ROWS][K], v[FEW_ROWS];
-        std::copy(&shared[0][0], &shared[0][0] + FEW_ROWS * K, &sums[0][0]);
-        add_dots<FEW_ROWS, K>(at + copy * step, of.x.weight, of.taps, of.x.c, sums);
+        add_dots<FEW_ROWS, K>(at + copy * step, of.x.weight, of.taps, of.x.c, of.skip.x ? shared : nullptr, sums);
         for (int r = 0; r < FEW_ROWS; ++r) {
             float values[LANES] = {};
             for (int k = 0; k < K; ++k) values[k] = total(sums[r][k]);
