@@ -3,10 +3,11 @@
 Triton is optional: without it the operators run their references on CPU tensors and refuse CUDA tensors.
 """
 
-import ctypes
+import math
 import os
 import struct
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,11 +60,17 @@ def runs_triton(tensor: Tensor) -> bool:
 def is_opaque(tensor: Tensor) -> bool:
     """Whether an operator of the network's inference form is called as the registered operator: where Triton runs.
 
-    Elsewhere it is its reference inline: Inductor fuses that, and a call is spared the wrapper of
-    torch.library.custom_op (25 to 120 us, EPYC with AVX2). Under torch.export it always is: exporters see plain
+    Elsewhere it is its reference inline, which Inductor fuses. Under torch.export it always is: exporters see plain
     operators.
     """
     return not torch.compiler.is_exporting() and runs_triton(tensor)
+
+
+_library = torch.library.Library("fused_ddpm", "FRAGMENT")
+
+
+def _not_differentiable(*_: object) -> None:
+    raise RuntimeError("no gradient is known of this operator, which is for inference: needs torch.no_grad()")
 
 
 def register(
@@ -72,25 +79,41 @@ def register(
     on_cpu: Callable[..., Any],
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
-    mutates: tuple[str, ...] = (),
     signature: Callable[..., Any] | str | None = None,
-) -> torch.library.CustomOpDef:
+    backward: Callable[..., Any] = _not_differentiable,
+    setup_context: Callable[..., None] | None = None,
+) -> torch._ops.OpOverload:
     """The operator fused_ddpm::NAME: `launch` where Triton runs, `on_cpu` elsewhere.
 
     fake: makes the outputs of traced calls. check: raises for what tracing leaves out, see `reads_values`.
     signature: an annotated function that has the operator's arguments, default launch, or their schema.
+    backward, setup_context: as torch.library.register_autograd takes them.
+
+    Not `torch.library.custom_op`, whose wrapper takes 60 us a call, as long as a convolution at batch 1.
     """
-
-    def run(*arguments: Any) -> Any:
-        if check is not None:
-            check(*arguments)
-        return (launch if runs_triton(arguments[0]) else on_cpu)(*arguments)
-
     schema = signature
     if not isinstance(schema, str):
-        schema = torch.library.infer_schema(signature or launch, mutates_args=mutates)
-    operator = torch.library.custom_op(f"fused_ddpm::{name}", run, mutates_args=mutates, schema=schema)
-    operator.register_fake(fake)
+        schema = torch.library.infer_schema(signature or launch, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.fused_ddpm, name).default
+    arguments = operator._schema.arguments
+    written = [i for i, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
+
+    def run(*given: Any) -> Any:
+        if check is not None:
+            check(*given)
+        result = (launch if runs_triton(given[0]) else on_cpu)(*given)
+        for i in written:
+            if given[i] is not None:
+                torch.autograd.graph.increment_version(given[i])
+        return result
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(operator, fake, lib=_library)
+    if written:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_library)
     return operator
 
 
@@ -108,8 +131,10 @@ def reads_values(tensor: Tensor) -> bool:
 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise ValueError unless all values are in low..high, where they are read."""
-    if reads_values(tensor) and tensor.numel() and not low <= (least := int(tensor.min())) <= int(tensor.max()) <= high:
-        raise ValueError(f"{name}: got {least}..{int(tensor.max())}, needs {low}..{high}")
+    if reads_values(tensor) and tensor.numel():
+        least, most = (int(value) for value in torch.aminmax(tensor))
+        if least < low or most > high:
+            raise ValueError(f"{name}: got {least}..{most}, needs {low}..{high}")
 
 
 def check_tensors(optional: Mapping[str, object] | None = None, /, **needed: object) -> None:
@@ -251,6 +276,10 @@ def recording_native(append: RecordedCall) -> Iterator[None]:
         del _recording_native.append
 
 
+# Elements for each thread that is woken: some microseconds of work. Untuned.
+THREAD_ELEMENTS = 4096
+
+
 def fields(*values: Tensor | float | None) -> list[int]:
     """The fields of a struct that an operator in C++ takes: a tensor's address (None: 0), an integer, a double's bits.
 
@@ -267,6 +296,13 @@ def _field(value: Tensor | float | None) -> int:
     return 0 if value is None else int(value)
 
 
+def extent(images: Tensor) -> tuple[int, int, int]:
+    """(n, area, channels) as elements.h has them: one channel of all elements unless the tensor is channels_last."""
+    if is_channels_last(images):
+        return images.shape[0], images.shape[2] * images.shape[3], images.shape[1]
+    return images.shape[0], math.prod(images.shape[1:]), 1
+
+
 def runs_native(source: Path, *tensors: Tensor | None) -> bool:
     """Whether an operator on these tensors runs in C++: float32 on the CPU, some elements, no gradient, and a compiler.
 
@@ -279,8 +315,8 @@ def runs_native(source: Path, *tensors: Tensor | None) -> bool:
     return native.missing(source) is None
 
 
-def launch_native(source: Path, call: Sequence[int]) -> None:
-    """Run an operator in C++ (see `kernels.native`) on PyTorch's threads.
+def launch_native(source: Path, call: Sequence[int], elements: int | None = None) -> None:
+    """Run an operator in C++ (see `kernels.native`) on PyTorch's threads; few where there are few elements.
 
     call: the fields of its struct: addresses (0 for none), sizes, flags; doubles by their bits.
     Raises: MemoryError where the threads find no room.
@@ -289,5 +325,8 @@ def launch_native(source: Path, call: Sequence[int]) -> None:
         append(source, call)
         return
     threads = torch.get_num_threads()
-    if getattr(native.load(source), source.stem)((ctypes.c_int64 * len(call))(*call), ctypes.c_int64(threads)):
+    if elements is not None:
+        threads = min(threads, max(1, elements // THREAD_ELEMENTS))
+    struct_of = array("q", call)
+    if native.function(source)(struct_of.buffer_info()[0], threads):
         raise MemoryError(f"{source.stem}: no memory for its {threads} threads")

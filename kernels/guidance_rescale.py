@@ -12,10 +12,11 @@ idle, beside a network that is hundreds of times as much work.
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, native
 from kernels.backend import FLOATS, Cost, jit, power_of_two, tl
 from kernels.solver_step import FLOAT32_MAX, guide
 
+SOURCE = native.source_of("guidance_rescale")
 ELEMENTS_LIMIT = 1 << 31  # offsets within a sample are 32 bit, those of samples 64 bit
 TILE = 4096  # elements of both outputs that a program holds in registers, at 16 a thread up to 8 warps. Untuned.
 THREAD_ELEMENTS = 16
@@ -104,7 +105,16 @@ def launch(m: Tensor, m_uncond: Tensor, guidance: Tensor, rescale: Tensor) -> Te
     return out
 
 
+def native_call(m: Tensor, m_uncond: Tensor, guidance: Tensor, rescale: Tensor, out: Tensor) -> list[int]:
+    """The call of native/guidance_rescale.h: float32 tensors in one layout."""
+    return backend.fields(m, m_uncond, guidance, guidance.ndim, rescale, out, len(m), m[0].numel())
+
+
 def _on_cpu(m: Tensor, m_uncond: Tensor, guidance: Tensor, rescale: Tensor) -> Tensor:
+    if backend.runs_native(SOURCE, m, m_uncond):
+        out, m_uncond = torch.empty_like(m), backend.like(m_uncond, m)
+        backend.launch_native(SOURCE, native_call(m, m_uncond, guidance, rescale, out), m.numel())
+        return out
     compute = backend.computed_in(m.dtype)
     weights = guidance.to(compute)
     weights = weights.reshape(-1, *(1,) * (m.ndim - 1)) if weights.ndim else weights
@@ -153,7 +163,8 @@ def guidance_rescale(m: Tensor, m_uncond: Tensor, guidance: float | Tensor, resc
     else:
         weights = backend.scalar("guidance", guidance, torch.float32, m.device)
     phi = backend.scalar("rescale", rescale, torch.float32, m.device)
-    return (operator if backend.is_opaque(m) else _on_cpu)(m, m_uncond, weights, phi)
+    registered = backend.is_opaque(m) or backend.runs_native(SOURCE, m, m_uncond)
+    return (operator if registered else _on_cpu)(m, m_uncond, weights, phi)
 
 
 def cost(m: torch.dtype) -> Cost:

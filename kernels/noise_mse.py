@@ -9,10 +9,12 @@
 import torch
 from torch import Tensor
 
-from kernels import backend, philox
+from kernels import backend, native, philox
 from kernels.backend import Cost, jit, tl
 from kernels.items import COUNTS, Items, access, launch_items, place
 from kernels.philox import Stream, tl_item_normals
+
+SOURCE = native.source_of("noise_mse")
 
 
 def reference(pred: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -88,12 +90,32 @@ def _noise(pred: Tensor, seed: Tensor, samples: Tensor) -> Tensor:
     return philox.normal_like(pred, seed, samples, Stream.TRAINING_NOISE, backend.computed_in(pred.dtype))
 
 
+def native_call(
+    pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None, out: Tensor
+) -> list[int]:
+    """The call of native/noise_mse.h."""
+    return backend.fields(pred, seed, samples, weight, grad, out, *backend.extent(pred))
+
+
+def _native(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None, grad: Tensor | None = None) -> Tensor:
+    """The loss, or its gradient."""
+    flat, samples = backend.packed(pred), backend.vector(samples)
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    out = pred.new_empty(()) if grad is None else torch.empty_like(flat)
+    backend.launch_native(SOURCE, native_call(flat, seed, samples, weight, grad, out), pred.numel())
+    return out if grad is None else backend.like(out, pred)
+
+
 def _loss_on_cpu(pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None) -> Tensor:
+    if backend.runs_native(SOURCE, pred):
+        return _native(pred, seed, samples, weight)
     noise = _noise(pred, seed, samples)
     return reference(pred.to(noise.dtype), noise, None if weight is None else weight.to(noise.dtype))
 
 
 def _gradient_on_cpu(grad: Tensor, pred: Tensor, seed: Tensor, samples: Tensor, weight: Tensor | None) -> Tensor:
+    if backend.runs_native(SOURCE, pred, grad):
+        return _native(pred, seed, samples, weight, grad)
     noise = _noise(pred, seed, samples)
     gradient = (pred.to(noise.dtype) - noise) * (grad * 2 / max(pred.numel(), 1))
     if weight is not None:
@@ -105,7 +127,6 @@ def _fake_loss(pred: Tensor, *others: object) -> Tensor:
     return pred.new_empty((), dtype=backend.computed_in(pred.dtype))
 
 
-operator = backend.register("noise_mse", launch, _loss_on_cpu, _fake_loss, signature=_loss_on_cpu)
 backward_operator = backend.register(
     "noise_mse_backward",
     lambda grad, *others: launch(*others, grad),
@@ -123,7 +144,15 @@ def _backward(ctx, grad: Tensor):
     return backward_operator(grad, *ctx.saved_tensors), None, None, None
 
 
-operator.register_autograd(_backward, setup_context=_setup_context)
+operator = backend.register(
+    "noise_mse",
+    launch,
+    _loss_on_cpu,
+    _fake_loss,
+    signature=_loss_on_cpu,
+    backward=_backward,
+    setup_context=_setup_context,
+)
 
 
 def noise_mse(pred: Tensor, seed: int | Tensor, samples: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import backend
+from kernels import backend, native
 from kernels.backend import jit, libdevice, tl
 
+SOURCE = native.source_of("philox")
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
@@ -111,18 +112,32 @@ def word_tensor(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream:
     samples: int64 [n] on the device that shall compute. seed and step may be one-element int64 tensors, step also one
     of n, for each sample its own.
     """
+    counters = _counters(seed, samples, step, stream)
+    return operator(*counters, numel, False) if _runs_native(samples) else _words(*counters, numel)
+
+
+def _counters(seed: int | Tensor, samples: Tensor, step: int | Tensor, stream: int) -> tuple[Tensor, ...]:
+    """(seed [1], samples [n], step [1 or n], stream), checked, the tensors int64 on the device of the samples."""
     check_seed(seed)
     check_samples(samples)
     check_integer("step", step, STEP_LIMIT, samples.shape[0])
     check_integer("stream", stream, STREAM_LIMIT)
-    samples = samples.to(torch.int64)
+
+    def vector(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.int64, device=samples.device).reshape(-1)
+
+    return vector(seed), samples.to(torch.int64), vector(step), stream
+
+
+def _runs_native(samples: Tensor) -> bool:
+    """Under torch.compile the reference is inline, where Inductor fuses it with what follows."""
+    return samples.device.type == "cpu" and not torch.compiler.is_compiling() and native.missing(SOURCE) is None
+
+
+def _words(seed: Tensor, samples: Tensor, step: Tensor, stream: int, numel: int) -> Tensor:
     device, n, blocks = samples.device, samples.shape[0], (numel + 3) // 4
-
-    def scalar(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.int64, device=device).reshape(-1, 1)
-
-    seed, block = scalar(seed), torch.arange(blocks, device=device)[None, :].expand(n, blocks)
-    counter = [block, scalar(step), samples[:, None] & MASK, (samples[:, None] >> 32) << 8 | stream]
+    seed, block = seed[:, None], torch.arange(blocks, device=device)[None, :].expand(n, blocks)
+    counter = [block, step[:, None], samples[:, None] & MASK, (samples[:, None] >> 32) << 8 | stream]
     key = [seed & MASK, seed >> 32]
     for _ in range(ROUNDS):
         # int64 products wrap, which leaves the low 64 bits right: the mask after the arithmetic shift
@@ -144,6 +159,24 @@ def box_muller(words: Tensor) -> Tensor:
     return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1).flatten(-2)
 
 
+def _draw(seed: Tensor, samples: Tensor, step: Tensor, stream: int, numel: int, normal: bool) -> Tensor:
+    """The kernel in native/philox.cpp."""
+    samples, step = samples.contiguous(), step.contiguous()
+    out = _empty(seed, samples, step, stream, numel, normal)
+    n, strides = len(samples), int(len(step) > 1)
+    call = backend.fields(seed, samples, step, strides, stream, out, normal, n, numel)
+    backend.launch_native(SOURCE, call, out.numel())
+    return out
+
+
+def _empty(seed: Tensor, samples: Tensor, step: Tensor, stream: int, numel: int, normal: bool) -> Tensor:
+    return samples.new_empty((samples.shape[0], numel), dtype=torch.float32 if normal else torch.int64)
+
+
+# What `word_tensor` and `normal` call where the kernel runs: float32 normals, or words, [n, numel].
+operator = backend.register("philox", _draw, _draw, _empty)
+
+
 def normal(
     seed: int | Tensor,
     samples: Tensor,
@@ -163,6 +196,8 @@ def normal(
         stream: what the noise is for, see `Stream`.
         shape: shape of one sample, logical C, H, W order.
 
+    float64 is computed in float64; other types are rounded float32, on a CPU with a C++ compiler by the kernel.
+
     Returns: tensor [n, *shape] on `device`. Raises ValueError or TypeError for arguments out of range.
     """
     if not isinstance(shape, Sequence) or not all(is_integer(size) and size >= 0 for size in shape):
@@ -174,8 +209,11 @@ def normal(
         samples = torch.as_tensor(samples, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"samples: got {samples!r:.80}, needs an int64 tensor [n] ({error})") from error
-    values = box_muller(word_tensor(seed, samples, step, stream, numel + numel % 2))
-    return values[:, :numel].reshape(samples.shape[0], *shape).to(dtype)
+    if _runs_native(samples) and dtype != torch.float64:
+        values = operator(*_counters(seed, samples, step, stream), numel, True)
+    else:
+        values = box_muller(word_tensor(seed, samples, step, stream, numel + numel % 2))[:, :numel]
+    return values.reshape(samples.shape[0], *shape).to(dtype)
 
 
 def normal_like(x: Tensor, seed: int | Tensor, samples: Tensor, stream: int, dtype: torch.dtype) -> Tensor:

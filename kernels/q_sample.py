@@ -8,11 +8,12 @@
 import torch
 from torch import Tensor
 
-from kernels import backend, philox
+from kernels import backend, native, philox
 from kernels.backend import FLOATS, Cost, jit, tl
 from kernels.items import COUNTS, Items, access, launch_items, place, within
 from kernels.philox import Stream, tl_item_normals, tl_words
 
+SOURCE = native.source_of("q_sample")
 TRAINING_NOISE = tl.constexpr(int(Stream.TRAINING_NOISE))
 TIMESTEP, AUGMENTATION = tl.constexpr(int(Stream.TIMESTEP)), tl.constexpr(int(Stream.AUGMENTATION))
 
@@ -110,7 +111,38 @@ def launch(
     return backend.like(x_t, x0), backend.like(noise, x0)
 
 
+def native_call(
+    data: Tensor,
+    rows: Tensor | None,
+    given: Tensor | None,
+    flip: bool,
+    alpha_bars: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    x_t: Tensor,
+    t: Tensor | None,
+    noise: Tensor | None,
+) -> list[int]:
+    """The call of native/q_sample.h, of `q_sample` (given times) and of `q_sample_rows` (rows of data, t drawn)."""
+    timesteps, (n, *rest), width = len(alpha_bars) - 1, backend.extent(x_t), x_t.shape[-1]
+    tensors = (rows, given, flip, alpha_bars, timesteps, seed, samples, x_t, t, noise)
+    return backend.fields(data, data.dtype == torch.uint8, *tensors, n, *rest, width)
+
+
+def runs_native(data: Tensor, alpha_bars: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes them: float32, or uint8 data."""
+    values = None if data.dtype == torch.uint8 and data.numel() else data
+    return dtype == torch.float32 and backend.runs_native(SOURCE, values, alpha_bars)
+
+
 def _on_cpu(x0, t, alpha_bars, seed, samples, dtype) -> tuple[Tensor, Tensor]:
+    if runs_native(x0, alpha_bars, dtype):
+        clean = backend.packed(x0)
+        t, alpha_bars, samples = map(backend.vector, (t, alpha_bars, samples))
+        x_t, noise = (torch.empty_like(clean, dtype=dtype) for _ in range(2))
+        call = native_call(clean, None, t, False, alpha_bars, seed, samples, x_t, None, noise)
+        backend.launch_native(SOURCE, call, x_t.numel())
+        return backend.like(x_t, x0), backend.like(noise, x0)
     compute = torch.float64 if torch.float64 in (x0.dtype, dtype) else torch.float32
     noise = philox.normal_like(x0, seed, samples, Stream.TRAINING_NOISE, compute)
     x_t = reference(x0, t, alpha_bars, noise)
@@ -123,9 +155,6 @@ def _check_values(x0: Tensor, t: Tensor, alpha_bars: Tensor, *others: object) ->
 
 def _fake(x0: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x0, dtype=others[-1]), torch.empty_like(x0, dtype=others[-1])
-
-
-operator = backend.register("q_sample", launch, _on_cpu, _fake, _check_values)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -142,7 +171,9 @@ def _backward(ctx, grad_x_t: Tensor, grad_noise: Tensor | None):
     return (scale * grad_x_t).to(ctx.dtype), None, None, None, None, None
 
 
-operator.register_autograd(_backward, setup_context=_setup_context)
+operator = backend.register(
+    "q_sample", launch, _on_cpu, _fake, _check_values, backward=_backward, setup_context=_setup_context
+)
 
 
 def check_diffusion(x0: Tensor, alpha_bars: Tensor, dtype: torch.dtype) -> None:

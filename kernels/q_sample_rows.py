@@ -16,7 +16,7 @@ from kernels import backend, philox
 from kernels.backend import FLOATS, Cost
 from kernels.items import Items, launch_items
 from kernels.philox import Stream
-from kernels.q_sample import check_diffusion, pixels_to_unit, q_sample_kernel
+from kernels.q_sample import SOURCE, check_diffusion, native_call, pixels_to_unit, q_sample_kernel, runs_native
 from kernels.q_sample import reference as diffuse
 
 
@@ -56,6 +56,14 @@ def _empty(data: Tensor, rows: Tensor, *options: Any) -> tuple[Tensor, Tensor, T
 
 def _on_cpu(data: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     *others, keep_noise, dtype = others
+    if len(others[0]) and runs_native(data, others[1], dtype):
+        rows, alpha_bars, seed, samples, flip = others
+        x_t, t, noise = _empty(data, rows, flip, keep_noise, dtype)
+        data, rows, alpha_bars, samples = backend.packed(data), *map(backend.vector, (rows, alpha_bars, samples))
+        kept = noise if keep_noise else None
+        call = native_call(data, rows, None, flip, alpha_bars, seed, samples, x_t, t, kept)
+        backend.launch_native(SOURCE, call, x_t.numel())
+        return x_t, t, noise
     x_t, t, noise = reference(data, *others, dtype)
     x_t, noise = (tensor.contiguous(memory_format=backend.memory_format(data)) for tensor in (x_t, noise))
     return x_t, t, noise if keep_noise else noise.new_empty(0)

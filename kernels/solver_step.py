@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import backend, philox
+from kernels import backend, native, philox
 from kernels.backend import FLOATS, Cost, jit, tl
 from kernels.items import COUNTS, Items, access, launch_items, place
 from kernels.philox import Stream, tl_item_normals
 
+SOURCE = native.source_of("solver_step")
 COLUMNS = 8
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -136,8 +137,33 @@ def launch(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
     )
 
 
+def native_call(
+    x: Tensor,
+    m: Tensor,
+    table: Tensor,
+    index: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+    m_uncond: Tensor | None,
+    guidance: Tensor | None,
+    x0_prev: Tensor | None,
+    clip: float | None,
+) -> list[int]:
+    """The call of native/solver_step.h: float32 tensors in the layout of x, int64 index, seed and samples."""
+    n = len(x)
+    by_row, by_sample = ((0, 0), (1, 0), (n, 1))[0 if guidance is None else guidance.ndim]
+    tensors = (x, m, m_uncond, x0_prev, table, index, seed, samples, guidance)
+    return backend.fields(*tensors, by_row, by_sample, float(clip or 0), *backend.extent(x))
+
+
 def _on_cpu(x: Tensor, m: Tensor, table: Tensor, index: Tensor, seed: Tensor, samples: Tensor, *others: Any) -> None:
     m_uncond, guidance, x0_prev, clip = others
+    if backend.runs_native(SOURCE, x, m, m_uncond, x0_prev, table):
+        m, m_uncond = (None if tensor is None else backend.like(tensor, x) for tensor in (m, m_uncond))
+        samples = backend.vector(samples)
+        call = native_call(x, m, table, index, seed, samples, m_uncond, guidance, x0_prev, clip)
+        backend.launch_native(SOURCE, call, x.numel())
+        return
     entry, compute = int(index), backend.computed_in(x.dtype)
     row = table[entry].to(compute)
     z = None
@@ -163,9 +189,7 @@ def _check_values(x: Tensor, m: Tensor, table: Tensor, index: Tensor, *others: o
 # index and seed (int64) are scalars, guidance (float32, with m_uncond) one too, [S] or [S, n].
 SCHEMA = "(Tensor(a!) x, Tensor m, Tensor table, Tensor index, Tensor seed, Tensor samples, Tensor? m_uncond, "
 SCHEMA += "Tensor? guidance, Tensor(b!)? x0_prev, float? clip) -> ()"
-operator = backend.register(
-    "solver_step", launch, _on_cpu, lambda *_: None, _check_values, mutates=("x", "x0_prev"), signature=SCHEMA
-)
+operator = backend.register("solver_step", launch, _on_cpu, lambda *_: None, _check_values, signature=SCHEMA)
 
 
 def _weights(guidance: float | Tensor, table: Tensor, n: int) -> Tensor:

@@ -21,6 +21,14 @@ def references_on_the_cpu(monkeypatch):
     monkeypatch.setattr("kernels.backend.INTERPRETED", False)
 
 
+@pytest.fixture(params=["native", "reference"])
+def on_cpu(request, monkeypatch):
+    """What operators are on CPU tensors: the kernel in C++, or the reference where there is no compiler."""
+    if request.param == "reference":
+        monkeypatch.setattr("kernels.native.missing", lambda source: "a C++ compiler")
+    return request.param
+
+
 @pytest.fixture
 def poisoned():
     """Tensors are made full of NaN: what a kernel does not write stays so."""

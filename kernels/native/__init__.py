@@ -138,6 +138,14 @@ def missing(source: Path) -> str | None:
 
 
 @cache
+def function(source: Path) -> ctypes._CFuncPtr:
+    """The kernel of a source: (address of its call, threads) -> 0, or 1 without memory. Raises Unavailable."""
+    found = getattr(load(source), source.stem)
+    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int
+    return found
+
+
+@cache
 def load(source: Path) -> ctypes.CDLL:
     """The library of a C++ source, whose function has the file's name.
 

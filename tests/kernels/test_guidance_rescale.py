@@ -8,6 +8,7 @@ from bench.kernels import TOLERANCE
 from kernels import guidance_rescale
 
 SHAPES = [(3, 3, 16, 16), (2, 1, 5, 7), (4, 2), (2, 3, 48, 48), (1, 1, 64, 64), (0, 3, 4, 4)]
+pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
 WEIGHTS = {"number": lambda n: 2.5, "one": lambda n: torch.tensor([2.5]), "each": lambda n: torch.linspace(-1, 7, n)}
 
 

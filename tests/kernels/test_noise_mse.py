@@ -7,6 +7,7 @@ import torch
 from kernels import noise_mse, q_sample
 
 SHAPES = [(3, 1, 16, 16), (5, 3, 7, 9), (4, 17), (2, 1), (1, 2, 3, 5, 2)]
+pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
 
 
 def arguments(shape, dtype=torch.float32):

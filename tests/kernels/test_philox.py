@@ -18,6 +18,7 @@ KNOWN = [
 ]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 MANY = torch.arange(1000)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def ints(text):

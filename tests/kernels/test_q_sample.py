@@ -8,6 +8,7 @@ from kernels import q_sample
 
 SHAPES = [(3, 1, 16, 16), (5, 3, 7, 9), (4, 17), (2, 1), (1, 2, 3, 5, 2)]
 ALPHA_BARS = torch.linspace(1, 0.01, 11)
+pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
 
 
 def arguments(shape, seed=3):

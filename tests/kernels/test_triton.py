@@ -222,7 +222,7 @@ def arguments_of_operators(n, device="cpu"):
         ),
         "noise_mse": (ops.noise_mse.default, (x.clone().requires_grad_(), seed, samples, torch.rand(n, device=device))),
         "noise_mse_backward": (
-            backward_operator._opoverload,
+            backward_operator,
             (torch.tensor(1.0, device=device), x, seed, samples, None),
         ),
         "solver_step": (
@@ -261,9 +261,7 @@ def test_outputs_have_the_strides_that_the_fake_promises(triton_device):
     seed = torch.tensor(5, device=triton_device)
     ops = torch.ops.fused_ddpm
     torch.library.opcheck(ops.q_sample.default, (x0, t, alpha_bars, seed, samples, torch.float32))
-    torch.library.opcheck(
-        backward_operator._opoverload, (torch.ones((), device=triton_device), x0, seed, samples, None)
-    )
+    torch.library.opcheck(backward_operator, (torch.ones((), device=triton_device), x0, seed, samples, None))
 
 
 def test_strided_and_expanded_vectors_are_read_as_they_are(triton_device):

@@ -1,0 +1,3 @@
+#include "guidance_rescale.h"
+
+NATIVE_OPERATOR(guidance_rescale, GuidanceRescaleCall)

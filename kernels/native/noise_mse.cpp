@@ -1,0 +1,3 @@
+#include "noise_mse.h"
+
+NATIVE_OPERATOR(noise_mse, NoiseMseCall)

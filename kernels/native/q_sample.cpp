@@ -1,0 +1,3 @@
+#include "q_sample.h"
+
+NATIVE_OPERATOR(q_sample, QSampleCall)

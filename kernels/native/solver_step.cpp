@@ -1,0 +1,3 @@
+#include "solver_step.h"
+
+NATIVE_OPERATOR(solver_step, SolverStepCall)
