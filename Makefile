@@ -6,13 +6,14 @@ BIN := .venv/bin
 # onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
 EXTRAS := all,dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),onnx-gpu,onnx)
 
-.PHONY: help setup demo test test-long test-versions lint format static bench report gpu clean
+.PHONY: help setup demo test test-long test-versions sanitize lint format static bench report gpu clean
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
 	@echo "make test       the tests, under 4 minutes"
 	@echo "make test-long  kills, the demo's quality, long statistics"
 	@echo "make test-versions  as old and as new packages as pyproject.toml allows"
+	@echo "make sanitize   the C++ under the address and the thread sanitizer (minutes; part of test-long)"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
 	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
@@ -51,6 +52,9 @@ test-long: setup
 
 test-versions: setup
 	PYTHONPATH=. $(BIN)/python tests/environments.py oldest newest
+
+sanitize: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m long tests/kernels/test_sanitizers.py
 
 lint: setup
 	$(BIN)/ruff check .

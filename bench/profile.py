@@ -23,7 +23,7 @@ from ddpm.engines import choose
 from ddpm.errors import BadInput
 from ddpm.extras import need
 from ddpm.files import json_text, read_json, replacing_all
-from ddpm.inference import has_form, kept_form
+from ddpm.inference import form_of, kept_form
 from ddpm.networks import condition_shape
 from ddpm.trajectory import Trajectory
 
@@ -60,7 +60,7 @@ def profile(
     target = pick_device(device)
     options, table = table_of(opened, {"solver": solver, "steps": steps})
     contexts = _contexts(opened, context, guidance, batch)
-    chosen = choose(engine, target, plain=not has_form(opened.model)).name
+    chosen = choose(engine, target, form=form_of(opened.model)).name
     with runs.held(out):
         # Heavy imports (the profiler's, the page's) wait until the input is known to be good.
         from bench.profiling.measure import Sampler, ceilings, measured

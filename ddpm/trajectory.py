@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddpm.engines import Engine, choose
 from ddpm.engines.engine import Callback, FormOf, guides
 from ddpm.errors import WorkFailed, check_integer, check_number
-from ddpm.inference import FORMS, device_of, has_form, lock_of, make_form
+from ddpm.inference import device_of, form_of, has_form, lock_of, make_form
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
 from ddpm.schedule import NoiseSchedule
@@ -177,13 +177,10 @@ class Trajectory:
     def _prepared(self, custom_noise: bool) -> Engine:
         """The engine for this kind of noise; a second one shares the form of the first."""
         if custom_noise not in self._engines:
-            # What is hooked matters where graphs capture.
-            captures = self._asked == "auto" and self.device.type == "cuda"
-            plain = type(self.model) not in FORMS or (captures and not has_form(self.model))
-            kind = choose(self._asked, self.device, self.dtype, custom_noise, plain)
+            kind = choose(self._asked, self.device, self.dtype, custom_noise, form_of(self.model))
             engine = next(iter(self._engines.values()), None)
             if type(engine) is not kind:
-                form = (lambda *_, held=engine: held.form) if hasattr(engine, "form") else self._form
+                form = (lambda *_, held=engine, **__: held.form) if hasattr(engine, "form") else self._form
                 with _computing(self.device):
                     engine = kind(self.model, self.schedule.timesteps, self.table, self.dtype, form)
             self._engines[custom_noise] = engine

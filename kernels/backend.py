@@ -73,6 +73,9 @@ def _not_differentiable(*_: object) -> None:
     raise RuntimeError("no gradient is known of this operator, which is for inference: needs torch.no_grad()")
 
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}  # what a registered operator runs, by its name
+
+
 def register(
     name: str,
     launch: Callable[..., Any],
@@ -108,6 +111,7 @@ def register(
                 torch.autograd.graph.increment_version(given[i])
         return result
 
+    IMPLEMENTATIONS[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
     if written:
@@ -123,9 +127,9 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether argument values are checked: always on the CPU, on CUDA only under FUSED_DDPM_DEBUG=1."""
+    """Whether argument values are checked: on the CPU unless a program is recorded, on CUDA under FUSED_DDPM_DEBUG=1."""
     if tensor.device.type == "cpu":
-        return True
+        return not hasattr(_recording_native, "append")
     return DEBUG and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

@@ -21,6 +21,7 @@ from torch.utils.benchmark import Timer
 from bench.counts import quiet_stderr
 from bench.measure import convolution_ceiling
 from bench.profiling import trace as traces
+from bench.profiling.native import clocked
 from bench.profiling.trace import AHEAD, GAPS, MODULE, STEP, WARM_UP
 from bench.timing import synchronize
 from ddpm.errors import WorkFailed
@@ -113,6 +114,11 @@ class Sampler:
         call = (self.batch, self.context, self.guidance, self.seed)
         with suppress(_Enough):
             self.trajectory(*call, batch_size=self.batch, noise=noise, x_T=self.x, callback=callback)
+
+    def clocked(self) -> dict[str, Any]:
+        """A trace by engine native's own clock."""
+        call = (self.batch, self.context, self.guidance, self.seed)
+        return clocked(self.trajectory, *call, batch_size=self.batch, x_T=self.x)
 
     def times(self, most: int, after_step: Callable[[int], None] = lambda i: None) -> list[float]:
         """Milliseconds of the first steps, each from the end of one callback to the start of the next.
@@ -260,7 +266,8 @@ def measured(sampler: Sampler, trajectories: int) -> tuple[dict[str, Any], dict[
     """(figures, trace) of a sampler: `latency`, then `breakdown` of a few profiled steps."""
     timed = latency(sampler, trajectories)
     _, peak = memory(sampler.device)  # before the profiler adds its own
-    trace, ahead = profiled(sampler)
+    native = sampler.trajectory.engine == "native"
+    trace, ahead = (sampler.clocked(), ()) if native else profiled(sampler)
     figures, median = traces.breakdown(trace, ahead), timed["step_ms"]["p50"]
     working = sum(part["ms"] for part in figures["parts"] if part["name"] != GAPS)
     overhead, gaps = figures["profiler"]["step_ms"] / median, max(0.0, median - working)

@@ -19,6 +19,7 @@ from bench.timing import Call
 from ddpm import ContextUnet, NoiseSchedule, PointMLP, SimpleUNet, StepTable, Trajectory, Unet, make_table
 from ddpm.engines import competitors
 from ddpm.extras import lacks
+from ddpm.inference import form_of
 from ddpm.metrics import ENGINE_TOLERANCE, engine_error
 from ddpm.networks import UNet2D, condition_shape, network_times, sample_shape
 from ddpm.networks.protocol import in_type
@@ -124,7 +125,7 @@ def sampling_cost(
 def _build(name: str, steps: int, batch: int, device: torch.device) -> Bench:
     model = other(name, device)
     call = partial(sampling_call, model, make_table(SCHEDULE, "ddim", steps), batch)
-    eager, makes = call(), {engine: partial(call, engine=engine) for engine in competitors(device)}
+    eager, makes = call(), {engine: partial(call, engine=engine) for engine in competitors(device, form=form_of(model))}
     return Bench([()], eager, judged(eager, makes), sampling_cost(model, batch, steps), calls=steps, images=batch)
 
 

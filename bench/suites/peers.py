@@ -24,6 +24,7 @@ from bench.timing import Call
 from ddpm import GaussianDiffusion, StepTable, make_table
 from ddpm.engines import competitors
 from ddpm.extras import lacks
+from ddpm.inference import form_of
 from ddpm.networks import network_times, null_condition
 from ddpm.networks.protocol import in_type
 from kernels import philox
@@ -133,7 +134,9 @@ def _build_unet(steps: int, batch: int, device: torch.device) -> Bench:
     how = {"timesteps": TIMESTEPS, "sampling_timesteps": steps, "objective": "pred_noise", "auto_normalize": False}
     ours = GaussianDiffusion(model, image_size=model.sample_shape[1], **how).to(device)
     call = partial(sampling_call, model, ours.table(), batch)
-    makes: dict[str, Callable[[], Call]] = {name: partial(call, engine=name) for name in competitors(device)}
+    makes: dict[str, Callable[[], Call]] = {
+        name: partial(call, engine=name) for name in competitors(device, form=form_of(model))
+    }
     if library.missing() is None:
         x = networks.initial(model, batch, device)
         makes[library.NAME] = lambda: _library_call(ours, x)

@@ -22,7 +22,7 @@ GUIDANCE = {"plain": 1.0, "guided": 2.0}
 def _build(batch: int, dtype: torch.dtype, guidance: float, device: torch.device) -> Bench:
     model, kind = network(device), computed_in(dtype, device)
     call = partial(sampling_call, model, make_table(SCHEDULE, "ddpm", STEPS), batch, guidance)
-    eager, makes = call(), {name: partial(call, name, dtype=dtype) for name in competitors(device)}
+    eager, makes = call(), {name: partial(call, name, dtype=dtype) for name in competitors(device, dtype)}
     cost = sampling_cost(model, batch, STEPS, guidance, kind)
     return Bench([()], eager, judged(eager, makes, kind), cost, calls=STEPS)
 

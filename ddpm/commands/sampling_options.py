@@ -228,13 +228,14 @@ def sample_run(
 
         def callback(step: int, x0: Tensor) -> None:
             nonlocal done, start
-            done += 1
-            bar.update(min(done, total))
+            bar.update(min(done + step + 1, total))
             if step in kept:  # again, of fewer samples, after a chunk that ran out of memory
                 kept[step][start : start + len(x0)] = x0
             if step == steps - 1:
-                start += len(x0)
+                done += steps
+                start += 0 if x0 is None else len(x0)
 
+        callback.only_counts = not keep
         if count:
             more |= {"context": context, "first_sample": first_sample + part.start, "batch_size": batch_size}
             more = {name: value[part] if isinstance(value, Tensor) else value for name, value in more.items()}

@@ -25,7 +25,7 @@ from kernels.guidance_rescale import reference as rescaled
 from kernels.solver_step import guide
 
 Callback = Callable[[int, Tensor], None]
-FormOf = Callable[[nn.Module, torch.dtype], Form]
+FormOf = Callable[..., Form]  # (model, dtype), and layout=
 
 ENGINES: dict[str, type["Engine"]] = {}
 
@@ -54,6 +54,12 @@ class Chunk:
         return self.context is not None and guides(self.guidance)
 
 
+def only_counts(callback: Callback) -> bool:
+    """Whether it has an attribute `only_counts` that is true: an engine may call it for the last of several rows that
+    are done, and with None for x0."""
+    return getattr(callback, "only_counts", False)
+
+
 def guides(guidance: float | Tensor) -> bool:
     """Whether any weight is not 1, which is no guidance."""
     return bool((guidance != 1.0).any()) if isinstance(guidance, Tensor) else guidance != 1.0
@@ -74,9 +80,11 @@ class Engine:
 
     dtype: what the network computes in. form: how to come by the form that is run, for engines that run one.
     live: whether it runs the module itself, in the mode and with the weights that this has at the time.
+    in_operators: whether it takes only forms that are written in operators alone, see `Form`.
     """
 
     name: ClassVar[str]
+    in_operators: ClassVar[bool] = False
     live: bool = False
 
     def __init__(

@@ -1,13 +1,14 @@
 """The fused engine: the inference form of the network, and the solver's update in one kernel."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ddpm.engines.engine import Chunk, Engine, FormOf, engine, guided, shaped
 from ddpm.inference import at, halves, hooks_every_module
-from ddpm.inference.form import Rows
+from ddpm.inference.form import Layout, Rows
 from ddpm.noise import PhiloxNoise, RowNoise
 from kernels import backend, guidance_rescale, solver_step
 from kernels.solver_step import reference
@@ -21,9 +22,10 @@ class FusedEngine(Engine):
     """Runs the table on the form; the update is the operator `solver_step` (CUDA, Philox noise) or its reference."""
 
     name = "fused"
+    layout: ClassVar[Layout | None] = None  # of the form, None: its own
 
     def prepare(self, model: nn.Module, form: FormOf) -> None:
-        self.form = form(model, self.dtype)
+        self.form = form(model, self.dtype) if self.layout is None else form(model, self.dtype, layout=self.layout)
         self.live = self.form.live
         self._tables: tuple[Tensor, ...] | None = None
 

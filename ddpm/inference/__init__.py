@@ -150,14 +150,14 @@ def make_form(model: nn.Module, dtype: torch.dtype, layout: Layout | None = None
 
 
 # Not of plain forms, which hold the network: as values they would keep their own key alive.
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device], tuple[Form, Snapshot]]]
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, torch.device, Layout | None], tuple[Form, Snapshot]]]
 _kept = WeakKeyDictionary()
 
 
-def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
+def kept_form(model: nn.Module, dtype: torch.dtype, layout: Layout | None = None) -> Form:
     """The form that `sample` keeps with the model until `release`, with its present weights and what was compiled."""
     dtype = computed_in(dtype, device_of(model))
-    key = dtype, device_of(model)
+    key = dtype, device_of(model), layout
     forms = _kept.setdefault(model, {})
     for left in [other for other in forms if other[1] != key[1]]:
         del forms[left]
@@ -170,10 +170,17 @@ def kept_form(model: nn.Module, dtype: torch.dtype) -> Form:
             form.refresh(model)
             forms[key] = form, Snapshot(model)
             return form
-    form = make_form(model, dtype)
+    form = make_form(model, dtype, layout)
     if not form.live:
         forms[key] = form, Snapshot(model)
     return form
+
+
+def form_of(model: nn.Module) -> type[Form]:
+    """The class of the form that it would be given."""
+    if any(snapshot.same_settings() for _, snapshot in _kept.get(model, {}).values()):  # faster than to ask it anew
+        return FORMS[type(model)]
+    return FORMS[type(model)] if has_form(model) else PlainForm
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()

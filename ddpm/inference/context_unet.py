@@ -74,6 +74,8 @@ class Bottleneck(Normalisation):
 class ContextUnetForm(Form):
     """forward(x, table_row, rows) -> m [k * n, C, H, W] for x [n, C, H, W], computed in dtype."""
 
+    in_operators = True
+
     def __init__(self, model: ContextUnet, dtype: torch.dtype, layout: Layout | None = None) -> None:
         super().__init__(dtype)
         self.layout = layout or Layout()

@@ -53,9 +53,14 @@ NATIVE = Layout(winograd=False, kernels=True)
 
 
 class Form(nn.Module):
-    """The base of forms. live: whether it runs the module itself, in the mode and with the weights that this has."""
+    """The base of forms.
+
+    live: whether it runs the module itself, in the mode and with the weights that this has. in_operators: whether
+    forward is calls of operators of `kernels/` and views alone, under Layout.kernels: what engine `native` records.
+    """
 
     live: ClassVar[bool] = False
+    in_operators: ClassVar[bool] = False
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def _run(*command: str) -> str:
         said = err.strip().splitlines() or [f"exit code {started.returncode}"]
         raise Unavailable(f"native kernels: {command[0]} failed: {said[0]}")
     return out
+
+
+@cache
+def missing_any() -> str | None:
+    """What this machine lacks to run kernels, or None; builds all of them, several at a time."""
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(load, sources):
+                pass
+    except Unavailable as lack:
+        return str(lack)
+    return None
 
 
 def source_of(operator: str) -> Path:

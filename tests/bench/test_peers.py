@@ -21,7 +21,7 @@ def small(monkeypatch):
     torch.manual_seed(0)
     model = ContextUnet(3, 8, 5, 16).eval()
     monkeypatch.setattr(peers, "network", lambda device: model)
-    monkeypatch.setattr(peers, "competitors", lambda *where: ["fused"])
+    monkeypatch.setattr(peers, "competitors", lambda *where, **of: ["fused"])
     monkeypatch.setattr(peers, "RUNTIMES", {})
     return model
 
@@ -82,7 +82,7 @@ def test_the_library_draws_what_eager_draws_with_its_own_noise_or_ours(monkeypat
         pytest.skip(f"{name} is not installed here: docs/contributing.md says how it is")
     monkeypatch.setattr(networks, "UNET", {"dim": 4, "dim_mults": (1, 2), "attn_dim_head": 4})
     monkeypatch.setitem(networks.OTHERS, "unet", lambda: Unet(**networks.UNET, image_size=8))
-    monkeypatch.setattr(peers, "competitors", lambda *where: ["fused"])
+    monkeypatch.setattr(peers, "competitors", lambda *where, **of: ["fused"])
     found = {workload.name: workload for workload in selected("peers", True, "unet")[0]}
     bench = found["peers/unet/ddim2/batch1"].build(CPU)
     assert list(bench.candidates) == ["fused", library.NAME]

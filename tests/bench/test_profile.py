@@ -549,7 +549,7 @@ def test_a_missing_run_an_engine_not_here_and_an_unwritable_folder(run, tmp_path
     assert "file: is a file, needs a folder" in capsys.readouterr().err
     assert file.read_text() == "kept"
 
-    def missing(name, device, plain):
+    def missing(name, device, form):
         raise RuntimeError(f"engine: {name!r} needs CUDA, found cpu")
 
     monkeypatch.setattr("bench.profile.choose", missing)

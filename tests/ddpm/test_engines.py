@@ -67,7 +67,10 @@ SIZES = [
 @pytest.mark.parametrize("shape", SIZES)
 def test_the_same_picture_at_other_sizes(unet, shape):
     model = unet(**shape)
-    assert distance(draw(model, 2, engine="fused"), draw(model, 2, engine="eager")) < 1e-4
+    expected = draw(model, 2, engine="eager")
+    for engine in ("fused", "native"):
+        if engines.unavailable_reason(engine, CPU) is None:
+            assert distance(draw(model, 2, engine=engine), expected) < 1e-4
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -80,16 +83,16 @@ def test_neither_batch_size_nor_split_matters(model, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_float64_agrees_to_its_own_rounding(model, engine):
-    if engine == "graph":
-        pytest.skip("the graph engine's state is float32")
+    if engine in ("graph", "native"):
+        pytest.skip("its state is float32")
     way = WAYS["ddpm guided"] | {"dtype": torch.float64}
     assert distance(draw(model, engine=engine, **way), draw(model, engine="eager", **way)) < 1e-7  # float32 output
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_another_noise_is_taken(model, engine):
-    if engine == "graph":
-        pytest.skip("the graph engine draws its own noise")
+    if engine in ("graph", "native"):
+        pytest.skip("it draws its own noise")
     calls = []
 
     def noise(samples, step, stream, shape):
@@ -251,7 +254,8 @@ def test_modes_and_weights_are_left_alone(model):
 def test_auto_says_what_it_chose_and_why(model, caplog):
     with caplog.at_level(logging.INFO, logger="ddpm"):
         draw(model, steps=2)
-    assert any(message.startswith("engine auto: fused on cpu (") for message in caplog.messages)
+    name = "fused" if engines.unavailable_reason("native", CPU) else "native"
+    assert any(message.startswith(f"engine auto: {name} on cpu (") for message in caplog.messages)
 
 
 def test_an_unknown_engine_is_refused(model):

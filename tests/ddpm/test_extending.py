@@ -17,6 +17,7 @@ from ddpm import NoiseSchedule, engines, load_run, make_table, sample
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import ENGINES, EagerEngine, engine
+from ddpm.inference import PlainForm
 from ddpm.metrics import distance
 from ddpm.networks import NETWORKS, network
 from ddpm.solvers import SOLVERS, solver, to_eps, to_x0
@@ -199,7 +200,7 @@ def test_a_network_is_one_class_and_all_three_are_known_to_the_command_line(toys
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in ENGINES
-    if engines.unavailable_reason(name, CPU) is None
+    if engines.unavailable_reason(name, CPU, form=PlainForm) is None
 ]
 WAYS = {
     "ddpm": {},

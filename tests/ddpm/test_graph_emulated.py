@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ddpm import NoiseSchedule, Trajectory, Unet, edit, inference, make_table, sample
 from ddpm.engines import GraphEngine, choose, graph
-from ddpm.inference import Layout, kept_form
+from ddpm.inference import ContextUnetForm, Layout, PlainForm, kept_form
 from ddpm.metrics import distance
 from ddpm.networks import NETWORKS
 
@@ -180,7 +180,7 @@ def test_a_callback_that_samples_gets_buffers_of_its_own(unet, captures):
     outer = draw(model, steps=3, callback=lambda row, x0: inner.append(draw(model, steps=3, callback=lambda *_: None)))
     assert distance(outer, expected) < 1e-5
     assert all(distance(image, expected) < 1e-5 for image in inner)
-    assert len(kept_form(model, torch.float32).captures) == 1
+    assert len(kept_form(model, torch.float32).states) == 1
 
 
 def test_threads_that_share_a_trajectory_or_a_device(unet, captures):
@@ -239,7 +239,7 @@ def test_auto_captures_only_what_has_a_form(monkeypatch, caplog):
     monkeypatch.setattr("kernels.backend.triton", object())
     device = torch.device("cuda", 0)
     with caplog.at_level("INFO", logger="ddpm"):
-        assert [choose("auto", device, plain=plain).name for plain in (False, True)] == ["graph", "fused"]
+        assert [choose("auto", device, form=form).name for form in (ContextUnetForm, PlainForm)] == ["graph", "fused"]
     assert "fused on cuda:0 (graph, where asked for: this network has no form of its own)" in caplog.text
 
 

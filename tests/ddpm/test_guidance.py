@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ddpm import NoiseSchedule, edit, engines, make_table, sample
+from ddpm.inference import PlainForm
 from ddpm.metrics import ENGINE_TOLERANCE, distance
 
 SCHEDULE = NoiseSchedule.make("cosine", 40)
@@ -18,7 +19,7 @@ WEIGHTS = [2.5, 1.0, -1.5, 7.0]
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in engines.ENGINES
-    if engines.unavailable_reason(name, torch.device("cpu")) is None
+    if engines.unavailable_reason(name, torch.device("cpu"), form=PlainForm) is None
 ]
 
 

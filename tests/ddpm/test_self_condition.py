@@ -10,6 +10,7 @@ from ddpm import NoiseSchedule, make_table, sample
 from ddpm.data import Dataset
 from ddpm.distributed import World
 from ddpm.engines import ENGINES, unavailable_reason
+from ddpm.inference import PlainForm
 from ddpm.metrics import distance
 from ddpm.training import CompileTrainer, TrainOptions, make_trainer
 
@@ -19,7 +20,7 @@ SCHEDULE = NoiseSchedule.make("cosine", T)
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in ENGINES
-    if unavailable_reason(name, CPU) is None
+    if unavailable_reason(name, CPU, form=PlainForm) is None
 ]
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from ddpm import NoiseSchedule, StepTable, Trajectory, engines, load_run, make_table, sample
 from ddpm.errors import BadInput
 from ddpm.files import digest_of
+from ddpm.inference import PlainForm
 from ddpm.metrics import distance
 from ddpm.runs import make_config
 from ddpm.solvers import SOLVERS, carried_over, solver
@@ -284,7 +285,7 @@ def test_options_of_a_run(unet, digits_run, tmp_path):
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in engines.ENGINES
-    if engines.unavailable_reason(name, torch.device("cpu")) is None
+    if engines.unavailable_reason(name, torch.device("cpu"), form=PlainForm) is None
 ]
 
 

@@ -319,7 +319,7 @@ def test_torch_compile_takes_the_form_as_one_graph(size):
 HERE = [
     pytest.param(name, marks=pytest.mark.long if name == "compile" else ())
     for name in ENGINES
-    if name != "eager" and unavailable_reason(name, CPU) is None
+    if name != "eager" and unavailable_reason(name, CPU, form=UnetForm) is None
 ]
 
 

@@ -1,0 +1,48 @@
+"""The native engine under the profile: its program's own clock, written down as the trace of one step."""
+
+import time
+from typing import Any
+
+import torch
+
+from bench.profiling.trace import MODULE, OPERATOR, RANGE, STEP
+from ddpm.inference import NATIVE, kept_form
+from ddpm.trajectory import Trajectory
+
+NAMESPACE = "fused_ddpm::"
+
+
+def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
+    """A Chrome trace of one step, the mean of a whole trajectory's: a module is whose weights an operator reads.
+
+    call, more: of the trajectory, without a callback. Nothing is measured but what always is, so a step takes no longer.
+    """
+    form = kept_form(trajectory.model, torch.float32, NATIVE)
+    trajectory(*call, **more)  # by now it is recorded, and the last of the states
+    program = next(reversed(form.states.values())).program
+    before, began = list(program.nanoseconds), time.perf_counter()
+    trajectory(*call, **more)
+    steps = len(trajectory.table)
+    whole = (time.perf_counter() - began) * 1e6 / steps
+    modules = {tensor.data_ptr(): path.rpartition(".")[0] for path, tensor in form.named_buffers()}
+    at, events = 0.0, []
+
+    def span(name: str, category: str, begin: float, end: float) -> dict[str, Any]:
+        return {
+            "ph": "X",
+            "cat": category,
+            "name": name,
+            "ts": begin,
+            "dur": end - begin,
+            "pid": 1,
+            "tid": 1,
+            "args": {},
+        }
+
+    for (source, arguments), spent, earlier in zip(program.calls, program.nanoseconds, before, strict=True):
+        begin, at = at, at + (spent - earlier) / steps / 1e3
+        path = next((modules[address] for address in arguments if address in modules), None)
+        kind = "" if path is None else type(form.get_submodule(path)).__name__
+        around = "solver" if path is None else f"{MODULE}{path}|{kind}"
+        events += [span(around, RANGE, begin, at), span(NAMESPACE + source.stem, OPERATOR, begin, at)]
+    return {"traceEvents": [span(f"{STEP}0", RANGE, 0.0, max(at, whole)), *events]}
