@@ -314,7 +314,8 @@ def runs_native(source: Path, *tensors: Tensor | None) -> bool:
     """
     here = [tensor for tensor in tensors if tensor is not None]
     fits = all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in here)
-    if not fits or torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in here)):
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not fits or traced or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in here)):
         return False
     return native.missing(source) is None
 

@@ -3,6 +3,10 @@
 WINOGRAD   3x3 of channels in multiples of 32      [C' / 32, 36, C, 32], see `winograd.transform`
 FEW        up to 4 outputs, vectors along inputs   [C', k k, C filled up to a multiple of 16]
 SUMS       all others, vectors along outputs       [C' / 32 filled up, k k, C, 32]
+
+F(2x2, 3x3) has less than half of the weights of F(4x4, 3x3), but takes 1.2 to 1.8 times as long for 64, 128 and 256
+channels, 16x16, 8x8 and 4x4 pixels and batches of 1 to 128; except for a single tile, one image of 4x4, where it takes
+0.5 to 0.7 of the time (two cores of an EPYC with AVX-512, Zen 4). So there is none.
 """
 
 from dataclasses import dataclass
