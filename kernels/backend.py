@@ -127,7 +127,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def reads_values(tensor: Tensor) -> bool:
-    """Whether argument values are checked: on the CPU unless a program is recorded, on CUDA under FUSED_DDPM_DEBUG=1."""
+    """Whether argument values are checked: on the CPU unless it is recorded, on CUDA under FUSED_DDPM_DEBUG=1."""
     if tensor.device.type == "cpu":
         return not hasattr(_recording_native, "append")
     return DEBUG and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -15,7 +15,7 @@ NAMESPACE = "fused_ddpm::"
 def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
     """A Chrome trace of one step, the mean of a whole trajectory's: a module is whose weights an operator reads.
 
-    call, more: of the trajectory, without a callback. Nothing is measured but what always is, so a step takes no longer.
+    call, more: of the trajectory, without a callback. Nothing is measured but what always is, so a step takes as long.
     """
     form = kept_form(trajectory.model, torch.float32, NATIVE)
     trajectory(*call, **more)  # by now it is recorded, and the last of the states
@@ -28,16 +28,8 @@ def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
     at, events = 0.0, []
 
     def span(name: str, category: str, begin: float, end: float) -> dict[str, Any]:
-        return {
-            "ph": "X",
-            "cat": category,
-            "name": name,
-            "ts": begin,
-            "dur": end - begin,
-            "pid": 1,
-            "tid": 1,
-            "args": {},
-        }
+        place = {"ph": "X", "pid": 1, "tid": 1, "args": {}}
+        return place | {"cat": category, "name": name, "ts": begin, "dur": end - begin}
 
     for (source, arguments), spent, earlier in zip(program.calls, program.nanoseconds, before, strict=True):
         begin, at = at, at + (spent - earlier) / steps / 1e3

@@ -31,6 +31,17 @@ DIGEST = hashlib.sha256().digest_size
 LANGUAGE = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
 
+def _alone() -> None:
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+# OpenMP's threads do not follow into a forked process, and whoever waits for them there waits for ever: PyTorch's
+# operators on the CPU as well as ours.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_alone)
+
+
 class Unavailable(RuntimeError):
     """This machine cannot build or run a native kernel; the message says what is missing."""
 

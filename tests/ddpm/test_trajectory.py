@@ -183,26 +183,26 @@ def test_a_noise_of_one_s_own_is_asked_for_by_sample_step_and_stream(model, engi
 
 
 def test_a_noise_of_one_s_own_takes_an_engine_that_can_with_the_same_form(model, monkeypatch):
-    """As on CUDA, where the graph draws its own noise and `auto` goes on with fused."""
+    """As engine native, which draws its own noise and `auto` goes on with fused."""
     from ddpm.engines import ENGINES, FusedEngine
 
     class Proud(FusedEngine):
-        name = "graph"
+        name = "native"
 
         @classmethod
         def lacks(cls, device, dtype=torch.float32, custom_noise=False):
             return "Philox noise" if custom_noise else None
 
-    monkeypatch.setitem(ENGINES, "graph", Proud)
+    monkeypatch.setitem(ENGINES, "native", Proud)
     prepared = trajectory(model, "auto")
-    assert prepared.engine == "graph"
+    assert prepared.engine == "native"
     expected = prepared(2, seed=3)
     images = prepared(2, noise=lambda *where: philox.normal(3, *where))
     assert distance(images, expected) < 1e-6
     proud, other = (prepared._prepared(custom_noise=own) for own in (False, True))
     assert (type(other), other.form is proud.form) == (FusedEngine, True)
-    with pytest.raises(RuntimeError, match="engine: 'graph' in float32 needs Philox noise"):
-        trajectory(model, "graph")(2, noise=lambda *where: philox.normal(3, *where))
+    with pytest.raises(RuntimeError, match="engine: 'native' in float32 needs Philox noise"):
+        trajectory(model, "native")(2, noise=lambda *where: philox.normal(3, *where))
 
 
 def test_a_callback_sees_every_row_of_every_chunk(model):

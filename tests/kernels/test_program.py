@@ -181,6 +181,8 @@ def test_a_forked_child_has_threads_of_its_own(source, threads):
     chain.drawn()
     child = os.fork()
     if child == 0:
+        signal.alarm(20)
+        torch.set_num_threads(2)
         os._exit(0 if torch.equal(chain.drawn()[1], chain.expected()) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(chain.drawn()[1], chain.expected())
@@ -207,7 +209,7 @@ def test_several_threads_run_programs_of_their_own(source, threads):
 def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, threads):
     threads(3)
     Chain(source).drawn()
-    before = len(os.listdir("/proc/self/task"))
+    before = len(list(Path("/proc/self/task").iterdir()))
     for _ in range(100):
         Chain(source).drawn()
-    assert len(os.listdir("/proc/self/task")) == before
+    assert len(list(Path("/proc/self/task").iterdir())) == before
