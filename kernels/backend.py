@@ -83,14 +83,14 @@ def register(
     fake: Callable[..., Any],
     check: Callable[..., None] | None = None,
     signature: Callable[..., Any] | str | None = None,
-    backward: Callable[..., Any] = _not_differentiable,
+    backward: Callable[..., Any] | None = _not_differentiable,
     setup_context: Callable[..., None] | None = None,
 ) -> torch._ops.OpOverload:
     """The operator fused_ddpm::NAME: `launch` where Triton runs, `on_cpu` elsewhere.
 
     fake: makes the outputs of traced calls. check: raises for what tracing leaves out, see `reads_values`.
     signature: an annotated function that has the operator's arguments, default launch, or their schema.
-    backward, setup_context: as torch.library.register_autograd takes them.
+    backward, setup_context: as torch.library.register_autograd takes them; None: no argument can require a gradient.
 
     Not `torch.library.custom_op`, whose wrapper takes 60 us a call, as long as a convolution at batch 1.
     """
@@ -114,7 +114,7 @@ def register(
     IMPLEMENTATIONS[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    if written:
+    if written or backward is None:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_library)

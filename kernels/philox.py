@@ -174,7 +174,7 @@ def _empty(seed: Tensor, samples: Tensor, step: Tensor, stream: int, numel: int,
 
 
 # What `word_tensor` and `normal` call where the kernel runs: float32 normals, or words, [n, numel].
-operator = backend.register("philox", _draw, _draw, _empty)
+operator = backend.register("philox", _draw, _draw, _empty, backward=None)
 
 
 def normal(

@@ -6,6 +6,7 @@ import torch
 
 from bench.kernels import TOLERANCE
 from kernels import guidance_rescale
+from kernels.guidance_rescale import operator
 
 SHAPES = [(3, 3, 16, 16), (2, 1, 5, 7), (4, 2), (2, 3, 48, 48), (1, 1, 64, 64), (0, 3, 4, 4)]
 pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
@@ -79,6 +80,13 @@ def test_memory_formats(request, where):
     found = guidance_rescale(last, m_uncond, 3.0, 0.5)
     assert found.stride() == last.stride()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_registered_operator_has_no_gradient():
+    m, m_uncond = outputs((2, 3))
+    out = operator(m.requires_grad_(), m_uncond, torch.tensor(2.0), torch.tensor(0.5))
+    with pytest.raises(RuntimeError, match="no gradient is known of this operator"):
+        out.sum().backward()
 
 
 M = torch.ones(2, 3)

@@ -105,6 +105,12 @@ def test_normals_are_the_contract_s_and_words_are_bit_for_bit(shape):
     assert float((philox.normal(SEED, samples, steps, 5, (numel,)) - exact).abs().max()) < 2e-6
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("normal", [False, True])
+def test_the_registered_operator(steps, normal):
+    torch.library.opcheck(philox.operator, (torch.tensor([7]), torch.arange(3), torch.arange(steps), 1, 10, normal))
+
+
 def test_a_million_normals_are_near_the_float64_formula():
     """The contract allows 1e-5; the largest distance found is 6e-7."""
     samples = torch.arange(64)

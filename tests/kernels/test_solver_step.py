@@ -76,6 +76,16 @@ def test_x_is_changed_in_place_and_nothing_else():
     assert all(torch.equal(a, b) for a, b in zip((m, uncond, table, samples), rest, strict=True))
 
 
+def test_autograd_sees_that_x_was_changed():
+    x, m, _, x0_prev, samples = arguments((3, 4))
+    for index, kept in enumerate((x, x0_prev)):
+        y = torch.ones(3, 4, requires_grad=True)
+        loss = (y * kept).sum()
+        solver_step(x, m, random_table(), index, SEED, samples, x0_prev=x0_prev)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_a_strided_view_is_refused_and_left_alone():
     whole = torch.zeros(3, 8)
     _, m, *_, samples = arguments((3, 4))
