@@ -1,16 +1,25 @@
-"""guidance_rescale: the reference and the kernel against float64 mathematics, its two ends, bad input."""
+"""guidance_rescale: the reference and the kernels against float64 mathematics, its two ends, bad input."""
 
 import numpy as np
 import pytest
 import torch
 
 from bench.kernels import TOLERANCE
-from kernels import guidance_rescale
+from kernels import backend, guidance_rescale
 from kernels.guidance_rescale import operator
 
 SHAPES = [(3, 3, 16, 16), (2, 1, 5, 7), (4, 2), (2, 3, 48, 48), (1, 1, 64, 64), (0, 3, 4, 4)]
-pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
 WEIGHTS = {"number": lambda n: 2.5, "one": lambda n: torch.tensor([2.5]), "each": lambda n: torch.linspace(-1, 7, n)}
+
+
+@pytest.fixture(params=["triton", "native", "reference"])
+def device(request, monkeypatch, poisoned):
+    """Where the operator is one of its implementations."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_device")
+    if request.param == "reference":
+        monkeypatch.setattr("kernels.native.missing", lambda source: "a C++ compiler")
+    return torch.device("cpu")
 
 
 def outputs(shape, dtype=torch.float32, device="cpu"):
@@ -35,15 +44,13 @@ def close(found, expected, dtype):
     np.testing.assert_array_less(np.abs(found.double().cpu().numpy() - expected), limit * np.abs(expected).clip(1))
 
 
-@pytest.mark.parametrize("where", ["reference", "kernel"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_equations(request, where, shape, weights, dtype):
-    device = request.getfixturevalue("triton_device") if where == "kernel" else "cpu"
-    if where == "kernel" and dtype == torch.float64:
-        pytest.skip("kernels compute in float32")
+def test_the_equations(device, shape, weights, dtype):
     m, m_uncond = outputs(shape, dtype, device)
+    if dtype == torch.float64 and backend.runs_triton(m):
+        pytest.skip("kernels compute in float32")
     w = WEIGHTS[weights](shape[0])
     expected = mathematics(m, m_uncond, w, 0.75)
     found = guidance_rescale(m, m_uncond, w if isinstance(w, float) else w.to(device), 0.75)
@@ -51,19 +58,15 @@ def test_the_equations(request, where, shape, weights, dtype):
     close(found, expected, dtype)
 
 
-@pytest.mark.parametrize("where", ["reference", "kernel"])
-def test_the_spread_is_that_of_the_conditional_output(request, where):
-    device = request.getfixturevalue("triton_device") if where == "kernel" else "cpu"
+def test_the_spread_is_that_of_the_conditional_output(device):
     m, m_uncond = outputs((2, 3, 8, 8), device=device)
     whole, none = (guidance_rescale(m, m_uncond, 4.0, phi) for phi in (1.0, torch.zeros((), device=device)))
     torch.testing.assert_close(whole.flatten(1).std(1), m.flatten(1).std(1), atol=1e-5, rtol=0)
     assert torch.equal(none, m_uncond + 4.0 * (m - m_uncond))
 
 
-@pytest.mark.parametrize("where", ["reference", "kernel"])
-def test_a_flat_output_stays_as_it_is(request, where):
+def test_a_flat_output_stays_as_it_is(device):
     """No spread to divide by; a sample beside it is rescaled."""
-    device = request.getfixturevalue("triton_device") if where == "kernel" else "cpu"
     m, m_uncond = outputs((2, 1, 4, 4), device=device)
     m[0], m_uncond[0] = 2.0, 1.0
     found = guidance_rescale(m, m_uncond, 3.0, 0.5)
@@ -71,9 +74,7 @@ def test_a_flat_output_stays_as_it_is(request, where):
     close(found[1:], mathematics(m[1:], m_uncond[1:], 3.0, 0.5), torch.float32)
 
 
-@pytest.mark.parametrize("where", ["reference", "kernel"])
-def test_memory_formats(request, where):
-    device = request.getfixturevalue("triton_device") if where == "kernel" else "cpu"
+def test_memory_formats(device):
     m, m_uncond = outputs((2, 3, 5, 4), device=device)
     expected = guidance_rescale(m, m_uncond, 3.0, 0.5)
     last = m.contiguous(memory_format=torch.channels_last)

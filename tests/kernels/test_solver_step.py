@@ -12,6 +12,16 @@ TIMES = (900, 31, 1)
 pytestmark = pytest.mark.usefixtures("on_cpu", "poisoned")
 
 
+@pytest.fixture(params=["triton_device", "cpu"])
+def device(request, on_cpu):
+    """Where the operator is in Triton, and the CPU."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    if on_cpu == "reference":
+        pytest.skip("it is in Triton")
+    return request.getfixturevalue(request.param)
+
+
 def arguments(shape, dtype=torch.float32):
     """x, m, m_uncond, x0_prev, samples of a seeded batch."""
     generator = torch.Generator().manual_seed(6)
@@ -127,9 +137,7 @@ def test_guidance_as_a_tensor():
     torch.testing.assert_close(got, solver_step(x, m, random_table(), 1, SEED, samples, uncond, 2.5))
 
 
-@pytest.mark.parametrize("where", ["triton_device", "cpu"])
-def test_guidance_by_row(request, where):
-    device = "cpu" if where == "cpu" else request.getfixturevalue(where)
+def test_guidance_by_row(device):
     x, m, uncond, _, samples = (tensor.to(device) for tensor in arguments((3, 4)))
     table, weights = random_table().to(device), torch.tensor([2.5, 0.0, -1.0], device=device)
     results = []
@@ -142,9 +150,7 @@ def test_guidance_by_row(request, where):
     assert not torch.equal(results[0], solver_step(x.clone(), m, table, 0, SEED, samples, uncond, weights.flip(0)))
 
 
-@pytest.mark.parametrize("where", ["triton_device", "cpu"])
-def test_guidance_by_row_and_sample(request, where):
-    device = "cpu" if where == "cpu" else request.getfixturevalue(where)
+def test_guidance_by_row_and_sample(device):
     x, m, uncond, _, samples = (tensor.to(device) for tensor in arguments((5, 3, 7, 9)))
     table, weights = random_table().to(device), torch.linspace(-2, 5, 15, device=device).reshape(3, 5)
     for index in range(3):
