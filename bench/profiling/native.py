@@ -1,6 +1,8 @@
 """The native engine under the profile: its program's own clock, written down as the trace of one step."""
 
+import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from ddpm.inference import NATIVE, kept_form
 from ddpm.trajectory import Trajectory
 
 NAMESPACE = "fused_ddpm::"
+
+
+def _shapes(operator: str, call: Sequence[int]) -> dict[str, list[Any]]:
+    """Of a convolution's tensors, as the profiler writes them down: flops and bytes are counted from them."""
+    if operator != "convolution":
+        return {}
+    n, height, width, channels, of_skip, columns, taps = call[9:16]  # see native/convolution.h
+    side = math.isqrt(taps)
+    pairs = [[[n, c, height, width], [columns, c, side, side]] if c else [[], []] for c in (channels, of_skip)]
+    dims = [*pairs[0], [], *pairs[1], *[[]] * 5]
+    return {
+        "Input Dims": dims,
+        "Input type": ["float" if shape else "" for shape in dims],
+        "Concrete Inputs": [""] * 10,
+    }
 
 
 def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
@@ -36,5 +53,6 @@ def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
         path = next((modules[address] for address in arguments if address in modules), None)
         kind = "" if path is None else type(form.get_submodule(path)).__name__
         around = "solver" if path is None else f"{MODULE}{path}|{kind}"
-        events += [span(around, RANGE, begin, at), span(NAMESPACE + source.stem, OPERATOR, begin, at)]
+        operator = span(NAMESPACE + source.stem, OPERATOR, begin, at) | {"args": _shapes(source.stem, arguments)}
+        events += [span(around, RANGE, begin, at), operator]
     return {"traceEvents": [span(f"{STEP}0", RANGE, 0.0, max(at, whole)), *events]}

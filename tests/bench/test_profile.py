@@ -18,11 +18,14 @@ from bench.profiling.measure import RangedNoise
 from bench.profiling.operators import work_of
 from bench.profiling.page import Number, render
 from ddpm import Trajectory, load_run
+from ddpm.engines import unavailable_reason
 from ddpm.networks import ContextUnet, PointMLP
 from ddpm.runs import make_config, start_run
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
 from kernels.winograd import transform
+
+CPU = torch.device("cpu")
 
 F32 = torch.float32
 NAMES = ("solver_step", "group_norm_relu", "bottleneck", "convolution")
@@ -384,6 +387,25 @@ def test_the_fused_engine_has_the_parts_and_the_arithmetic_of_eager(run, tmp_pat
         "normalisation": "head",
         "last": "head",
     }
+
+
+@pytest.mark.skipif(bool(unavailable_reason("native", CPU)), reason=f"needs {unavailable_reason('native', CPU)}")
+def test_the_native_engine_s_layers_are_told_by_its_own_clock(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.profiling.measure.ceilings", lambda *arguments: TINY_CEILINGS)
+    contents = {}
+    for engine in ("eager", "native"):
+        out = tmp_path / engine
+        asked = ["--batch", "2", "--steps", "10", "--trajectories", "1", "--engine", engine, "--out", str(out)]
+        assert main(["profile", str(run), *asked]) == 0
+        contents[engine] = json.loads((out / "profile.json").read_text())
+    native = contents["native"]
+    flops = {name: sum(row["flops"] or 0 for row in content["operators"]) for name, content in contents.items()}
+    assert flops["native"] == pytest.approx(flops["eager"], rel=0.1)
+    assert {"encoder", "bottleneck", "decoder", "head", "solver"} <= {part["name"] for part in native["parts"]}
+    modules = {node["name"]: node for node in native["modules"]["children"]}
+    assert {"initial.0", "bottleneck", "ups.1.3", "last", "solver"} <= modules.keys()
+    told = sum(node["ms"] for node in modules.values())
+    assert 0 < told <= native["profiler"]["step_ms"] * 1.01
 
 
 def test_noise_with_ranges_is_still_drawn_by_the_engine(run):
