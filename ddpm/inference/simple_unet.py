@@ -15,6 +15,8 @@ from ddpm.inference.convolutions import Convolution, Merging, Upsampling
 from ddpm.inference.form import FORMS, Form, Layout, Rows, halves, laid_out
 from ddpm.networks.simple_unet import ShiftedBlock, SimpleUNet
 from kernels.convolution import KEEP, POOL
+from kernels.placed import placed
+from kernels.shifted import shifted
 
 
 class Block(nn.Module):
@@ -31,12 +33,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, then: str = KEEP) -> Tensor:
         """shift: [1 or n, C]; or [k, n, C] for x [n, ...] that k halves share -> [k * n, ...]."""
         if shift.ndim == 3:
-            return self.second((self.first(x) + shift[..., None, None]).flatten(0, 1), then=then)
+            return self.second(shifted(self.first(x), shift), then=then)
         return self.second(self.first(x, gate=(None, shift)), then=then)
 
 
 class SimpleUNetForm(Form):
     """forward(x, table_row, rows) -> m [k * n, C, H, W] for x [n, C, H, W], computed in dtype."""
+
+    in_operators = True
 
     def __init__(self, model: SimpleUNet, dtype: torch.dtype, layout: Layout | None = None) -> None:
         super().__init__(dtype)
@@ -78,7 +82,8 @@ class SimpleUNetForm(Form):
         if condition.shape[1:] != (self.n_cfeat,):
             raise ValueError(f"c: got shape {list(condition.shape)}, needs [{n}, {self.n_cfeat}]")
         both = torch.stack((condition, torch.zeros_like(condition))) if guided else condition[None]
-        return tuple(shift.to(self.dtype) for shift in self.shifts.of_context(both))
+        shifts = (shift.to(self.dtype) for shift in self.shifts.of_context(both))
+        return tuple(shift.contiguous() if self.layout.kernels else shift for shift in shifts)
 
     def forward(self, x: Tensor, table_row: tuple[Tensor, ...], rows: Rows) -> Tensor:
         """As in `Form`. x may be wider than the network's type."""
@@ -87,15 +92,35 @@ class SimpleUNetForm(Form):
             x, rows = torch.cat((x,) * halves(rows)), tuple(row.flatten(0, 1)[None] for row in rows)
         down, shifts = table_row[: self.depth], table_row[self.depth :]
         if rows is not None:
-            shifts = tuple(shift + row for shift, row in zip(shifts, rows, strict=True))
-        skips = [self.conv0(self.padding(x))]
+            shifts = tuple(map(self._told, shifts, rows))
+        skips = [self.conv0(self._padded(x))]
         for block, shift in zip(self.downs, down, strict=True):
             skips.append(block(skips[-1], shift, then=POOL))
         x = self.middle(skips[-1], shifts[0])
         for upsampling, block, shift in zip(self.upsamplings, self.ups, shifts[1:], strict=True):
             x = block(upsampling(x, skips.pop()), shift.flatten(0, -2))
         shared = self.head.share(skips.pop())  # the widest features go here, where memory is at its peak
-        return self.padding.cropped(self.last(self.normalisation(self.head(x, shared))))
+        return self._cropped(self.last(self.normalisation(self.head(x, shared))))
+
+    # With kernels nothing but calls of them.
+
+    def _told(self, shift: Tensor, row: Tensor) -> Tensor:
+        """[1, C] of the time plus [k, n, C] of the condition."""
+        if not self.layout.kernels:
+            return shift + row
+        return shifted(row.flatten(0, 1)[..., None, None], shift[None]).reshape(row.shape)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        if not self.layout.kernels:
+            return self.padding(x)
+        (top, left), (bottom, right) = self.padding.before, self.padding.after
+        return placed(x, (x.shape[2] + top + bottom, x.shape[3] + left + right), top, left)
+
+    def _cropped(self, x: Tensor) -> Tensor:
+        if not self.layout.kernels:
+            return self.padding.cropped(x)
+        top, left = self.padding.before
+        return placed(x, self.padding.sides, -top, -left)
 
 
 FORMS[SimpleUNet] = SimpleUNetForm

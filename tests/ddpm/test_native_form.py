@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm.inference import NATIVE, ContextUnetForm, Layout, at
+from ddpm.inference import NATIVE, ContextUnetForm, Layout, SimpleUNetForm, at
 from ddpm.metrics import distance
+from ddpm.networks import SimpleUNet
 from kernels import native
 from kernels.convolution import SOURCE
 
@@ -57,3 +58,26 @@ def test_a_context_unet_is_calls_of_our_operators(unet, shape, guided, n):
     assert distance(actual, expected) <= TOLERANCE
     # Packed weights go to C++ by themselves; the others are registered.
     assert calls.names == ["bottleneck", "group_norm_relu"]
+
+
+SIMPLE = [
+    pytest.param({"n_feat": 32, "n_cfeat": 5, "height": 28}, True, 2, id="padded, guided"),
+    pytest.param({"n_feat": 32, "n_cfeat": 5, "height": (10, 13), "multipliers": (1, 2)}, False, 3, id="conditional"),
+    pytest.param({"n_feat": 8, "height": 16}, False, 1, id="unconditional, narrow"),
+]
+
+
+@pytest.mark.parametrize(("options", "guided", "n"), SIMPLE)
+def test_a_simple_unet_is_calls_of_our_operators(options, guided, n):
+    torch.manual_seed(0)
+    model = SimpleUNet(3, **options).eval()
+    x = torch.randn(n, *model.sample_shape)
+    exact = SimpleUNetForm(model, torch.float64, Layout(channels_last=False))
+    form = SimpleUNetForm(model, torch.float32, NATIVE)
+    laid, given = x.contiguous(memory_format=torch.channels_last), inputs(form, x, guided)
+    with torch.no_grad():
+        expected = exact(x.double(), *inputs(exact, x, guided))
+        with Calls() as calls:
+            actual = form(laid, *given)
+    assert distance(actual, expected) <= TOLERANCE
+    assert calls.names == ["group_norm_relu"]

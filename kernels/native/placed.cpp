@@ -1,0 +1,3 @@
+#include "placed.h"
+
+NATIVE_OPERATOR(placed, PlacedCall)

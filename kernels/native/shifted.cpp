@@ -1,0 +1,3 @@
+#include "shifted.h"
+
+NATIVE_OPERATOR(shifted, ShiftedCall)
