@@ -11,9 +11,6 @@
 
 namespace {
 
-// Eight sums of short chains, which hide the latency of two FMA units, and eight of those sums: with AVX-512 all in
-// registers. Twice as many rows that add to memory are 5% slower (Zen 4).
-constexpr int ROWS = 4;
 constexpr int PANEL = 32;  // output channels that are done at once, as ../winograd.py packs them
 constexpr int TILE = 4, SIDE = 6, POINTS = SIDE * SIDE;
 constexpr int64_t BLOCK = 32;  // tiles. 16 to 40 are within 5% at 64 channels; 128 want 24 or more (Xeon 2.5 GHz)
