@@ -111,10 +111,12 @@ def register(
                 torch.autograd.graph.increment_version(given[i])
         return result
 
+    unseen = bool(written) or backward is None  # by autograd, which must then record no reference either
+    run = torch.no_grad()(run) if unseen else run
     IMPLEMENTATIONS[name] = run
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
-    if written or backward is None:
+    if unseen:
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
         torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_library)

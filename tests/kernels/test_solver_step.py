@@ -96,6 +96,17 @@ def test_autograd_sees_that_x_was_changed():
             loss.backward()
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_step_records_no_graph(mode):
+    x, m, uncond, x0_prev, samples = arguments((3, 4))
+    expected = solver_step(x.clone(), m, random_table(), 1, SEED, samples, uncond, 2.0, x0_prev.clone())
+    with mode():
+        m = m.clone().requires_grad_()
+        got = solver_step(x.clone(), m, random_table(), 1, SEED, samples, uncond, 2.0, x0_prev.clone())
+    assert not got.requires_grad
+    assert torch.equal(got, expected)
+
+
 def test_a_strided_view_is_refused_and_left_alone():
     whole = torch.zeros(3, 8)
     _, m, *_, samples = arguments((3, 4))
