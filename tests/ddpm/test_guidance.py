@@ -100,7 +100,7 @@ def draw(unet):
             "steps": 6,
             "prediction": "v",
             "clip": 1.0,
-            "seed": 5,
+            "seed": 9,
             "context": contexts[first : first + n],
         }
         return make(model, SCHEDULE, **{"n": n, "first_sample": first, "engine": engine} | more | options)
