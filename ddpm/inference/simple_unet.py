@@ -33,7 +33,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, then: str = KEEP) -> Tensor:
         """shift: [1 or n, C]; or [k, n, C] for x [n, ...] that k halves share -> [k * n, ...]."""
         if shift.ndim == 3:
-            return self.second(shifted(self.first(x), shift), then=then)
+            y = self.first(x)
+            y = shifted(y, shift) if self.first.fused else (y + shift[..., None, None]).flatten(0, 1)
+            return self.second(y, then=then)
         return self.second(self.first(x, gate=(None, shift)), then=then)
 
 

@@ -21,6 +21,7 @@ HERE = [
     for name in engines.ENGINES
     if engines.unavailable_reason(name, torch.device("cpu"), form=PlainForm) is None
 ]
+NATIVE = [] if engines.unavailable_reason("native", torch.device("cpu")) else ["native"]
 
 
 class Gaussian(torch.nn.Module):
@@ -115,7 +116,7 @@ for each in PICTURES.values():
 
 
 @pytest.mark.parametrize("way", PICTURES)
-@pytest.mark.parametrize("engine", ["fused", pytest.param("compile", marks=pytest.mark.long)])
+@pytest.mark.parametrize("engine", ["fused", *NATIVE, pytest.param("compile", marks=pytest.mark.long)])
 def test_the_same_pictures_on_every_engine_and_in_every_chunk(draw, way, engine):
     options = PICTURES[way]
     whole = draw(engine, **options)
