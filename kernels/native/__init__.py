@@ -31,6 +31,9 @@ DIGEST = hashlib.sha256().digest_size
 LANGUAGE = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
 
+PROCESS = os.getpid()  # that imported this: another one is its fork
+
+
 def _alone() -> None:
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)

@@ -100,7 +100,7 @@ def _library() -> ctypes.CDLL:
     library = native.load(SOURCE)
     library.program_team.restype, library.program_team.argtypes = ctypes.c_void_p, [ctypes.c_int64]
     library.program.restype = ctypes.c_int64
-    library.program.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
+    library.program.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_int]
     return library
 
 
@@ -156,12 +156,13 @@ class Program:
                 yield done
 
     def _some(self, threads: int, position: int, end: int) -> int:
-        idle = _idle.setdefault((os.getpid(), threads), [])
+        process = os.getpid()
+        idle = _idle.setdefault((process, threads), [])
         try:
             team = idle.pop()
         except IndexError:
             team = _library().program_team(threads)
         try:
-            return _library().program(self._fields, team, position, end, SLICE_NS)
+            return _library().program(self._fields, team, position, end, SLICE_NS, process != native.PROCESS)
         finally:
             idle.append(team)

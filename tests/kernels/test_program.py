@@ -206,6 +206,19 @@ def test_several_threads_run_programs_of_their_own(source, threads):
     assert right == [True] * 12
 
 
+def test_threads_of_pytorch_that_are_still_awake_are_ended(source, threads):
+    def count() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    threads(2)
+    chain = Chain(source)
+    chain.drawn()
+    torch.ones(1 << 20).exp()
+    before = count()
+    chain.drawn()
+    assert count() == before - 1
+
+
 def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, threads):
     threads(3)
     Chain(source).drawn()
