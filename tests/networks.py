@@ -137,6 +137,9 @@ class Subject:
     def compile(self) -> float:
         return distance(self.drawn("compile"), self.drawn("eager"))
 
+    def native(self) -> float:
+        return distance(self.drawn("native"), self.drawn("eager"))
+
     def graph(self) -> float:
         with pytest.MonkeyPatch.context() as patch, emulated(patch):
             return distance(self.drawn("graph"), self.drawn("eager"))
@@ -156,7 +159,7 @@ class Subject:
             raise RuntimeError(said.getvalue().strip().splitlines()[-1].removeprefix("error: "))
 
 
-COLUMNS = ("train", "eager", "fused", "compile", "graph", "onnx_denoiser", "onnx_sampler", "profile")
+COLUMNS = ("train", "eager", "fused", "compile", "native", "graph", "onnx_denoiser", "onnx_sampler", "profile")
 
 
 def tried(subject: Subject, column: str) -> dict[str, Any]:
