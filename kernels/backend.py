@@ -51,10 +51,13 @@ class Cost:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether operators on this tensor launch Triton: on CUDA, and on the CPU under TRITON_INTERPRET=1."""
+    """Whether operators on this tensor launch Triton: on CUDA, and on the CPU under TRITON_INTERPRET=1.
+
+    Not where a program is recorded, which is of operators in C++.
+    """
     if tensor.is_cuda and triton is None:
         raise RuntimeError("CUDA tensors need Triton, which is not installed (pip install triton)")
-    return tensor.is_cuda or INTERPRETED or bool(_recordings)
+    return tensor.is_cuda or (INTERPRETED and not records_native()) or bool(_recordings)
 
 
 def is_opaque(tensor: Tensor) -> bool:
@@ -131,7 +134,7 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 def reads_values(tensor: Tensor) -> bool:
     """Whether argument values are checked: on the CPU unless it is recorded, on CUDA under FUSED_DDPM_DEBUG=1."""
     if tensor.device.type == "cpu":
-        return not hasattr(_recording_native, "append")
+        return not records_native()
     return DEBUG and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
@@ -320,6 +323,11 @@ def runs_native(source: Path, *tensors: Tensor | None) -> bool:
     if not fits or traced or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in here)):
         return False
     return native.missing(source) is None
+
+
+def records_native() -> bool:
+    """Whether this thread's calls are recorded."""
+    return hasattr(_recording_native, "append")
 
 
 def launch_native(source: Path, call: Sequence[int], elements: int | None = None) -> None:

@@ -207,6 +207,15 @@ def test_auto_takes_it_where_it_can_and_says_why_not(monkeypatch, caplog, option
     assert lack is None or lack in caplog.text
 
 
+@needs_native
+def test_it_runs_cpp_where_triton_is_interpreted_too(unet, monkeypatch):
+    model = unet()
+    expected = draw(model)
+    inference.release(model)
+    monkeypatch.setattr("kernels.backend.INTERPRETED", True)
+    assert distance(draw(model), expected) < 1e-5
+
+
 BROKEN = {
     "no compiler": ({"CXX": "no-such-compiler"}, "found no no-such-compiler"),
     "one that fails": ({"CXX": "false"}, "false failed"),
@@ -392,7 +401,7 @@ def test_two_processes_that_build_at_once(tmp_path):
         x = sample(ContextUnet(1, 8, 0, 8).eval(), NoiseSchedule.make("cosine", 9), 2, engine="native", prediction="v")
         print(x.double().sum().item())
     """
-    environment = os.environ | {"FUSED_DDPM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "FUSED_DDPM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate()[0] for process in both]
