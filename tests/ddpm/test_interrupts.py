@@ -12,6 +12,14 @@ from ddpm.interrupts import interrupts_wait
 from export import traced
 
 
+@pytest.fixture(autouse=True)
+def as_a_shell_starts_a_program():
+    """One that is started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupted(then: Callable[[], object], times: int = 1) -> None:
     with interrupts_wait():
         for _ in range(times):
