@@ -255,8 +255,8 @@ def reader(prepared, tmp_path, monkeypatch):
 FOLLOWED = [page for page in PAGES if page != CONTRIBUTING]
 
 
-# Pages whose commands take 9 s and more, and which have a like of them among the others.
-SLOW = ("export", "editing", "guidance")
+# Pages whose commands take 5 s and more, and which have a like of them among the others.
+SLOW = ("export", "editing", "guidance", "coming_from", "training", "ci")
 
 
 @pytest.mark.parametrize(
