@@ -7,6 +7,7 @@ it is loaded, so it is built again. Built by g++ it runs on the threads of the O
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -19,6 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger("kernels")
 
 # Named, not "native": the libraries of a home that several machines share must run on each.
 INSTRUCTIONS = {
@@ -130,9 +133,20 @@ def _is_whole(library: Path) -> bool:
     return content[-DIGEST:] == hashlib.sha256(content[:-DIGEST]).digest()
 
 
+@cache
+def _version(*command: str) -> str:
+    return _run(*command, "--version")
+
+
+@cache
+def _say_once(folder: Path) -> None:
+    logger.info("building kernels in C++, once, into %s", folder)
+
+
 def _build(source: Path, command: list[str], library: Path) -> ctypes.CDLL:
     """The library, loaded before anybody else may find it."""
     library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _say_once(library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
         _run(*command, str(source), "-o", str(built))
@@ -183,7 +197,7 @@ def load(source: Path) -> ctypes.CDLL:
     try:
         command = [*compiler(), *LANGUAGE, *instructions()]
         texts = (file.read_text() for file in (source, *sorted(source.parent.glob("*.h"))))
-        made_from = "\n".join((*texts, *command, _run(*compiler(), "--version")))
+        made_from = "\n".join((*texts, *command, _version(*compiler())))
         library = cache_folder() / f"{source.stem}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
         return _loaded(source, library) if _is_whole(library) else _build(source, command, library)
     except Unavailable:
