@@ -341,7 +341,7 @@ def test_memory_stays_the_same_over_ten_thousand_steps(unet):
     for seed in range(10):
         trajectory(2, seed=seed)
     assert _resident() - before < 1 << 20
-    assert _threads() == tasks
+    assert _threads() <= tasks
 
 
 @needs_native
@@ -360,7 +360,7 @@ def test_engines_that_are_gone_leave_nothing(unet):
     for _ in range(100):
         once()
     assert _resident() - before < 4 << 20
-    assert _threads() == tasks
+    assert _threads() <= tasks
 
 
 @needs_native

@@ -225,4 +225,4 @@ def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, threads
     before = len(list(Path("/proc/self/task").iterdir()))
     for _ in range(100):
         Chain(source).drawn()
-    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert len(list(Path("/proc/self/task").iterdir())) <= before  # others may end meanwhile
