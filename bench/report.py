@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench import store
+from bench.goals import goals_table
 from bench.interval import measured_by, median_interval
 from bench.machine import ROOT
 from bench.profile import summary
@@ -29,7 +30,7 @@ RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers
 MANIFESTS = MACHINE / "export_manifests.json"
 # Another machine's: suites `networks` and `sampling`.
 OTHER_MACHINE = RESULTS / "epyc-2-cores"
-NETWORK_SPEED, SAMPLING = (OTHER_MACHINE / f"{name}.jsonl" for name in ("networks", "sampling"))
+NETWORK_SPEED, SAMPLING, GOALS = (OTHER_MACHINE / f"{name}.jsonl" for name in ("networks", "sampling", "peers"))
 # Written by tests/bench/planted.py, a comparison a line.
 PLANTED = OTHER_MACHINE / "planted.jsonl"
 # Written by tests/reliability.py, a case and command a line.
@@ -136,6 +137,15 @@ def run_block(path: Path) -> str:
     how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
     recipe = f"`{content['command']}` on {where(content['machine'])}{how}"
     return f"{recipe}:\n\n{run_table(content)[0].markdown()}"
+
+
+def goals_block() -> str:
+    """What engine native is to reach, or that it was not measured."""
+    if not GOALS.exists():
+        return f"Not measured yet: the record {GOALS.relative_to(ROOT)} is missing."
+    content, found = _stored(GOALS)
+    recipe = f"`{content['command']}` on {where(content['machine'])}, {measured_by(content['processes'])}"
+    return f"{recipe}:\n\n{goals_table(found)}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -287,9 +297,11 @@ def networks_table(lines: Sequence[Mapping[str, Any]]) -> str:
     for line in lines:
         for column, cell in line["cells"].items():
             if cell["reason"] is not None:
-                reasons.setdefault((line["network"], cell["reason"]), []).append(column.replace("_", " "))
+                of, without = reasons.setdefault(cell["reason"], ([], []))
+                of += [line["network"]] * (line["network"] not in of)
+                without += [column.replace("_", " ")] * (column.replace("_", " ") not in without)
     rows = [[line["network"], *map(shown, line["cells"].values())] for line in lines]
-    notes = [f"- {network}, without {', '.join(of)}: {reason}" for (network, reason), of in reasons.items()]
+    notes = [f"- {'; '.join(of)}: without {', '.join(without)}: {reason}" for reason, (of, without) in reasons.items()]
     table = Table(("network", *(column.replace("_", " ") for column in columns)), "l" * (len(columns) + 1), rows)
     return "\n".join((table.markdown(), "", *notes)).rstrip()
 
@@ -314,6 +326,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "networks": networks_block,
     "network-speed": lambda: run_block(NETWORK_SPEED),
     "sampling-speed": lambda: run_block(SAMPLING),
+    "goals": goals_block,
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)

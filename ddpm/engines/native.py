@@ -52,7 +52,10 @@ class NativeEngine(ReplayingEngine):
             return "float32, which its operators compute in"
         if custom_noise:
             return "Philox noise, which its operators draw"
-        return super().lacks(device, dtype, custom_noise) or native.missing_any()
+        lack = super().lacks(device, dtype, custom_noise)
+        if lack is None and (missing := native.missing_any()) is not None:
+            return f"its kernels: {missing}"
+        return lack
 
     def run(self, chunk: Chunk) -> torch.Tensor:
         if chunk.callback is not None and not only_counts(chunk.callback):

@@ -169,6 +169,7 @@ REFUSED = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("needs", REFUSED)
 def test_what_it_cannot_do_is_refused(unet, needs):
     with pytest.raises(RuntimeError, match=f"engine: 'native' in .* needs {needs}"):
@@ -223,6 +224,7 @@ BROKEN = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("how", BROKEN)
 def test_auto_says_in_one_line_what_cannot_be_built(monkeypatch, caplog, how):
     environment, said = BROKEN[how]
@@ -233,7 +235,7 @@ def test_auto_says_in_one_line_what_cannot_be_built(monkeypatch, caplog, how):
     try:
         with caplog.at_level(logging.INFO, logger="ddpm"):
             assert choose("auto", CPU).name == "fused"
-        with pytest.raises(RuntimeError, match="engine: 'native' in float32 needs native kernels"):
+        with pytest.raises(RuntimeError, match="engine: 'native' in float32 needs its kernels: native kernels"):
             choose("native", CPU)
     finally:
         for cached in (native.load, native.missing_any):

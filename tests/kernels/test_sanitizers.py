@@ -11,6 +11,7 @@ from kernels import native
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.sanitize,
     pytest.mark.skipif(native.missing_any() is not None, reason=str(native.missing_any())),
 ]
 TESTS = Path(__file__).parents[1]
