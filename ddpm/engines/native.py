@@ -14,6 +14,7 @@ import torch
 from ddpm.engines.engine import Chunk, engine, only_counts
 from ddpm.engines.replaying import ReplayingEngine, State
 from ddpm.inference.form import NATIVE
+from ddpm.interrupts import interrupts_wait
 from kernels import native
 from kernels.native.program import Recorder
 
@@ -27,7 +28,7 @@ class Recorded(State):
         super().__init__(*given)
         first = itemgetter(slice(0, 1))
         recorder = Recorder(self.table, self.guidance, *self.tables)
-        with recorder:
+        with interrupts_wait(), recorder:  # a mode of PyTorch's dispatcher: an exception from outside ends the process
             self.step(first, first(self.table), first(self.guidance))
         self.program = recorder.program()
 

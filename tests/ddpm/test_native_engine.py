@@ -283,6 +283,28 @@ def test_after_an_interrupt_the_pictures_are_right(unet, number):
 
 
 @needs_native
+def test_an_interrupt_waits_until_the_step_is_recorded(unet, monkeypatch):
+    model, forward, ended = unet(), ContextUnetForm.forward, []
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        m = forward(*given)
+        ended.append(m)
+        return m
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        monkeypatch.setattr(ContextUnetForm, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            draw(model)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.undo()
+    assert len(ended) == 1
+    assert distance(draw(model), draw(model, engine="eager")) < 1e-5
+
+
+@needs_native
 def test_a_forked_child_draws_the_same(unet):
     model = unet()
     torch.set_num_threads(2)
