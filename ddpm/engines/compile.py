@@ -91,8 +91,8 @@ class CompileEngine(FusedEngine):
         if not hasattr(self.form, "compiled"):
             options = None if self.form.live else {"guard_filter_fn": _guards_of_arguments}
             self.form.compiled = torch.compile(self.form.forward, fullgraph=True, options=options)
-            # Shapes that the network and the update were called with: others may have to be compiled. Marking sizes and
-            # holding signals take 100 us, a fifth of a step of a small network.
+            # Shapes that the network and the update were called with: others may have to be compiled. Holding signals
+            # takes 100 us, a fifth of a step of a small network.
             self.form.met = set()
 
     @classmethod
@@ -107,9 +107,6 @@ class CompileEngine(FusedEngine):
         self.first, key = False, ("network", x.shape, *(row.shape for row in rows or ()))
         if key in self.form.met:
             return self.form.compiled(x, table_row, rows, *recalled)
-        # Another network's size must not make this one's dynamic: Inductor 2.13 fails to lower a SimpleUNet then.
-        for tensor in (x, *recalled):
-            torch._dynamo.mark_static(tensor, list(range(1, tensor.ndim)))
         with interrupts_wait():
             m = self.form.compiled(x, table_row, rows, *recalled)
         self.form.met.add(key)
@@ -118,7 +115,9 @@ class CompileEngine(FusedEngine):
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
         self.first = True
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # Batches may vary, which is marked. Another network's sizes must not make this one's dynamic, as they do else:
+        # Inductor 2.13 fails to lower a SimpleUNet then.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, automatic_dynamic_shapes=False):
             x = super().run(chunk)
         compiling = _seconds_compiling() - before
         if compiling > 0:
