@@ -105,12 +105,16 @@ class CompileEngine(FusedEngine):
         if not self.first:
             return self.form.compiled(x, table_row, rows, *recalled)
         self.first, key = False, ("network", x.shape, *(row.shape for row in rows or ()))
+        return self._called(key, self.form.compiled, x, table_row, rows, *recalled)
+
+    def _called(self, key: tuple[object, ...], call: Callable[..., Any], *arguments: Any) -> Any:
+        """A compiled function's result; interrupts wait where nothing was called with this key, so may be compiled."""
         if key in self.form.met:
-            return self.form.compiled(x, table_row, rows, *recalled)
+            return call(*arguments)
         with interrupts_wait():
-            m = self.form.compiled(x, table_row, rows, *recalled)
+            result = call(*arguments)
         self.form.met.add(key)
-        return m
+        return result
 
     def run(self, chunk: Chunk) -> Tensor:
         before, began = _seconds_compiling(), time.perf_counter()
@@ -133,18 +137,13 @@ class CompileEngine(FusedEngine):
         seed = torch.full((), chunk.noise.seed, device=x.device)
         weights = [weight if weight.ndim == 0 else shaped(weight, x) for weight in self.weights(chunk).unbind()]
         rescale = None if chunk.rescale is None else torch.full((), chunk.rescale, dtype=x.dtype, device=x.device)
-        met, kind = self.form.met, (x.shape, self.table.clip, rescale is None)
+        kind = x.shape, self.table.clip, rescale is None
 
         def update(i: int, x: Tensor, m: Tensor, uncond: Tensor | None, previous: Tensor | None) -> tuple[Tensor, ...]:
             batch_may_vary(x, m, uncond, previous, samples, weights[i] if weights[i].ndim else None)
             more = weights[i], rescale, rows[i], previous, self.table.clip, seed, samples, self.noisy[i]
             key = *kind, uncond is None, previous is None, self.noisy[i], weights[i].ndim
-            if key in met:
-                return _compiled_update()(x, m, uncond, *more)
-            with interrupts_wait():
-                result = _compiled_update()(x, m, uncond, *more)
-            met.add(key)
-            return result
+            return self._called(key, _compiled_update(), x, m, uncond, *more)
 
         return update
 
