@@ -131,21 +131,23 @@ def profile_block() -> str:
     return f"`{record['command']}`:\n\n```text\n{summary(record)}\n```"
 
 
-def run_block(path: Path) -> str:
+def _missing(path: Path) -> str:
+    return f"Not measured yet: the record {path.relative_to(ROOT)} is missing."
+
+
+def run_block(path: Path, table: Callable[[store.Content], str] = lambda of: run_table(of)[0].markdown()) -> str:
     """A stored `ddpm-bench run`: the command, where it ran and how often, and its table."""
     content, _ = _stored(path)
     how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
     recipe = f"`{content['command']}` on {where(content['machine'])}{how}"
-    return f"{recipe}:\n\n{run_table(content)[0].markdown()}"
+    return f"{recipe}:\n\n{table(content)}"
 
 
 def goals_block() -> str:
     """What engine native is to reach, or that it was not measured."""
     if not GOALS.exists():
-        return f"Not measured yet: the record {GOALS.relative_to(ROOT)} is missing."
-    content, found = _stored(GOALS)
-    recipe = f"`{content['command']}` on {where(content['machine'])}, {measured_by(content['processes'])}"
-    return f"{recipe}:\n\n{goals_table(found)}"
+        return _missing(GOALS)
+    return run_block(GOALS, lambda content: goals_table(store.rows(content["records"])))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -186,7 +188,7 @@ def planted_table(lines: Sequence[Mapping[str, Any]]) -> Table:
 def planted_block() -> str:
     """The stored proof of `compare`, or that there is none."""
     if not PLANTED.exists():
-        return f"Not measured yet: the record {PLANTED.relative_to(ROOT)} is missing."
+        return _missing(PLANTED)
     lines = read_lines(PLANTED)
     first, loads = lines[0], [line["load"] for line in lines]
     under = sum(line["loaded"] for line in lines)
@@ -216,7 +218,7 @@ def reliability_summary(lines: Sequence[Mapping[str, Any]]) -> str:
 def reliability_block() -> str:
     """The stored proof of reliability, or that there is none."""
     if not RELIABILITY.exists():
-        return f"Not measured yet: the record {RELIABILITY.relative_to(ROOT)} is missing."
+        return _missing(RELIABILITY)
     lines = read_lines(RELIABILITY)
     first = lines[0]
     return (
