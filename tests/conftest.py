@@ -115,3 +115,11 @@ def plain_normals():
 def gaussian_eps():
     """gaussian_eps(schedule, s, sample_shape) -> the closed-form noise predictor as a module."""
     return _GaussianEps
+
+
+@pytest.fixture
+def set_threads():
+    """Sets how many threads PyTorch has; afterwards it has as many as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -29,13 +29,6 @@ many = settings(
 )
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def distance(actual, expected):
     assert actual.shape == expected.shape
     assert actual.is_contiguous(memory_format=LAST)

@@ -46,13 +46,6 @@ many = settings(
 )
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def laid(values, layout):
     return values.contiguous(memory_format=layout) if values.ndim == 4 else values
 

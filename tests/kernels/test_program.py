@@ -46,14 +46,6 @@ def source(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def threads():
-    """Sets how many threads PyTorch has."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 class Chain:
     """x <- three calls on x, a row of the table for each pass: in small integers, where floats are exact."""
 
@@ -89,8 +81,8 @@ class Chain:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_each_pass_takes_its_row_whatever_the_number_of_threads(source, threads, count):
-    threads(count)
+def test_each_pass_takes_its_row_whatever_the_number_of_threads(source, set_threads, count):
+    set_threads(count)
     chain = Chain(source)
     for passes in (5, 1, 3):
         done, x = chain.drawn(passes)
@@ -153,9 +145,9 @@ def test_it_comes_back_to_python_within_a_pass(source, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_within_a_pass(source, threads, kind):
+def test_an_interrupt_within_a_pass(source, set_threads, kind):
     """Afterwards the program runs from its beginning."""
-    threads(2)
+    set_threads(2)
     chain, quick = Chain(source, passes=1000, delay=10**7), Chain(source)
 
     def stop(*_):
@@ -175,8 +167,8 @@ def test_an_interrupt_within_a_pass(source, threads, kind):
     assert torch.equal(quick.drawn()[1], quick.expected())
 
 
-def test_a_forked_child_has_threads_of_its_own(source, threads):
-    threads(2)
+def test_a_forked_child_has_threads_of_its_own(source, set_threads):
+    set_threads(2)
     chain = Chain(source)
     chain.drawn()
     child = os.fork()
@@ -188,8 +180,8 @@ def test_a_forked_child_has_threads_of_its_own(source, threads):
     assert torch.equal(chain.drawn()[1], chain.expected())
 
 
-def test_several_threads_run_programs_of_their_own(source, threads):
-    threads(2)
+def test_several_threads_run_programs_of_their_own(source, set_threads):
+    set_threads(2)
     chains, right = [Chain(source, passes=200, size=size) for size in (3, 5, 8, 13)], []
     start = threading.Barrier(len(chains))
 
@@ -206,11 +198,11 @@ def test_several_threads_run_programs_of_their_own(source, threads):
     assert right == [True] * 12
 
 
-def test_threads_of_pytorch_that_are_still_awake_are_ended(source, threads):
+def test_threads_of_pytorch_that_are_still_awake_are_ended(source, set_threads):
     def count() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
-    threads(2)
+    set_threads(2)
     chain = Chain(source)
     chain.drawn()
     torch.ones(1 << 20).exp()
@@ -219,8 +211,8 @@ def test_threads_of_pytorch_that_are_still_awake_are_ended(source, threads):
     assert count() == before - 1
 
 
-def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, threads):
-    threads(3)
+def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, set_threads):
+    set_threads(3)
     Chain(source).drawn()
     before = len(list(Path("/proc/self/task").iterdir()))
     for _ in range(100):

@@ -68,13 +68,6 @@ def test_the_matrices_make_a_correlation_exactly():
             assert product(a, points) == [sum(weights[q] * pixels[p + q] for q in range(3)) for p in range(4)]
 
 
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_a_machine_with_a_compiler_has_the_kernel():
     """Else the tests of the kernel would be skipped where it does not compile."""
     try:
