@@ -13,10 +13,11 @@ import torch
 
 from ddpm.engines.engine import Chunk, engine, only_counts
 from ddpm.engines.replaying import ReplayingEngine, State
-from ddpm.inference.form import NATIVE
+from ddpm.inference.form import NATIVE, Rows
 from ddpm.interrupts import interrupts_wait
 from kernels import native
 from kernels.native.program import Recorder
+from kernels.native.threads import single_threaded
 
 logger = logging.getLogger("ddpm")
 
@@ -31,6 +32,10 @@ class Recorded(State):
         with interrupts_wait(), recorder:  # a mode of PyTorch's dispatcher: an exception from outside ends the process
             self.step(first, first(self.table), first(self.guidance))
         self.program = recorder.program()
+
+    def load(self, *given: Any) -> None:
+        with single_threaded():
+            super().load(*given)
 
     def replay(self, count: int, singly: bool) -> Iterator[int]:
         return self.program.run(count, singly)
@@ -57,6 +62,10 @@ class NativeEngine(ReplayingEngine):
         if lack is None and (missing := native.missing_any()) is not None:
             return f"its kernels: {missing}"
         return lack
+
+    def rows(self, chunk: Chunk) -> Rows:
+        with single_threaded():
+            return super().rows(chunk)
 
     def run(self, chunk: Chunk) -> torch.Tensor:
         if chunk.callback is not None and not only_counts(chunk.callback):

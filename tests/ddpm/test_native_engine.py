@@ -56,6 +56,23 @@ def recordings(monkeypatch):
 
 
 @needs_native
+def test_what_is_done_before_the_steps_wakes_no_threads_of_pytorch(unet, set_threads, monkeypatch):
+    set_threads(2)
+    draws = prepared(unet())
+    draws(3, seed=3, context=CONTEXT[:3])
+    counts, replay = [], NativeEngine.state.replay
+
+    def counting(self, *given):  # the program ends them when it begins
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+        return replay(self, *given)
+
+    monkeypatch.setattr(NativeEngine.state, "replay", counting)
+    for _ in range(2):
+        draws(3, seed=3, context=CONTEXT[:3])
+    assert counts == [len(list(Path("/proc/self/task").iterdir()))] * 2
+
+
+@needs_native
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
 def test_the_number_of_threads_changes_no_bit(unet, solver):
     """Of the program. PyTorch embeds times and conditions, and its bits may depend on it: here it does so once."""

@@ -12,6 +12,7 @@ import torch
 from kernels import backend, native, winograd
 from kernels.native import program
 from kernels.native.program import Recorder, Unrecorded
+from kernels.native.threads import single_threaded
 from kernels.winograd import transform
 
 pytestmark = pytest.mark.skipif(native.missing_any() is not None, reason=str(native.missing_any()))
@@ -218,3 +219,49 @@ def test_programs_that_are_gone_leave_neither_threads_nor_memory(source, set_thr
     for _ in range(100):
         Chain(source).drawn()
     assert len(list(Path("/proc/self/task").iterdir())) <= before  # others may end meanwhile
+
+
+WHERE = f"""
+#include <sched.h>
+#include "{WORKER}"
+namespace {{
+struct WhereCall {{ int64_t* processors; }};
+int64_t where_floats(const WhereCall&, int64_t) {{ return 0; }}
+void where(const WhereCall& c, Worker& worker) {{ c.processors[worker.thread] = sched_getcpu(); }}
+}}
+NATIVE_OPERATOR(where, WhereCall)
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+def test_threads_that_slept_wake_up_on_processors_of_their_own(tmp_path, set_threads):
+    path, threads = tmp_path / "where.cpp", 2
+    path.write_text(WHERE)
+    set_threads(threads)
+    where, allowed = torch.zeros(threads, dtype=torch.int64), os.sched_getaffinity(0)
+    recorder = Recorder()
+    with recorder:
+        backend.launch_native(path, [where.data_ptr()])
+    recorded = recorder.program()
+    for _ in range(30):
+        time.sleep(0.02)
+        list(recorded.run(1))
+        assert len(set(where.tolist())) == threads
+        assert os.sched_getaffinity(0) == allowed
+    os.sched_setaffinity(0, [min(allowed)])  # of the caller: the others have to share it
+    try:
+        list(recorded.run(1))
+        assert where.tolist() == [min(allowed)] * threads
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def test_single_threaded_is_for_this_thread_and_a_while(set_threads):
+    set_threads(3)
+    counts = []
+    other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    with single_threaded():
+        other.start()
+        other.join()
+        counts.append(torch.get_num_threads())
+    assert [*counts, torch.get_num_threads()] == [3, 1, 3]
