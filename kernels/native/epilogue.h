@@ -44,13 +44,15 @@ struct Epilogue {
             for (int i = 0; i < COUNT; ++i) v[i] += plus;
         }
         if (onto) {
-            const float* from = onto + (first_image + image) % onto_images * h * w * k + channel;
+            const int64_t all = first_image + image, own = all < onto_images ? all : all % onto_images;
+            const float* from = onto + own * h * w * k + channel;
             for (int i = 0; i < COUNT; ++i) v[i] += of(from + pixel[i] * k);
         }
     }
 
-    // Where a finished vector goes that is kept, or that is the maximum of the pixels around (y, x).
+    // Where what becomes of the pixel (y, x) goes.
     float* at(int64_t image, int64_t y, int64_t x, int64_t channel) const {
+        if (then == SPREAD) return out + ((image * h + y) * w * 2 + x) * 2 * (k / 4) + channel;
         const int half = then == POOL ? 1 : 0;  // as shifts: divisions take longer than the store
         return out + ((image * (h >> half) + (y >> half)) * (w >> half) + (x >> half)) * k + channel;
     }
@@ -58,12 +60,12 @@ struct Epilogue {
 
 // Channels (dy, dx, c) of a pixel become c of 2x2 pixels: where `lanes` channels from `channel` on go.
 struct Spread {
-    const Epilogue& after;
-    int64_t own, line, channel, lanes;  // channels of a pixel and of a row of the result
-    int64_t whole;                      // where the vector goes, from the first of the 2x2 pixels; -1: in parts
+    int64_t own = 1, line = 0, channel = 0, lanes = 0;  // channels of a pixel and of a row of the result
+    int64_t whole = 0;  // where the vector goes, from the first of the 2x2 pixels; -1: in parts
 
+    Spread() = default;
     Spread(const Epilogue& after, int64_t channel, int64_t lanes)
-        : after(after), own(after.k / 4), line(2 * after.w * own), channel(channel), lanes(lanes) {
+        : own(after.k / 4), line(2 * after.w * own), channel(channel), lanes(lanes) {
         whole = channel / own == (channel + lanes - 1) / own ? place(channel) : -1;
     }
 
@@ -72,8 +74,8 @@ struct Spread {
         return part / 2 * line + part % 2 * own + of % own;
     }
 
-    void put(Vec v, int64_t image, int64_t y, int64_t x) const {
-        float* to = after.out + (image * after.h + y) * 2 * line + 2 * x * own;
+    // to: the first of the 2x2 pixels.
+    void put(Vec v, float* to) const {
         if (whole >= 0) return lanes < LANES ? store(to + whole, v, lanes) : store(to + whole, v);
         float values[LANES];
         store(values, v);
