@@ -151,6 +151,19 @@ def test_what_it_leaves_in_its_memory_is_read_by_nobody(unet):
 
 
 @needs_native
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "negative": CONTEXT[4]}, {"solver": "dpmpp_2m"}])
+def test_many_samples_go_through_the_network_in_parts(unet, monkeypatch, options):
+    """Of two pixels more than two images have: five samples are parts of 1, 2 and 2."""
+    model = unet()
+    expected = draw(model, 5, **options)
+    inference.release(model)
+    monkeypatch.setattr("ddpm.engines.native.PIXELS", 2 * 16 * 16 + 2)
+    assert torch.equal(draw(model, 5, **options), expected)
+    state = next(reversed(kept_form(model, torch.float32, NATIVE).states.values()))
+    assert [len(part.x) for _, part in state.parts] == [1, 2, 2]
+
+
+@needs_native
 def test_a_callback_runs_it_row_by_row_which_is_said(unet, caplog):
     model, rows = unet(), []
     with caplog.at_level(logging.INFO, logger="ddpm"):
