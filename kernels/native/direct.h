@@ -46,7 +46,8 @@ struct Rows {
 
     void start(const Summing& of, int64_t first) {
         count = std::min<int64_t>(PIXELS, of.pixels() - first);
-        const int half = of.after.then == POOL ? 1 : 0;  // sides are 1 << half; divisions would take longer than the sums
+        // Sides are 1 << half: divisions would take longer than the sums.
+        const int half = of.after.then == POOL ? 1 : 0;
         const int64_t last = (1 << 2 * half) - 1, down = of.after.h >> half, across = of.after.w >> half;
         const int64_t cell = first >> 2 * half;
         int64_t place = cell / (down * across), cy = cell / across % down, cx = cell % across;
@@ -79,7 +80,7 @@ struct Rows {
         }
     }
 
-    // Finish and store one vector of each pixel, of the channels from `channel`, `lanes` of them. before: images before.
+    // Finish and store one vector of each pixel, of `lanes` channels from `channel`. before: images before those here.
     void put(const Epilogue& after, Vec (&v)[PIXELS], int64_t before, int64_t channel, int64_t lanes,
              const Spread& spread) const {
         if (image[0] == image[PIXELS - 1]) {
@@ -111,7 +112,7 @@ struct Rows {
     }
 };
 
-// What is added up: pixels that taps read, at [taps, PIXELS], and their weights from the wanted vectors on, [taps, c, 32].
+// What is added up: where taps read, at [taps, PIXELS], and their weights from the wanted vectors on, [taps, c, 32].
 struct Part {
     const float* const* at;
     const float* weight;
@@ -151,8 +152,9 @@ inline void sum_wide(const Summing& of, const Rows& rows, const float* const* at
     const auto part = [&](const Summand& from, int64_t copy) {
         return Part{at + copy * step, from.weight + panel * of.taps * from.c * WIDTH + offset, from.c};
     };
-    Part parts[2] = {part(of.skip, of.copies)};
     const int skips = of.skip.x != nullptr;
+    Part parts[2];
+    if (skips) parts[0] = part(of.skip, of.copies);
     const bool shares = skips && of.copies > 1;
     Vec shared[PIXELS][W], sums[PIXELS][W];
     if (shares) add_products<W>(parts, 1, of.taps, nullptr, shared);
@@ -242,7 +244,8 @@ inline void wide_rows(const Summing& of, int64_t first, int64_t last, int64_t fr
     const int64_t count = split(last - first, PIXELS);
     for (int64_t i = 0; i < count; ++i) readings[i].start(of, first + i * PIXELS, memory, i);
     const auto spread = [&](int64_t channel) {
-        return of.after.then == SPREAD ? Spread(of.after, channel, std::min<int64_t>(LANES, of.after.k - channel)) : Spread{};
+        const int64_t lanes = std::min<int64_t>(LANES, of.after.k - channel);
+        return of.after.then == SPREAD ? Spread(of.after, channel, lanes) : Spread{};
     };
     for (int64_t channel = from; channel < to; channel += 2 * LANES) {
         if (to - channel > LANES) {
