@@ -23,18 +23,14 @@ from ddpm.errors import WorkFailed
 from ddpm.files import read_json, write_text
 
 RESULTS, DOCS = ROOT / "bench" / "results", ROOT / "docs"
-# The machine whose records the documents show; others have a folder of their own beside it.
-MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
-RUN, PEERS, STEP, EXPORT = (MACHINE / f"{name}.jsonl" for name in ("run", "peers", "step", "export"))
-# {precision: manifest.json of `ddpm-export onnx`, less the table's rows}
-MANIFESTS = MACHINE / "export_manifests.json"
-# Another machine's: suites `networks` and `sampling`.
-OTHER_MACHINE = RESULTS / "epyc-2-cores"
-NETWORK_SPEED, SAMPLING, GOALS = (OTHER_MACHINE / f"{name}.jsonl" for name in ("networks", "sampling", "peers"))
-# Written by tests/bench/planted.py, a comparison a line.
-PLANTED = OTHER_MACHINE / "planted.jsonl"
-# Written by tests/reliability.py, a case and command a line.
-RELIABILITY = OTHER_MACHINE / "reliability.jsonl"
+# Machines have a folder of their own each. This one has suites `--quick`, `peers`, `networks` and `sampling`,
+MACHINE = RESULTS / "epyc-2-cores"
+RUN, PEERS, NETWORK_SPEED, SAMPLING = (MACHINE / f"{name}.jsonl" for name in ("run", "peers", "networks", "sampling"))
+# what tests/bench/planted.py writes, a comparison a line, and tests/reliability.py, a case and command a line;
+PLANTED, RELIABILITY = MACHINE / "planted.jsonl", MACHINE / "reliability.jsonl"
+# this one suite `export`, and {precision: manifest.json of `ddpm-export onnx`, less the table's rows}.
+OTHER_MACHINE = RESULTS / "xeon-2.5ghz-2-cores"
+EXPORT, MANIFESTS = OTHER_MACHINE / "export.jsonl", OTHER_MACHINE / "export_manifests.json"
 # Written by tests/clients.py, a client and a file a line.
 CLIENTS = RESULTS / "clients.jsonl"
 # Written by tests/networks.py, a network a line.
@@ -49,14 +45,15 @@ KERNELS = (
     "guidance_rescale fp32", "group_norm_relu bf16", "bottleneck bf16",
     "convolution bf16", "convolution bf16 two sources",
 )  # fmt: skip
-# The README's four rows: what it is, its record, workload and candidate, and the workload of PEERS beside it.
+# The README's four rows: what it is, its workload in PEERS.
 SUMMARY = (
-    ("1 image, engine `compile`", STEP, "step/fp32/batch1/plain", "compile", "batch1"),
-    ("32 images, engine `fused`", STEP, "step/fp32/batch32/plain", "fused", "batch32"),
-    ("32 images with guidance, engine `compile`", STEP, "step/fp32/batch32/guided", "compile", "guided/batch32"),
-    ("8 images, `sampler.onnx` in ONNX Runtime", EXPORT, "export/sampler/ddpm20/n8", "sampler.onnx", "batch8"),
+    ("1 image", "peers/ddim10/batch1"),
+    ("8 images", "peers/ddim10/batch8"),
+    ("32 images", "peers/ddim10/batch32"),
+    ("32 images with guidance", "peers/ddpm10/guided/batch32"),
 )
-THEIRS = ("diffusers", "torch.compile", "onnxruntime", "openvino")  # how the names of others in PEERS begin
+SHOWN = "native"  # the engine there
+BESIDE = ("compile", "torch.compile of eager", "diffusers", "onnxruntime", "openvino")  # how other candidates begin
 Rows = Mapping[str, list[Mapping[str, Any]]]
 
 
@@ -69,31 +66,49 @@ def _stored(path: Path) -> tuple[store.Content, Rows]:
     return content, store.rows(content["records"])
 
 
+def _ratios(found: Rows, workload: str) -> dict[str, str]:
+    """{candidate: its ratio to eager} of a workload, as stored."""
+    ratios = {}
+    for key, records in found.items():
+        name = key.removeprefix(f"{workload} ")
+        if name not in (key, "eager"):
+            ratios[name] = median_interval([record["speed_up"] for record in records]).text()
+    return ratios
+
+
 def summary_table() -> str:
     """The README's first figures: what a step takes, how that compares with eager, and what others bring."""
-    (content, _), (peers, _) = _stored(STEP), _stored(PEERS)
+    content, found = _stored(PEERS)
     rows = []
-    for what, path, workload, candidate, same in SUMMARY:
-        _, found = _stored(path)
-        eager, ours = (found[f"{workload} {name}"] for name in ("eager", candidate))
-        beside = [
-            f"{name} {record['speed_up']:.2f}"
-            for record in peers["records"]
-            for name in THEIRS
-            if record["candidate"].startswith(name) and re.fullmatch(rf"peers/ddpm\d+/{same}", record["workload"])
-        ]
-        times = (f"{middle(some, 'kernel_us') * 1e-3:.1f}" for some in (eager, ours))
-        ratio = median_interval([record["speed_up"] for record in ours]).text()
+    for what, workload in SUMMARY:
+        eager, ours = (found[f"{workload} {name}"] for name in ("eager", SHOWN))
+        ratios = _ratios(found, workload)
+        times = (f"{middle(some, 'kernel_us') * 1e-3:.2g}" for some in (eager, ours))
         error = max(record["error"] for record in ours)
-        rows.append([what, *times, ratio, f"{error:.1e}", "; ".join(beside) or "not measured"])
-    headings = ("one sampling step", "eager, ms", "ms", "x eager", "max. difference", "others, x eager")
+        beside = [next((ratios[k].split()[0] for k in ratios if k.startswith(name)), "-") for name in BESIDE]
+        rows.append([what, *times, f"{error:.1e}", ratios[SHOWN], *beside])
+    headings = ("one sampling step", "eager, ms", f"`{SHOWN}`, ms", "max. difference", f"`{SHOWN}`, x eager", *BESIDE)
     caption = (
-        f"{NETWORK}, float32, on {where(content['machine'])}: "
-        f"{measured_by(content['processes'])}. The difference is max |difference| / max(1, max |eager|) after the "
-        "steps that were timed (10; 20 of `sampler.onnx`). Others run the same network and as many images, measured in "
-        "one process with eager (suite `peers`)."
+        f"{NETWORK}, float32, on {where(content['machine'])}: {measured_by(content['processes'])}, each with eager and "
+        "all others in it (suite `peers`). `native` and `compile` are engines of ours, the former the default on CPUs; "
+        "the runtimes run the exported network. The difference is max |difference| / max(1, max |eager|) after the ten "
+        "steps that were timed."
     )
     return f"{Table(headings, 'lrrrrl', rows).markdown()}\n\n{caption}"
+
+
+def peers_table(content: store.Content) -> str:
+    """Every workload of suite `peers`: eager's time of a step, and the ratios of all candidates to it."""
+    found = store.rows(content["records"])
+    workloads = list(dict.fromkeys(record["workload"] for record in content["records"]))
+    ratios = {workload: _ratios(found, workload) for workload in workloads}
+    names = list(dict.fromkeys(name for each in ratios.values() for name in each))
+    rows = [
+        [workload, f"{middle(found[f'{workload} eager'], 'kernel_us') * 1e-3:.3g}"]
+        + [ratios[workload].get(name, "-").split()[0] for name in names]
+        for workload in workloads
+    ]
+    return Table(("workload", "eager, ms", *names), "l", rows).markdown()
 
 
 def kernel_table() -> str:
@@ -141,13 +156,6 @@ def run_block(path: Path, table: Callable[[store.Content], str] = lambda of: run
     how = "" if content["processes"] == 1 else f", {measured_by(content['processes'])}"
     recipe = f"`{content['command']}` on {where(content['machine'])}{how}"
     return f"{recipe}:\n\n{table(content)}"
-
-
-def goals_block() -> str:
-    """What engine native is to reach, or that it was not measured."""
-    if not GOALS.exists():
-        return _missing(GOALS)
-    return run_block(GOALS, lambda content: goals_table(store.rows(content["records"])))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -320,7 +328,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sprites": sprites_table,
     "bench": lambda: run_block(RUN),
     "profile": profile_block,
-    "peers": lambda: run_block(PEERS),
+    "peers": lambda: run_block(PEERS, peers_table),
     "planted": planted_block,
     "reliability": reliability_block,
     "export-parity": export_parity_table,
@@ -328,7 +336,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "networks": networks_block,
     "network-speed": lambda: run_block(NETWORK_SPEED),
     "sampling-speed": lambda: run_block(SAMPLING),
-    "goals": goals_block,
+    "goals": lambda: run_block(PEERS, lambda content: goals_table(store.rows(content["records"]))),
     "export-speed": lambda: run_block(EXPORT),
 }
 MARK = re.compile(r"^<!-- /?([a-z-]+) -->$", re.M)

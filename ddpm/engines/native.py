@@ -7,6 +7,7 @@ threads then run all steps of a chunk without Python (see `kernels.native.progra
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from operator import itemgetter
@@ -62,7 +63,9 @@ class Recorded(State):
                     row.copy_(whole[:, own])
 
     def replay(self, count: int, singly: bool) -> Iterator[int]:
-        return self.program.run(count, singly)
+        # More than there are processors would wait for each other: with 8 on two a step takes three times as long.
+        threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        return self.program.run(count, singly, threads)
 
 
 @engine

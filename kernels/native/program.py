@@ -125,7 +125,7 @@ class Program:
             moving += [number for pair in moves for number in pair]
         self._arrays = tuple(map(_integers, (entries, arguments, moving)))
         self.nanoseconds = _integers([0] * len(self.calls))
-        self._threads, self.scratch = 0, torch.empty(0)
+        self.threads, self.scratch = 0, torch.empty(0)
 
     def _prepare(self, threads: int) -> None:
         """Memory for so many threads."""
@@ -139,13 +139,13 @@ class Program:
         entries, arguments, moving = map(ctypes.addressof, self._arrays)
         fields = (entries, len(self.calls), arguments, moving, self.scratch.data_ptr(), stride)
         self._fields = _integers((*fields, ctypes.addressof(self.nanoseconds)))
-        self._threads = threads
+        self.threads = threads
 
-    def run(self, passes: int, singly: bool = False) -> Iterator[int]:
-        """So many passes by as many threads as PyTorch has. Yields how many are done, now and then, after the last, and
-        after each where `singly`."""
-        threads = torch.get_num_threads()
-        if threads != self._threads:
+    def run(self, passes: int, singly: bool = False, threads: int | None = None) -> Iterator[int]:
+        """So many passes by as many threads as PyTorch has, or as given. Yields how many are done, now and then, after
+        the last, and after each where `singly`."""
+        threads = threads or torch.get_num_threads()
+        if threads != self.threads:
             self._prepare(threads)
         count, position, done = len(self.calls), 0, 0
         while done < passes:

@@ -73,6 +73,17 @@ def test_what_is_done_before_the_steps_wakes_no_threads_of_pytorch(unet, set_thr
 
 
 @needs_native
+@pytest.mark.parametrize(("threads", "processors", "used"), [(1, 4, 1), (3, 4, 3), (8, 2, 2)])
+def test_there_are_no_more_threads_than_processors(unet, set_threads, monkeypatch, threads, processors, used):
+    set_threads(threads)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(processors)))
+    model = unet()
+    draw(model)
+    (state,) = kept_form(model, torch.float32, NATIVE).states.values()
+    assert state.program.threads == used
+
+
+@needs_native
 @pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m"])
 def test_the_number_of_threads_changes_no_bit(unet, solver):
     """Of the program. PyTorch embeds times and conditions, and its bits may depend on it: here it does so once."""
