@@ -90,6 +90,11 @@ class NativeEngine(ReplayingEngine):
             return f"its kernels: {missing}"
         return lack
 
+    # PyTorch's embeddings too are the same bits whatever the number of threads, and wake none.
+    def tables(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        with single_threaded():
+            return super().tables(device)
+
     def rows(self, chunk: Chunk) -> Rows:
         with single_threaded():
             return super().rows(chunk)
