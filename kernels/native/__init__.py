@@ -81,7 +81,13 @@ def compiler() -> list[str]:
     return [program, *options]
 
 
+_hung: set[str] = set()  # compilers that did not end in time: asked no more, each kernel would wait as long again
+
+
 def _run(*command: str) -> str:
+    lack = f"native kernels: {command[0]} did not end in {PATIENCE} seconds"
+    if command[0] in _hung:
+        raise Unavailable(lack)
     # In a session of its own: what the compiler started ends with it.
     started = subprocess.Popen(  # noqa: S603
         command,
@@ -99,7 +105,8 @@ def _run(*command: str) -> str:
             os.killpg(started.pid, signal.SIGKILL)
             if not isinstance(stop, subprocess.TimeoutExpired):
                 raise
-            raise Unavailable(f"native kernels: {command[0]} did not end in {PATIENCE} seconds") from stop
+            _hung.add(command[0])
+            raise Unavailable(lack) from stop
     if started.returncode:
         said = err.strip().splitlines() or [f"exit code {started.returncode}"]
         raise Unavailable(f"native kernels: {command[0]} failed: {said[0]}")

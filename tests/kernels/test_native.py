@@ -125,8 +125,12 @@ def test_a_compiler_that_hangs_is_ended_with_what_it_started(folder, monkeypatch
     monkeypatch.setattr(native, "PATIENCE", 0.3)
     with pytest.raises(native.Unavailable, match=r"hangs did not end in 0\.3 seconds"):
         native.load(SOURCE)
+    other = pid.read_text()
+    with pytest.raises(native.Unavailable, match=r"hangs did not end in"):
+        native.load(source(tmp_path, ""))
+    assert pid.read_text() == other, "every kernel waits for it again"
     deadline = time.monotonic() + 10
-    while _runs(int(pid.read_text())):
+    while _runs(int(other)):
         assert time.monotonic() < deadline
 
 
