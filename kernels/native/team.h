@@ -63,9 +63,10 @@ class Barrier {
 // steps of one image took 35 ms instead of 8, a while after the last call (two cores of an EPYC).
 class Seats {
   public:
-    // By the caller of a run: those that it may use, none of them taken.
-    void open() {
-        known = !sched_getaffinity(0, sizeof allowed, &allowed);
+    // By the caller of a run: those that it may use, none of them taken. A thread alone takes none: it would only be kept
+    // on the processor that it shares with another process while others are idle.
+    void open(int64_t threads) {
+        known = threads > 1 && !sched_getaffinity(0, sizeof allowed, &allowed);
         for (auto& each : taken) each.store(0, std::memory_order_relaxed);
     }
 
@@ -127,7 +128,7 @@ class Team {
     // work(what, thread) by every thread of the team; returns when all have.
     void run(void (*work)(const void*, int64_t), const void* what) {
         this->work = work, this->what = what, rounding = _mm_getcsr();
-        seats.open();
+        seats.open(threads);
         seats.take();
         barrier.wait();
         work(what, 0);

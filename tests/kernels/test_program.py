@@ -256,6 +256,25 @@ def test_threads_that_slept_wake_up_on_processors_of_their_own(tmp_path, set_thr
         os.sched_setaffinity(0, allowed)
 
 
+HOW_MANY = WHERE.replace(
+    "c.processors[worker.thread] = sched_getcpu();",
+    "cpu_set_t may; sched_getaffinity(0, sizeof may, &may); c.processors[worker.thread] = CPU_COUNT(&may);",
+)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_thread_alone_may_be_moved_away_from_another_process(tmp_path, set_threads, threads):
+    path = tmp_path / "where.cpp"
+    path.write_text(HOW_MANY)
+    set_threads(threads)
+    counts, recorder = torch.zeros(threads, dtype=torch.int64), Recorder()
+    with recorder:
+        backend.launch_native(path, [counts.data_ptr()])
+    list(recorder.program().run(1))
+    assert counts.tolist() == ([len(os.sched_getaffinity(0))] if threads == 1 else [1, 1])
+
+
 def test_single_threaded_is_for_this_thread_and_a_while(set_threads):
     set_threads(3)
     counts = []
