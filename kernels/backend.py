@@ -312,13 +312,18 @@ def extent(images: Tensor) -> tuple[int, int, int]:
     return images.shape[0], math.prod(images.shape[1:]), 1
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether it is on the CPU and no stand-in, as tracers have them (FakeTensor), whose address is null."""
+    return tensor.is_cpu and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def runs_native(source: Path, *tensors: Tensor | None) -> bool:
     """Whether an operator on these tensors runs in C++: float32 on the CPU, some elements, no gradient, and a compiler.
 
     Not where it is traced: who compiles or exports sees plain operators.
     """
     here = [tensor for tensor in tensors if tensor is not None]
-    fits = all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in here)
+    fits = all(has_memory(tensor) and tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in here)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if not fits or traced or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in here)):
         return False

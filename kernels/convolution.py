@@ -278,8 +278,9 @@ def _check_source(name: str, x: Tensor, weight: Tensor, dtype: torch.dtype, side
 
 def _check_packed(x: Tensor, weight: Packed, skip_weight: object) -> Tensor | None:
     """The skip's packed weights. Raises TypeError or ValueError unless x and they go with `weight`, which is packed."""
-    if not isinstance(x, Tensor) or not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        found = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    fits = isinstance(x, Tensor) and backend.has_memory(x) and x.dtype == torch.float32
+    if not fits or torch.compiler.is_compiling():
+        found = f"{x.dtype} on {x.device}" if type(x) is Tensor else f"a {type(x).__name__}"
         raise TypeError(f"x: got {found}, packed weights need float32 on the CPU, and not to be traced")
     if skip_weight is None:
         return None

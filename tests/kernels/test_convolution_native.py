@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from kernels import convolution, native
 from kernels.convolution import SOURCE
@@ -153,6 +154,9 @@ def test_bad_packed_weights():
             convolution(x, packed, bias, skip=keywords["skip"], skip_weight=skip_weight)
     with pytest.raises(TypeError, match=r"x: got torch.float64 on cpu, packed weights need float32 on the CPU"):
         convolution(x.double(), packed, bias.double())
+    fake = FakeTensorMode().from_tensor(x)
+    with pytest.raises(TypeError, match=r"x: got a FakeTensor, packed weights need"):
+        convolution(fake, packed, bias)
     with pytest.raises(ValueError, match=r"x's weight: got torch.float32 \[32, 32, 3, 3\]"):
         convolution(torch.zeros(2, 64, 4, 4), packed, bias)
 

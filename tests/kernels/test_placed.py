@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from kernels import native
 from kernels.placed import SOURCE, placed
@@ -34,3 +35,9 @@ def test_images_on_a_canvas(poisoned, monkeypatch, in_cpp, threads, channels, si
 def test_bad_sides(shape, sides):
     with pytest.raises(ValueError, match=r"x: got .* needs"):
         placed(torch.zeros(shape), sides, 0, 0)
+
+
+def test_tensors_without_memory_have_shapes_alone():
+    with FakeTensorMode():
+        x = torch.zeros(2, 3, 4, 4).contiguous(memory_format=LAST)
+        assert placed(x, (5, 6), 1, 1).shape == (2, 3, 5, 6)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from kernels import native
 from kernels.shifted import SOURCE, shifted
@@ -30,3 +31,9 @@ def test_copies_have_their_shifts(poisoned, monkeypatch, in_cpp, threads, rows, 
 def test_bad_shifts(shape):
     with pytest.raises(ValueError, match=r"shift: got .* needs \[k, n or 1, C\]"):
         shifted(torch.zeros(2, 8, 4, 4), torch.zeros(shape))
+
+
+def test_tensors_without_memory_have_shapes_alone():
+    with FakeTensorMode():
+        x = torch.zeros(2, 3, 4, 4).contiguous(memory_format=LAST)
+        assert shifted(x, torch.zeros(2, 2, 3)).shape == (4, 3, 4, 4)
