@@ -78,6 +78,13 @@ class State:
         raise NotImplementedError
 
 
+class States(OrderedDict):
+    """By what they serve. Empty in a copy and where it is pickled: states read memory of this process and form."""
+
+    def __reduce__(self) -> tuple[type["States"], tuple[()]]:
+        return States, ()
+
+
 class ReplayingEngine(FusedEngine):
     """The state of a batch size is made at the first call of that size. state: what makes it."""
 
@@ -87,7 +94,7 @@ class ReplayingEngine(FusedEngine):
         super().prepare(model, form)
         self.room = max(self.count, len(self.table))  # a state serves every table of up to T rows
         if not hasattr(self.form, "states"):
-            self.form.states = OrderedDict()
+            self.form.states = States()
 
     def run(self, chunk: Chunk) -> Tensor:
         x, callback = chunk.x, chunk.callback

@@ -184,6 +184,9 @@ def form_of(model: nn.Module) -> type[Form]:
 
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+# A thread that holds one does not follow into a forked process, where nobody would give it back.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 def lock_of(model: nn.Module) -> threading.RLock:

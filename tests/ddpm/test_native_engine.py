@@ -7,6 +7,7 @@ import copy
 import gc
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -147,6 +148,17 @@ def test_a_trajectory_keeps_its_weights_until_refresh(unet, recordings):
     expected = prepared(model, engine="eager")(2, CONTEXT[0], seed=3)
     assert distance(trajectory(2, CONTEXT[0], seed=3), expected) < 1e-5
     assert recordings == [2]
+
+
+@needs_native
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])  # noqa: S301
+def test_a_copy_of_a_trajectory_that_has_run_draws_the_same_by_itself(unet, recordings, copied):
+    trajectory = prepared(unet())
+    expected = trajectory(2, CONTEXT[0], seed=3)
+    other = copied(trajectory)
+    assert torch.equal(other(2, CONTEXT[0], seed=3), expected)
+    assert torch.equal(trajectory(2, CONTEXT[0], seed=3), expected)
+    assert recordings == [2, 2]
 
 
 @needs_native
@@ -356,6 +368,24 @@ def test_a_forked_child_draws_the_same(unet):
         os._exit(0 if torch.equal(draw(model), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(draw(model), expected)
+
+
+@needs_native
+def test_a_process_forked_while_a_thread_samples_draws_the_same(unet):
+    """The thread, which holds the model's lock, is not there."""
+    model, begun, forked = unet(), threading.Event(), threading.Event()
+    expected = draw(model)
+    waiting = {"callback": lambda *_: (begun.set(), forked.wait(20))}
+    worker = threading.Thread(target=draw, args=(model,), kwargs=waiting)
+    worker.start()
+    begun.wait(20)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if torch.equal(draw(model), expected) else 1)
+    forked.set()
+    worker.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @needs_native
