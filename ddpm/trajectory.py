@@ -225,7 +225,8 @@ class Trajectory:
             noise: noise(samples, step, stream, shape) -> [n, *shape] instead of Philox, or a `PhiloxNoise`.
             x_T: [n, *sample_shape] to start from instead of noise.
             callback: callback(row, x0) after every row 0..len(table)-1 of every chunk; x0 [chunk, *shape], the present
-                estimate, is overwritten by later rows. It costs a state in memory, `graph` replays single rows.
+                estimate, is overwritten by later rows. It costs a state in memory, and with `graph` and
+                `native` runs of single rows.
             negative: conditions to guide away from, as context is, in place of "no condition"; not with guidance 1.
             guidance_rescale: phi in 0..1 of Lin et al. 2024, see `kernels.guidance_rescale`; not with guidance 1.
 

@@ -1,6 +1,6 @@
 """What every operator here shares: Triton, where it may run, the registration, checks of arguments, memory layouts.
 
-Triton is optional: without it the operators run their references on CPU tensors and refuse CUDA tensors.
+Triton is optional: without it the operators run in C++ or as their references on CPU tensors and refuse CUDA tensors.
 """
 
 import math
