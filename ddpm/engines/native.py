@@ -43,13 +43,14 @@ class Recorded(State):
         recorder = Recorder(self.table, self.guidance, *self.tables)
         with interrupts_wait(), recorder:  # a mode of PyTorch's dispatcher: an exception from outside ends the process
             for _, part in self.parts:
-                part.step(first, first(self.table), first(self.guidance))
+                part.step(first, first(self.table), first(part.guidance))
         self.program = recorder.program()
 
     def _part(self, own: slice) -> tuple[slice, State]:
         """The state of some of the samples: their parts of its buffers, but rows, which are wanted contiguous."""
         part = copy.copy(self)
         part.x, part.samples = self.x[own], self.samples[own]
+        part.guidance = self.guidance[:, own] if self.guidance.ndim > 1 else self.guidance
         part.x0 = None if self.x0 is None else self.x0[own]
         part.recalled = tuple(tensor[own] for tensor in self.recalled)
         part.rows = None if self.rows is None else tuple(row[:, own].contiguous() for row in self.rows)

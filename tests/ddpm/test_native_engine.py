@@ -173,8 +173,18 @@ def test_what_it_leaves_in_its_memory_is_read_by_nobody(unet):
     assert torch.equal(draw(model, guidance=2.0), expected)
 
 
+EACH = [3.0, -1.0, 1.0, 0.0, 2.0]  # a weight a sample
+WAYS = [
+    {},
+    {"guidance": 2.0, "negative": CONTEXT[4]},
+    {"guidance": EACH, "guidance_interval": (0.2, 0.8)},
+    {"guidance": EACH, "guidance_rescale": 0.5},
+    {"solver": "dpmpp_2m"},
+]
+
+
 @needs_native
-@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "negative": CONTEXT[4]}, {"solver": "dpmpp_2m"}])
+@pytest.mark.parametrize("options", WAYS)
 def test_many_samples_go_through_the_network_in_parts(unet, monkeypatch, options):
     """Of two pixels more than two images have: five samples are parts of 1, 2 and 2."""
     model = unet()
