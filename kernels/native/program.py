@@ -55,6 +55,11 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
         self.blocks: list[torch.UntypedStorage] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch else wraps __torch_dispatch__ in what imports torch._dynamo: 1.4 s of the first sample (one core)."""
+        return False
+
     def __enter__(self) -> "Recorder":
         self._noting = backend.recording_native(lambda source, call: self.calls.append((source, tuple(call))))
         self._noting.__enter__()

@@ -496,6 +496,21 @@ def test_a_busy_machine_makes_it_slower_and_no_more(unet):
 
 
 @needs_native
+def test_the_first_sample_imports_no_compiler():
+    """torch._dynamo takes a second, more than hundreds of steps."""
+    code = """
+        import sys
+        from ddpm import ContextUnet, NoiseSchedule, sample
+        before = set(sys.modules)
+        sample(ContextUnet(1, 8, 0, 8).eval(), NoiseSchedule.make("cosine", 9), 1, engine="native")
+        assert "torch._dynamo" not in sys.modules, len(set(sys.modules) - before)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
 @pytest.mark.long
 def test_two_processes_that_build_at_once(tmp_path):
     """An empty cache folder: each builds, one of the libraries stays, and both draw."""
