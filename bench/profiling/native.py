@@ -12,6 +12,7 @@ from ddpm.inference import NATIVE, kept_form
 from ddpm.trajectory import Trajectory
 
 NAMESPACE = "fused_ddpm::"
+SOLVER = ("solver_step", "guidance_rescale")  # others without weights (a canvas, shifts) are the network's
 
 
 def _shapes(operator: str, call: Sequence[int]) -> dict[str, list[Any]]:
@@ -52,7 +53,7 @@ def clocked(trajectory: Trajectory, *call: Any, **more: Any) -> dict[str, Any]:
         begin, at = at, at + (spent - earlier) / steps / 1e3
         path = next((modules[address] for address in arguments if address in modules), None)
         kind = "" if path is None else type(form.get_submodule(path)).__name__
-        around = "solver" if path is None else f"{MODULE}{path}|{kind}"
+        around = "solver" if source.stem in SOLVER else f"{MODULE}{path or source.stem}|{kind}"
         operator = span(NAMESPACE + source.stem, OPERATOR, begin, at) | {"args": _shapes(source.stem, arguments)}
         events += [span(around, RANGE, begin, at), operator]
     return {"traceEvents": [span(f"{STEP}0", RANGE, 0.0, max(at, whole)), *events]}

@@ -15,11 +15,13 @@ from bench.measure import Convolution, convolution_ceiling
 from bench.profile import by_operator, comparison, floor, summary
 from bench.profiling import measure, trace
 from bench.profiling.measure import RangedNoise
+from bench.profiling.native import clocked
 from bench.profiling.operators import work_of
 from bench.profiling.page import Number, render
 from ddpm import Trajectory, load_run
 from ddpm.engines import unavailable_reason
-from ddpm.networks import ContextUnet, PointMLP
+from ddpm.inference import kept_form
+from ddpm.networks import ContextUnet, PointMLP, SimpleUNet
 from ddpm.runs import make_config, start_run
 from ddpm.schedule import NoiseSchedule
 from ddpm.solvers import make_table
@@ -406,6 +408,19 @@ def test_the_native_engine_s_layers_are_told_by_its_own_clock(run, tmp_path, mon
     assert {"initial.0", "bottleneck", "ups.1.3", "last", "solver"} <= modules.keys()
     told = sum(node["ms"] for node in modules.values())
     assert 0 < told <= native["profiler"]["step_ms"] * 1.01
+
+
+@pytest.mark.skipif(bool(unavailable_reason("native", CPU)), reason=f"needs {unavailable_reason('native', CPU)}")
+def test_what_a_network_moves_without_weights_is_not_the_solver_s():
+    """Of a SimpleUNet: the canvas around its images, the shifts that guidance's halves have of their own."""
+    torch.manual_seed(0)
+    schedule = NoiseSchedule.make("cosine", 20)
+    model, table = SimpleUNet(1, n_feat=8, n_cfeat=5, height=10).eval(), make_table(schedule, "ddim", 5)
+    trajectory = Trajectory(model, schedule, table, engine="native", guided=True, form=kept_form)
+    names = [event["name"] for event in clocked(trajectory, 2, torch.eye(5)[0], 2.0)["traceEvents"]]
+    assert names.count("solver") == 1
+    assert names.count("module:placed|") == 2
+    assert names.count("module:shifted|") > 0
 
 
 def test_noise_with_ranges_is_still_drawn_by_the_engine(run):
