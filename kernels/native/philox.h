@@ -18,7 +18,6 @@ inline Wide product(Wide a, Wide b) { return (Wide)_mm512_mul_epu32((__m512i)a, 
 inline Wide exclusive(Wide a, Wide b, Wide c) {
     return (Wide)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
 }
-inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec root(Vec a) { return _mm512_sqrt_ps(a); }
 inline Vec to_float(Words a) { return _mm512_cvtepu32_ps((__m512i)a); }
 inline Vec low_pairs(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
@@ -28,7 +27,6 @@ inline Vec high_halves(Vec a, Vec b) { return (Vec)_mm512_unpackhi_pd((__m512d)a
 #else
 inline Wide product(Wide a, Wide b) { return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 inline Wide exclusive(Wide a, Wide b, Wide c) { return a ^ b ^ c; }
-inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec root(Vec a) { return _mm256_sqrt_ps(a); }
 // Two exact halves, so that their sum is rounded once.
 inline Vec to_float(Words a) {

@@ -22,6 +22,14 @@ typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(float))));
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
 
+// a b + c, rounded once. Which products are fused with sums the compiler otherwise chooses anew wherever a function is
+// inlined, by what stands around it: GELU had other bits for an image in a batch than alone.
+#if defined(__AVX512F__)
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+inline Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
+
 // The first `count` lanes alone, others zero; no other memory is touched.
 #if defined(__AVX512F__)
 inline __mmask16 lanes(int64_t count) { return __mmask16(count < LANES ? (1u << count) - 1 : 0xffffu); }
@@ -80,13 +88,13 @@ const Cubics CUBICS;
 
 inline Vec half_erf(Vec a) {
     constexpr float ROUNDING = 3 << 22;  // a float of [0, 2^22) added to it is rounded to an integer, in its low bits
-    const Vec shifted = a * Cubics::SCALE + ROUNDING;
-    const Vec distance = a * Cubics::SCALE - (shifted - ROUNDING);
+    const Vec scale = Vec{} + Cubics::SCALE, shifted = fused(a, scale, Vec{} + ROUNDING);
+    const Vec distance = fused(a, scale, ROUNDING - shifted);
     Vec h = {};
     for (int power = 3; power >= 0; --power) {
         const __m512 low = _mm512_load_ps(CUBICS.c[power]), high = _mm512_load_ps(CUBICS.c[power] + LANES);
         const Vec c = _mm512_permutex2var_ps(low, _mm512_castps_si512(shifted), high);
-        h = power == 3 ? c : h * distance + c;
+        h = power == 3 ? c : fused(h, distance, c);
     }
     return h;
 }
@@ -96,9 +104,9 @@ inline Vec half_erf(Vec a) {
     constexpr float Q[] = {1.309281126e-01f, -6.532805488e-02f, 4.849959172e-02f, -3.920681298e-02f, 3.211659117e-02f,
                            -2.574645809e-02f, 1.964516947e-02f, -1.396331550e-02f, 9.651121341e-03f, -6.715348498e-03f,
                            3.659034586e-03f, -1.186400228e-03f, 8.748502121e-04f, -1.028372572e-03f, 3.928831231e-04f};
-    const Vec s = a * a * (2.f / (LIMIT * LIMIT)) - 1.f;
+    const Vec s = fused(a * a, Vec{} + 2.f / (LIMIT * LIMIT), Vec{} - 1.f);
     Vec q = Vec{} + Q[14];
-    for (int i = 13; i >= 0; --i) q = q * s + Q[i];
+    for (int i = 13; i >= 0; --i) q = fused(q, s, Vec{} + Q[i]);
     return a < LIMIT ? a * q : Vec{} + .5f;
 }
 #endif
@@ -106,7 +114,7 @@ inline Vec half_erf(Vec a) {
 // x Phi(x)
 inline Vec gelu(Vec x) {
     const Vec size = reinterpret_cast<Vec>(reinterpret_cast<Integers>(x) & 0x7fffffff);
-    return size * half_erf(least(size, Vec{} + LIMIT)) + .5f * x;
+    return fused(size, half_erf(least(size, Vec{} + LIMIT)), .5f * x);
 }
 
 }  // namespace
