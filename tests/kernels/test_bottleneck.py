@@ -115,8 +115,15 @@ def test_in_cpp(poisoned, monkeypatch, shape, films):
         assert torch.equal(bottleneck(x[:1], *others, scale, shift), y[:1])
 
 
-@pytest.mark.parametrize("films", [("rows", "one"), (None, "rows")])
-@pytest.mark.parametrize("layouts", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("layouts", "films"),
+    [
+        ((True, True), ("rows", "one")),
+        ((True, False), (None, "rows")),
+        ((False, True), (None, "rows")),
+        ((False, False), ("rows", "one")),
+    ],
+)
 @pytest.mark.parametrize(("channels", "dtype"), [(64, torch.float32), (256, torch.float32), (256, torch.float16)])
 def test_groups_too_wide_for_registers_take_group_norm_relu(triton_device, channels, dtype, layouts, films):
     given = arguments((2, channels, 8), dtype, layouts, films, triton_device)
