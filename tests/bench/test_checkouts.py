@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,12 @@ from tests.bench.places import (
     setuptools_finder,
     two_commits,
 )
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """No side with sources of extensions waits for the next second: by it only what a build leaves is told apart."""
+    monkeypatch.setattr(checkouts, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
 
 @pytest.fixture
@@ -174,7 +181,7 @@ def test_an_extension_is_built_for_each_side(compiled, install, build):
 @pytest.mark.parametrize(
     "install", [path_file, setuptools_finder, first_finder, copied], ids=lambda install: install.__name__
 )
-def test_an_extension_that_is_not_built_is_named(compiled, install):
+def test_an_extension_that_is_not_built_is_named(compiled, install, at_once):
     """Even where the package does without it."""
     subprocess.run(INPLACE, shell=True, check=True, cwd=compiled.root)  # noqa: S602
     install(compiled, compiled.root / "python", "mine")
@@ -184,7 +191,7 @@ def test_an_extension_that_is_not_built_is_named(compiled, install):
         compared(compiled, build="")
 
 
-def test_an_extension_without_a_package_is_of_a_build_too(place):
+def test_an_extension_without_a_package_is_of_a_build_too(place, at_once):
     """Copied by hand: nothing says whose it is but its name."""
     place = place()
     place.write({"fast.c": EXTENSION.replace("_fast", "fast"), ".gitignore": "*.so\nbuild/\n"})
@@ -248,7 +255,7 @@ def test_a_compiled_file_in_the_commit_is_not_what_its_sources_make(compiled):
         compared(compiled, build="")
 
 
-def test_a_build_that_fails_is_named_with_its_side_and_last_line(compiled):
+def test_a_build_that_fails_is_named_with_its_side_and_last_line(compiled, at_once):
     with pytest.raises(WorkFailed, match=r"base: the build failed: echo no; exit 7: exit code 7: no"):
         compared(compiled, build="echo no; exit 7")
     with pytest.raises(WorkFailed, match=r"head: the build failed: grep .*: exit code 1: it said nothing"):
@@ -273,7 +280,7 @@ def test_a_build_that_asks_gets_nothing_and_one_that_hangs_is_ended(tmp_path, mo
     assert has_ended()
 
 
-def test_a_library_of_the_working_tree_is_named(place):
+def test_a_library_of_the_working_tree_is_named(place, at_once):
     place = place()
     suite = f'import ctypes\nctypes.CDLL("{place.root}/libfast.so")\n'
     place.write({"fast.c": "int fast;\n", ".gitignore": "*.so\n", "speed.py": SUITE.format(imports=suite, times="1")})
@@ -284,7 +291,7 @@ def test_a_library_of_the_working_tree_is_named(place):
 
 
 @pytest.mark.parametrize("suite", ["bench/speed.py", "untracked", "outside"])
-def test_a_suite_and_its_helpers(place, tmp_path, suite):
+def test_a_suite_and_its_helpers(place, tmp_path, suite, at_once):
     """Tracked: helpers from each side. Untracked, or outside: the same for both."""
     place = place()
     place.write(package("python", **{"bench/__init__.py": "", "kernels/fast.cu": "", "export/a.py": ""}))
@@ -374,7 +381,10 @@ def test_rows_that_base_measures_and_that_heads_suite_has_not_or_that_do_not_run
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("def workloads(quick):\n    return []\n", r"workloads\(True\) returned none"), ("", "has no workloads")],
+    [
+        ("def workloads(quick):\n    return []\n", r"workloads\(True\) returned none"),
+        pytest.param("", "has no workloads", marks=pytest.mark.long),
+    ],
 )
 def test_a_suite_that_has_nothing_left_is_no_bad_input(tmp_path, monkeypatch, text, words):
     monkeypatch.chdir(tmp_path)

@@ -89,7 +89,11 @@ def test_a_hang_ends_in_time_with_its_row_and_with_all_that_it_started(folder):
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"speed.py": "\nimport gone\n"}, "head: speed.py:2: ModuleNotFoundError: No module named 'gone'"),
+        pytest.param(
+            {"speed.py": "\nimport gone\n"},
+            "head: speed.py:2: ModuleNotFoundError: No module named 'gone'",
+            marks=pytest.mark.long,
+        ),
         (
             {"speed.py": "import mine\n", "src/mine.py": "\n\nx = 1 / 0\n"},
             "head: src/mine.py:3, from speed.py:1: ZeroDivisionError: division by zero",
@@ -112,7 +116,11 @@ def test_a_hang_ends_in_time_with_its_row_and_with_all_that_it_started(folder):
             "head: --suite: speed.py: workloads(quick) returned 3",
             marks=pytest.mark.long,
         ),
-        ({"speed.py": "def workloads(quick):\n    return []\n"}, "workloads(False) returned none, needs at least one"),
+        pytest.param(
+            {"speed.py": "def workloads(quick):\n    return []\n"},
+            "workloads(False) returned none, needs at least one",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_what_goes_wrong_in_a_suite_names_file_and_line(folder, files, words):

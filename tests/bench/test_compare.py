@@ -120,6 +120,7 @@ def repository(tmp_path, monkeypatch):
         commit(root, name)
     monkeypatch.setattr(packages, "ROOT", root)
     monkeypatch.setattr(machine, "repository", lambda: root)
+    monkeypatch.setattr(machine, "busy_warning", lambda: None)  # it watches the machine for half a second
     return root
 
 

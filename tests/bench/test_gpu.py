@@ -18,6 +18,7 @@ from bench.static import BASELINE
 from bench.store import load
 from bench.suites import cuda
 from bench.suites.kernels import bench_of
+from tests.bench.test_children import alive, waited
 
 CPU = torch.device("cpu")
 NOISE = {"q_sample", "q_sample_rows", "noise_mse", "noise_mse_backward", "solver_step"}
@@ -163,13 +164,12 @@ def test_only_what_reached_its_end_has_passed(tmp_path):
 
 
 def test_a_command_is_stopped_with_all_that_it_started(tmp_path):
-    mark = tmp_path / "still there"
-    done = command.run(["bash", "-c", f"echo begun; (sleep 2; touch '{mark}') & wait"], 0.5)
+    child = tmp_path / "child"
+    done = command.run(["bash", "-c", f"echo begun; sleep 987 & echo $! > '{child}'; wait"], 0.5)
     assert done.code is None
     assert done.lines == ["begun"]
     assert done.ending().startswith("stopped after")
-    time.sleep(2)
-    assert not mark.exists()
+    assert waited(lambda: not alive(int(child.read_text())), 5)
 
 
 def test_a_command_that_ends_says_how():

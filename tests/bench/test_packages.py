@@ -109,7 +109,10 @@ def test_ours_come_before_pythonpath_and_the_working_directory(foreign):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("line", ["import kernels", "from ddpm import anything", "import export as other"])
+@pytest.mark.parametrize(
+    "line",
+    [pytest.param("import kernels", marks=pytest.mark.long), "from ddpm import anything", "import export as other"],
+)
 def test_a_name_that_both_have_is_refused_with_both_folders(foreign, capsys, line):
     (foreign / "speed.py").write_text(SUITE.format(more=line))
     commit(foreign, "three")
