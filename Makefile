@@ -11,9 +11,9 @@ EXTRAS := all,dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell una
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
 	@echo "make test       the tests, under 4 minutes"
-	@echo "make test-long  kills, the demo's quality, long statistics"
+	@echo "make test-long  kills, the demo's quality, long statistics, sanitizers"
 	@echo "make test-versions  as old and as new packages as pyproject.toml allows"
-	@echo "make sanitize   the C++ under the address and the thread sanitizer (many minutes)"
+	@echo "make sanitize   of test-long the C++ under the address and the thread sanitizer (minutes)"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
 	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
@@ -47,14 +47,14 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n auto --dist loadfile --benchmark-disable
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not alone and not sanitize" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "long and not alone" -n auto --dist loadfile
 	$(BIN)/pytest -m alone
 
 test-versions: setup
 	PYTHONPATH=. $(BIN)/python tests/environments.py oldest newest
 
 sanitize: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m sanitize tests/kernels
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels/test_sanitizers.py
 
 lint: setup
 	$(BIN)/ruff check .
