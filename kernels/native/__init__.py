@@ -30,6 +30,7 @@ INSTRUCTIONS = {
 }
 COMPILERS = ("g++", "clang++", "c++")
 PATIENCE = 60  # seconds that a compiler may take: it takes two (one core of a Xeon at 2.5 GHz)
+BUILDERS = 4  # compilers at once, of some 200 MB each
 DIGEST = hashlib.sha256().digest_size
 LANGUAGE = ("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC")
 
@@ -118,7 +119,7 @@ def missing_any() -> str | None:
     """What this machine lacks to run kernels, or None; builds all of them, several at a time."""
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(BUILDERS, os.cpu_count() or 1)) as pool:
             for _ in pool.map(load, sources):
                 pass
     except Unavailable as lack:

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t MOST_ARGUMENTS = 64;
+constexpr int64_t MOST_ARGUMENTS = 64;  // of a call; as in program.py
 
 struct Entry {
     void (*share)(const int64_t* call, Worker* worker);

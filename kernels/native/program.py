@@ -27,6 +27,7 @@ from kernels import backend, native
 SOURCE = native.source_of("program")
 # How long C++ runs until Python may look for interrupts and show how far it is.
 SLICE_NS = 50_000_000
+MOST_ARGUMENTS = 64  # of a call, as in program.cpp
 LINE = 16  # floats of a cache's line
 EMPTY = {
     torch.ops.aten.empty.memory_format,
@@ -123,6 +124,8 @@ class Program:
         arguments: list[int] = []
         moving: list[int] = []
         for source, call in self.calls:
+            if len(call) > MOST_ARGUMENTS:
+                raise ValueError(f"{source.stem}: a call of {len(call)} fields, needs at most {MOST_ARGUMENTS}")
             moves = [(k, step) for k, value in enumerate(call) for low, high, step in ranges if low <= value < high]
             share = ctypes.cast(getattr(native.load(source), f"{source.stem}_share"), ctypes.c_void_p).value
             entries += (share, len(arguments), len(call), len(moving) // 2, len(moves))

@@ -125,6 +125,11 @@ def test_what_is_no_operator_in_cpp_is_an_error_that_names_it(name):
     assert float((x + 1).sum()) == 8.0  # nothing is recorded any more
 
 
+def test_a_call_has_room_for_what_moves(source):
+    with pytest.raises(ValueError, match="tiny: a call of 65 fields, needs at most 64"):
+        program.Program([(source, (0,) * 65)], (), ())
+
+
 def test_other_threads_are_not_recorded(source):
     chain, results = Chain(source), []
     with Recorder() as recorder:
