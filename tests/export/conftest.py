@@ -57,7 +57,7 @@ _traced: dict[str, Traced] = {}
 
 @pytest.fixture(scope="session", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Tracing a network takes four seconds: each set of weights is traced once."""
+    """Tracing a network takes four seconds: each set of weights is traced once, by whoever calls traced.trace."""
     trace = traced.trace
 
     def remembered(model: torch.nn.Module) -> Traced:

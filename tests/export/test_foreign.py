@@ -13,7 +13,7 @@ from ddpm.errors import BadInput, WorkFailed
 from ddpm.metrics import distance
 from ddpm.networks import NETWORKS, network
 from ddpm.table import StepTable
-from export import bundle, models, packages, run
+from export import bundle, models, packages, run, traced
 from export.cuda import StepLoop
 from export.models import describe
 from export.traced import trace
@@ -84,7 +84,7 @@ def test_every_file_of_it_draws_its_pictures(foreign, tmp_path):
 
 
 def test_its_denoiser_takes_whole_indices(foreign, tmp_path):
-    onnx.save(models.denoiser(foreign.model, trace(foreign.model), "{}"), tmp_path / "denoiser.onnx")
+    onnx.save(models.denoiser(foreign.model, traced.trace(foreign.model), "{}"), tmp_path / "denoiser.onnx")
     session = run.open_session(tmp_path / "denoiser.onnx", threads=1)
     assert {value.name: value.type for value in session.get_inputs()}["t"] == "tensor(int64)"
     x, t, c = torch.randn(4, 3, 5, 7), torch.tensor([0, 9, 3, 3]), conditions(4)
@@ -121,7 +121,7 @@ def test_a_limited_guidance_and_repeated_timesteps_are_in_the_graph(foreign, tmp
     )
     note = {"options": {"solver": "x"}, "steps": 6, "clip": 1.0}
     metadata = describe(foreign, "sampler", "fp32", noise="philox", table=note)
-    graphs = trace(foreign.model)
+    graphs = traced.trace(foreign.model)
     onnx.save(models.sampler(foreign.model, graphs, table, T, "philox", json.dumps(metadata)), tmp_path / "s.onnx")
     session, c = run.open_session(tmp_path / "s.onnx", threads=1), conditions(2)
     images = run.draw(session, metadata, np.arange(2), c.numpy(), seed=3, guidance=3.0)

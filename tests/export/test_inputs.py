@@ -11,9 +11,8 @@ from onnx import numpy_helper
 from ddpm import make_table, sample
 from ddpm.metrics import distance
 from ddpm.table import StepTable
-from export import models, run
+from export import models, run, traced
 from export.cuda import StepLoop
-from export.traced import trace
 from export.verification import SAMPLER_TOLERANCE
 
 KINDS = ("denoiser", "sampler", "step")
@@ -55,7 +54,7 @@ def given_noise(opened, tmp_path_factory):
     table = make_table(opened.schedule, **opened.options())
     note = {"options": opened.options(), "steps": len(table), "clip": table.clip, "rows": table.rows().tolist()}
     described = models.describe(opened, "sampler", "fp32", noise="input", rng=models.RNG, table=note)
-    model = models.sampler(opened.model, trace(opened.model), table, 12, "input", run.json.dumps(described))
+    model = models.sampler(opened.model, traced.trace(opened.model), table, 12, "input", run.json.dumps(described))
     path = tmp_path_factory.mktemp("input") / "sampler.onnx"
     onnx.save(model, path)
     return path

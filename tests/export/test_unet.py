@@ -7,9 +7,8 @@ import torch
 
 from ddpm import GaussianDiffusion, Unet, load_run
 from ddpm.metrics import distance
-from export import bundle, packages, run
+from export import bundle, packages, run, traced
 from export.precision import in_precision
-from export.traced import trace
 from export.verification import DENOISER_TOLERANCE, SAMPLER_TOLERANCE
 
 pytestmark = pytest.mark.long  # tracing takes its time
@@ -52,5 +51,5 @@ def test_denoiser_sampler_and_step_compute_what_the_run_does(diffusion, opened, 
 
 def test_the_denoiser_as_a_program_and_in_eight_bits(opened, tmp_path):
     assert packages.write_torch(opened, tmp_path / "denoiser.pt2").good
-    eight = in_precision(trace(opened.model), "int8", opened)
+    eight = in_precision(traced.trace(opened.model), "int8", opened)
     assert any(node.op_type == "QuantizeLinear" for node in eight.network.graph.node)
