@@ -1,6 +1,7 @@
 # `make` says what there is.
 PYTHON ?= python3
 RUN ?= runs/demo
+BENCH ?= --quick
 BENCH_OUT ?= bench.json
 BIN := .venv/bin
 # onnxruntime-gpu has wheels for Linux on x86-64 and for Windows only.
@@ -16,7 +17,7 @@ help:
 	@echo "make sanitize   of test-long the C++ under the address and the thread sanitizer (minutes)"
 	@echo "make lint       ruff: lint and format check"
 	@echo "make static     what the kernels compile to on five architectures (no GPU), against the baseline"
-	@echo "make bench      the quick benchmarks: parity, then times against eager, into $(BENCH_OUT)"
+	@echo "make bench      the quick benchmarks (or BENCH=...): parity, then times against eager, into $(BENCH_OUT)"
 	@echo "make report     the figures in README.md and docs/ from the stored records"
 	@echo "make gpu        on a machine with one: tests and times into OUT=$(OUT)"
 	@echo "make format     ruff: fix and format"
@@ -68,7 +69,7 @@ static: setup
 	$(BIN)/ddpm-bench static --check
 
 bench: setup
-	$(BIN)/ddpm-bench run --quick --out $(BENCH_OUT)
+	$(BIN)/ddpm-bench run $(BENCH) --out $(BENCH_OUT)
 
 report: setup
 	$(BIN)/ddpm-bench report
