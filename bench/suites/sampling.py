@@ -14,6 +14,8 @@ from bench.registry import Bench, Workload
 from bench.suites.networks import SCHEDULE, SEED, SIDE, contexts, judged, network, sampling_cost
 from ddpm import edit, sample
 from ddpm.engines import competitors
+from ddpm.inference import form_of
+from ddpm.inference.inpaint import InpaintForm
 from ddpm.networks import sample_shape
 
 GUIDED = {"guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7}
@@ -38,9 +40,11 @@ def _build(way: str, steps: int, n: int, device: torch.device) -> Bench:
             return edit(model, SCHEDULE, image, n, engine=engine, **options, **EDITED[way])
         return sample(model, SCHEDULE, n, engine=engine, **options)
 
-    eager, makes = partial(draw, "eager"), {name: partial(partial, draw, name) for name in competitors(device)}
+    form = InpaintForm if way == "inpaint" else form_of(model)
+    makes = {name: partial(partial, draw, name) for name in competitors(device, form=form)}
     rows = 2 * steps - 1 if way == "corrected" else round(steps * EDITED.get(way, {}).get("strength", 1.0))
     cost = sampling_cost(model, n, rows, 2.0 if way == "guided" else 1.0)
+    eager = partial(draw, "eager")
     return Bench([()], eager, judged(eager, makes), cost, images=n)
 
 
