@@ -83,7 +83,7 @@ def summary_table() -> str:
     for what, workload in SUMMARY:
         eager, ours = (found[f"{workload} {name}"] for name in ("eager", SHOWN))
         ratios = _ratios(found, workload)
-        times = (f"{middle(some, 'kernel_us') * 1e-3:.2g}" for some in (eager, ours))
+        times = (f"{middle(some, 'kernel_us') * 1e-3:.3g}" for some in (eager, ours))
         error = max(record["error"] for record in ours)
         beside = [next((ratios[k].split()[0] for k in ratios if k.startswith(name)), "-") for name in BESIDE]
         rows.append([what, *times, f"{error:.1e}", ratios[SHOWN], *beside])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Callback
 from ddpm.errors import check_integer, check_number
+from ddpm.inference import kept_form, lock_of
 from ddpm.networks.inpaint import Inpaint, check_keep
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
@@ -93,8 +94,9 @@ def edit(
     def run(network: nn.Module, first: int, count: int) -> Tensor:
         part_of = slice(first, first + count)
         own = {name: value[part_of] if isinstance(value, Tensor) else value for name, value in each.items()}
-        trajectory = Trajectory(network, schedule, part, engine=engine, dtype=dtype, guided=True)
-        return trajectory(count, first_sample=first_sample + first, **own, **more)
+        with lock_of(network):
+            trajectory = Trajectory(network, schedule, part, engine=engine, dtype=dtype, guided=True, form=kept_form)
+            return trajectory(count, first_sample=first_sample + first, **own, **more)
 
     if mask is None:
         return run(model, 0, n)

@@ -22,7 +22,7 @@ def test_the_documents_agree_with_the_records():
     [
         "| q_sample bf16 | ",
         "| step/fp32/batch1/plain | eager | ",
-        "| 1 image | ",
+        "| one sampling step | ",
         "| peers/ddpm10/guided/batch32 | ",
         "| a renamed local | ",
     ],

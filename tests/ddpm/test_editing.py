@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm import NoiseSchedule, Trajectory, edit, make_table, sample
+from ddpm import NoiseSchedule, Trajectory, edit, inference, make_table, sample
 from ddpm.editing import rest_of
 from ddpm.inference import has_form
 from ddpm.networks.inpaint import Inpaint
@@ -280,3 +280,12 @@ def test_between_needs_a_path(ddpm, digits_run, tmp_path, asked, words):
     answer = ddpm("sample", digits_run, "--between", 3, 9, "--npy", tmp_path / "x.npy", *asked.split())
     assert answer.code == 2
     assert words in answer.err
+
+
+def test_what_a_call_prepares_of_the_network_is_kept(unet, monkeypatch):
+    made, make = [], inference.make_form
+    monkeypatch.setattr("ddpm.inference.make_form", lambda *given: made.append(1) or make(*given))
+    model = unet()
+    first, again = (edit(model, COSINE, IMAGE, 1, engine="fused", steps=4, context=torch.eye(5)[:1]) for _ in range(2))
+    assert torch.equal(first, again)
+    assert made == [1]
