@@ -119,7 +119,7 @@ def test_what_is_not_of_its_kind_is_bad_input(tmp_path, content, change, words):
 
 
 def test_the_stored_measurements_are_lines():
-    for name in ("run", "step", "peers", "export"):
+    for name in ("run", "peers", "networks", "sampling", "export"):
         files = list((ROOT / RESULTS).rglob(f"{name}.jsonl"))
         assert files
         for file in files:
