@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from ddpm.engines.engine import Callback
 from ddpm.errors import check_integer, check_number
-from ddpm.inference import kept_form, lock_of
 from ddpm.networks.inpaint import Inpaint, check_keep
 from ddpm.networks.protocol import rows_of_condition, sample_shape
 from ddpm.noise import Noise, PhiloxNoise
-from ddpm.sampling import SOLVER, chosen_table
+from ddpm.sampling import SOLVER, chosen_table, sample
 from ddpm.schedule import NoiseSchedule
 from ddpm.table import StepTable
-from ddpm.trajectory import Trajectory, weights_of
+from ddpm.trajectory import weights_of
 from kernels import philox
 from kernels.q_sample import pixels_to_unit
 
@@ -89,14 +88,12 @@ def edit(
     for name, condition in (("context", context), ("negative", negative)):
         each[name] = rows_of_condition(model, condition, n, device, name)
     more = {"guidance_rescale": guidance_rescale, "seed": seed, "batch_size": batch_size}
-    more |= {"noise": noise, "callback": callback}
+    more |= {"noise": noise, "callback": callback, "engine": engine, "dtype": dtype}
 
     def run(network: nn.Module, first: int, count: int) -> Tensor:
         part_of = slice(first, first + count)
         own = {name: value[part_of] if isinstance(value, Tensor) else value for name, value in each.items()}
-        with lock_of(network):
-            trajectory = Trajectory(network, schedule, part, engine=engine, dtype=dtype, guided=True, form=kept_form)
-            return trajectory(count, first_sample=first_sample + first, **own, **more)
+        return sample(network, schedule, count, table=part, first_sample=first_sample + first, **own, **more)
 
     if mask is None:
         return run(model, 0, n)
