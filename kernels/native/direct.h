@@ -160,11 +160,7 @@ inline void sum_wide(const Summing& of, const Rows& rows, const float* const* at
     if (shares) add_products<W>(parts, 1, of.taps, nullptr, shared);
     for (int64_t copy = 0; copy < of.copies; ++copy) {
         parts[skips] = part(of.x, copy);
-        if (shares) {
-            add_products<W>(parts + 1, 1, of.taps, shared, sums);
-        } else {
-            add_products<W>(parts, 1 + skips, of.taps, nullptr, sums);
-        }
+        add_products<W>(parts + shares, 1 + skips - shares, of.taps, shares ? shared : nullptr, sums);
         for (int j = 0; j < W; ++j) {
             Vec v[PIXELS];
             for (int r = 0; r < PIXELS; ++r) v[r] = sums[r][j];
