@@ -11,7 +11,7 @@ EXTRAS := all,dev,peers,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell una
 
 help:
 	@echo "make demo       train on digits and sample them into $(RUN) (minutes)"
-	@echo "make test       the tests, under 4 minutes"
+	@echo "make test       the tests, under 5 minutes on two idle cores"
 	@echo "make test-long  kills, the demo's quality, long statistics, sanitizers"
 	@echo "make test-versions  as old and as new packages as pyproject.toml allows"
 	@echo "make sanitize   of test-long the C++ under the address and the thread sanitizer (minutes)"
